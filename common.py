@@ -24,6 +24,8 @@ from tqdm import tqdm
 class InputError(Exception):
     """Bad input. The message is one line: what is wrong, where, and what would be right."""
 
+    exit_status = 2
+
 
 # Options: a script's configuration is a dataclass, and its command line is made from it, so that
 # a default is written once, with its reason, and holds for the shell and for importers alike.
@@ -107,7 +109,7 @@ def run_command_line(description, commands, default=None, argv=None):
         status = function(config_class(**values))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        status = 2
+        status = error.exit_status
     except KeyboardInterrupt:
         print("interrupted; the same command continues from here", file=sys.stderr)
         status = 130
@@ -208,9 +210,9 @@ class Journal:
             try:
                 while line:
                     line = line[os.write(self._file, line) :]
-            except OSError:  # a full disk took half a line: take it back, so that what is there stays whole
+            except OSError as error:  # a full disk took half a line: take it back, what is there stays whole
                 os.ftruncate(self._file, length)
-                raise
+                raise InputError(f"{self.path}: cannot write ({error.strerror}); what is there is whole") from None
             self.rows.append(row)
 
     def close(self):

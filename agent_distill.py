@@ -1,0 +1,576 @@
+"""Agent distillation (Kang et al., arXiv 2505.17612): the method, and the teacher's side of it.
+
+    URL=http://127.0.0.1:8000/v1
+    python agent_distill.py collect train.jsonl --url $URL --out cot.jsonl --method cot
+    python agent_distill.py collect train.jsonl --url $URL --out plain.jsonl --search index
+    python agent_distill.py collect train.jsonl --url $URL --out agent.jsonl --search index --first-thought
+    python agent_distill.py filter agent.jsonl --out agent.train.jsonl
+    python agent_distill.py prefix-gain plain.jsonl agent.jsonl
+
+Read `agent_episode` first: it is the paper's loop. An episode is a generator. It yields what it
+wants the model to say and receives candidates; who answers (a teacher over HTTP here, a student
+under HF generate in evaluate.py) is no business of the loop.
+"""
+
+import ast
+import collections
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import math
+import random
+import re
+import time
+from typing import Literal
+
+import grade
+from client import BadRequest, Client, Speaker, in_parallel
+from common import (
+    REQUIRED,
+    InputError,
+    Journal,
+    keep_config,
+    option,
+    progress,
+    read_jsonl,
+    replace_file,
+    run_command_line,
+)
+from sandbox import Sandbox
+from tasks import Prompts, load_tasks, open_search
+
+# The action format, as in smolagents and in the authors' published trajectories. Prompts, stop
+# strings and parser must agree; tests/test_agent_distill.py holds prompts/ to these constants.
+CODE_OPEN = "```py"
+CODE_CLOSE = "```<end_code>"
+STOP = ["<end_code>", "Observation:"]
+
+# ---------------------------------------------------------------------------------------------
+# Actions: a thought and code (r_t, a_t), parsed from what the model wrote
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Action:
+    """text: what stays in the context. code: None if there is none to run."""
+
+    text: str
+    thought: str
+    code: str | None
+
+
+_FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[ \t]*$", re.MULTILINE)
+_CLOSE = re.compile(r"```")
+_THOUGHT = re.compile(r"^\s*Thought:[ \t]*")
+_CODE_LABEL = re.compile(r"^[ \t]*Code:[ \t]*$", re.MULTILINE)
+
+
+def parse_action(text):
+    """Read thought and code out of model output in all the shapes that models produce.
+
+    Accepted: fences marked py, python or nothing; several fences (joined, as smolagents does); a
+    fence that never closes; no fence at all after a `Code:` line, if what follows is Python.
+    """
+    text = text.replace("\r\n", "\n")
+    for stop in STOP:
+        text = text.split(stop)[0]
+    text = text.strip()
+    blocks, start, first = [], 0, None
+    while opening := _FENCE.search(text, start):
+        code, start = _fenced_code(text, opening.end())
+        if opening[1] in ("py", "python", ""):
+            blocks.append(code)
+            first = opening.start() if first is None else first
+    label = _CODE_LABEL.search(text)
+    if not blocks and label and _is_python(text[label.end() :]):
+        blocks, first = [text[label.end() :].strip("\n")], label.start()
+    code = "\n\n".join(block for block in blocks if block.strip()) or None
+    if text.endswith("```"):
+        text += "<end_code>"  # the stop string that generation took away
+    before = text if code is None else text[: label.start() if label and label.start() < first else first]
+    return Action(text, _THOUGHT.sub("", before).strip(), code)
+
+
+def _fenced_code(text, start):
+    """The code of the fence that opens at `start`, and where it ends.
+
+    Backticks may stand in a string of the code: the fence ends at the first ``` up to which the
+    code is Python; failing that, at the first one; failing that, the fence never closes.
+    """
+    ends = [match.start() for match in _CLOSE.finditer(text, start)]
+    for end in ends:
+        if _is_python(text[start:end]):
+            return text[start:end].strip("\n"), end + 3
+    if ends:
+        return text[start : ends[0]].strip("\n"), ends[0] + 3
+    return text[start:].strip("\n"), len(text)
+
+
+def _is_python(code):
+    try:
+        return bool(ast.parse(code.strip("\n")).body)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+
+
+# ---------------------------------------------------------------------------------------------
+# The episode
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Turn:
+    """What an episode asks of a model: N continuations of `messages`, begun with `opening`.
+
+    opening: text the assistant's message starts with; the candidates continue it.
+    """
+
+    messages: list
+    opening: str = ""
+
+
+class TurnFailed(Exception):
+    """Thrown into an episode by its driver: this turn cannot be answered (context too long, ...)."""
+
+
+@dataclasses.dataclass
+class Episode:
+    """A finished trajectory tau = ((r_1, a_1, o_1), ..., (r_T, a_T, o_T)), Eq. 3, and how it ended.
+
+    messages: chat ready for training. steps: a dict a step with thought, code, observation, error_kind
+    and, where several candidates were sampled, all of them with the vote. prediction: JSON value or None.
+    stop: "final_answer" | "max_steps" | "error".
+    """
+
+    messages: list
+    steps: list
+    prediction: object
+    stop: str
+    error: str | None = None
+
+
+def agent_episode(question, prompts, open_sandbox, *, system, max_steps=5, first_thought="", rng=None):
+    """The agent's loop: thought, code, observation, until final_answer or the step limit.
+
+    first_thought: with the first-thought prefix (Eq. 5), the first step of the teacher's
+    chain of thought; it opens the first thought, and the model continues it.
+    rng: random.Random for SC-action's last resort.
+    """
+    messages = _chat(system, prompts.fill("question", question=question))
+    steps = []
+    with open_sandbox() as sandbox:
+        for step in range(max_steps):
+            opening = f"Thought: {first_thought}" if first_thought and step == 0 else ""
+            try:
+                candidates = yield Turn(messages, opening)
+            except TurnFailed as failure:
+                return Episode(messages, steps, None, "error", str(failure))
+            actions = [parse_action(opening + text) for text in candidates]
+            chosen, observations = choose(actions, sandbox, rng)
+            action, observation = actions[chosen], observations[chosen]
+            messages = [*messages, {"role": "assistant", "content": action.text}]
+            steps.append(_record(actions, observations, chosen, prompts))
+            if observation is not None and observation.is_final:
+                return Episode(messages, steps, observation.final_answer, "final_answer")
+            messages = [*messages, {"role": "user", "content": steps[-1]["observation"]}]
+    return Episode(messages, steps, None, "max_steps")
+
+
+def choose(actions, sandbox, rng):
+    """Self-consistent action generation: run all candidates, take the majority by observation.
+
+    Candidates that fail to parse or to run have no vote; ties go to the earliest. If all fail, one
+    of them is kept at random and the model sees its error. One candidate (greedy) is the same
+    with N = 1. Each distinct code is run once, from the same state, and never again: the winner's
+    state is committed. Returns the chosen index and the observations (None where there was no code).
+    """
+    codes = list(dict.fromkeys(action.code for action in actions if action.code is not None))
+    ran = dict(zip(codes, sandbox.run_candidates(codes), strict=True)) if codes else {}
+    observations = [ran.get(action.code) for action in actions]
+    votes = collections.Counter(_vote(o) for o in observations if o is not None and o.error_kind is None)
+    if votes:
+        winner = max(votes, key=votes.get)  # of equals, the one sampled first
+        chosen = next(i for i, o in enumerate(observations) if o and o.error_kind is None and _vote(o) == winner)
+    else:
+        chosen = (rng or random).randrange(len(actions)) if len(actions) > 1 else 0
+    if observations[chosen] is not None:
+        sandbox.commit(codes.index(actions[chosen].code))
+    return chosen, observations
+
+
+def _vote(observation):
+    """What candidates agree or disagree on: the answer if it is final, else everything observed."""
+    if observation.is_final:
+        return "final", json.dumps(observation.final_answer, sort_keys=True)
+    return "observed", observation.stdout, observation.result
+
+
+def _record(actions, observations, chosen, prompts):
+    """The step as it is stored: the action taken, and the candidates if there was a choice."""
+    step = _candidate(actions[chosen], observations[chosen], prompts)
+    if len(actions) > 1:
+        step["candidates"] = [_candidate(a, o, prompts) for a, o in zip(actions, observations, strict=True)]
+        step["chosen"] = chosen
+    return step
+
+
+def _candidate(action, observation, prompts):
+    kind = "no_code" if observation is None else observation.error_kind
+    text = observation_text(observation, prompts)
+    return {"thought": action.thought, "code": action.code, "observation": text, "error_kind": kind}
+
+
+def observation_text(observation, prompts):
+    """The observation o_t as the model reads it. None: there was no code to run."""
+    if observation is None:
+        return prompts.fill("error", stdout="", error=prompts.no_code)
+    stdout = observation.stdout.removesuffix("\n")
+    if observation.error is not None:
+        return prompts.fill("error", stdout=stdout, error=observation.error)
+    return prompts.fill("observation", stdout=stdout, result=observation.result)
+
+
+def cot_episode(question, prompts, *, system, search=None):
+    """Chain of thought: one turn, no tools. search: for CoT + RAG, passages for the question itself.
+
+    With several candidates (self-consistency), the majority of the answers wins.
+    """
+    content = question
+    if search is not None:
+        content = prompts.fill("cot_rag_question", passages=search(question), question=question)
+    messages = _chat(system, content)
+    try:
+        candidates = yield Turn(messages)
+    except TurnFailed as failure:
+        return Episode(messages, [], None, "error", str(failure))
+    answers = [grade.cot_answer(text) for text in candidates]
+    votes = collections.Counter(answer for answer in answers if answer is not None)
+    chosen = answers.index(max(votes, key=votes.get)) if votes else 0
+    step = {"thought": candidates[chosen], "code": None, "observation": None, "error_kind": None}
+    if len(candidates) > 1:
+        step["candidates"] = [{"thought": text, "answer": a} for text, a in zip(candidates, answers, strict=True)]
+        step["chosen"] = chosen
+    messages = [*messages, {"role": "assistant", "content": candidates[chosen].strip()}]
+    stop = "max_steps" if answers[chosen] is None else "final_answer"
+    return Episode(messages, [step], answers[chosen], stop)
+
+
+def first_step(cot):
+    """The first step of a chain of thought: the text up to the first blank line (Eq. 5's prefix)."""
+    return re.split(r"\n[ \t]*\n", cot.strip().replace("\r\n", "\n"))[0].strip()
+
+
+def _chat(system, user):
+    return [{"role": "system", "content": system}, {"role": "user", "content": user}]
+
+
+# ---------------------------------------------------------------------------------------------
+# The teacher over HTTP
+# ---------------------------------------------------------------------------------------------
+
+
+def drive(episode, answer):
+    """Run one episode to its end. answer(turn): its candidates; a BadRequest ends the episode as an error."""
+    try:
+        turn = next(episode)
+        while True:
+            try:
+                candidates = answer(turn)
+            except BadRequest as error:
+                turn = episode.throw(TurnFailed(str(error)))
+            else:
+                turn = episode.send(candidates)
+    except StopIteration as finished:
+        return finished.value
+
+
+def stable_seed(*parts):
+    """A 31-bit seed from values, the same in every process (hash() is not)."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") >> 1
+
+
+# ---------------------------------------------------------------------------------------------
+# collect
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(kw_only=True)
+class CollectConfig:
+    """Defaults are the paper's where it names them."""
+
+    tasks: list[str] = option(REQUIRED, "task files: JSONL, or JSON with a list of examples", positional=True)
+    out: str = option(REQUIRED, "trajectories are appended to this JSONL file; what is there is not asked again")
+    method: Literal["agent", "cot"] = option("agent", "agent (Eq. 3) or plain chain of thought (Eq. 2)")
+    first_thought: bool = option(False, "open the first thought with the first step of a CoT (Eq. 5)")
+    cot: str | None = option(None, "earlier `collect --method cot` file with those CoTs; without it they are asked for")
+    url: list[str] = option(REQUIRED, "server, ending in /v1; may be repeated", action="append", nargs=None)
+    model: str | None = option(None, "model name for the server; without it, the first one it lists")
+    api_key_env: str = option("OPENAI_API_KEY", "environment variable that holds the key")
+    search: str | None = option(None, "index folder or /retrieve URL behind web_search")
+    top_k: int = option(3, "passages a search (paper: 3)")
+    kind: Literal["fact", "math"] | None = option(None, "kind of the tasks, for files that do not state it")
+    limit: int | None = option(None, "only the first n tasks of each file")
+    samples: int = option(1, "trajectories a question (paper: 1); more need a temperature")
+    temperature: float = option(0.0, "0 is greedy")
+    top_p: float = option(1.0, "nucleus sampling")
+    max_steps: int = option(5, "steps an episode (paper: 5)")
+    max_tokens: int = option(1024, "new tokens a step (paper: 1,024)")
+    timeout: float = option(10.0, "seconds for one code action")
+    prefix_mode: Literal["auto", "continue", "completions", "instruct"] = option(
+        "auto", "how the server continues a prefix; auto: probe for continue_final_message, as vLLM has it"
+    )
+    tokenizer: str | None = option(None, "whose chat template --prefix-mode completions renders (default: --model)")
+    concurrency: int = option(16, "episodes at once")
+    retries: int = option(8, "further attempts for a request that failed in a way that may pass")
+    request_timeout: float = option(600.0, "seconds for one request")
+    price_in: float = option(0.0, "price of a million prompt tokens")
+    price_out: float = option(0.0, "price of a million completion tokens")
+    budget: float | None = option(None, "stop, cleanly, when this much is spent")
+    prompts: str = option(str(Prompts.default), "folder of prompts")
+    seed: int = option(0, "seeds every request")
+    quiet: bool = option(False, "no progress bar")
+
+
+def collect(config):
+    """Ask a teacher for one trajectory a question, over HTTP, and append each to a file.
+
+    The same command continues after any interruption: finished questions are not asked again.
+    """
+    if config.samples > 1 and config.temperature == 0:
+        raise InputError("--samples above 1 repeats the same greedy answer: give a --temperature")
+    prompts = Prompts(config.prompts)
+    tasks = load_tasks(config.tasks, config.kind, config.limit)
+    search = open_search(config.search, prompts, config.top_k) if config.search else None
+    if config.method == "agent" and search is None and any(task["kind"] == "fact" for task in tasks):
+        raise InputError("fact questions need web_search: name an index folder or a /retrieve URL with --search")
+    client = Client(config.url, config.model, config.api_key_env, config.request_timeout, config.retries)
+    speaker = Speaker(
+        client, prompts, config.prefix_mode, config.tokenizer or client.model,
+        temperature=config.temperature, top_p=config.top_p, max_tokens=config.max_tokens,
+    )  # fmt: skip
+    if config.first_thought and config.prefix_mode == "auto":
+        speaker.mode = speaker.find_mode()
+    cots = {(row["task"], row["id"]): row for _, row in read_jsonl(config.cot)} if config.cot else {}
+    with Journal(config.out) as journal:
+        keep_config(f"{config.out}.run.json", config, COLLECT_MAY_CHANGE)
+        done = {(row["task"], row["id"], row["sample"]) for row in journal.rows}
+        spent = Spending(config, journal.rows)
+        todo = [(task, i) for task in tasks for i in range(config.samples) if (task["task"], task["id"], i) not in done]
+        affordable = itertools.takewhile(lambda _: not spent.all(), todo)
+        bar = progress(
+            total=len(done) + len(todo), desc=f"collect {config.method}", unit="question", quiet=config.quiet
+        )
+        bar.update(len(done))
+        with bar:
+            work = functools.partial(_collect_one, config, prompts, search, speaker, cots)
+            for row in in_parallel(work, affordable, config.concurrency):
+                journal.append(row)
+                spent.add(row)
+                bar.update()
+                bar.set_postfix_str(spent.summary())
+        print(f"{config.out}: {len(journal.rows)} of {len(done) + len(todo)} trajectories; {spent.summary()}")
+        if len(journal.rows) < len(done) + len(todo):
+            raise InputError(f"the budget of {config.budget:g} is spent; a larger --budget continues from here")
+
+
+COLLECT_MAY_CHANGE = ("url", "concurrency", "retries", "request_timeout", "budget", "limit", "quiet", "out", "tasks",
+                      "price_in", "price_out", "api_key_env")  # fmt: skip
+
+
+def _collect_one(config, prompts, search, speaker, cots, item):
+    task, sample = item
+    usage, start, key = collections.Counter(), time.perf_counter(), (task["task"], task["id"], sample)
+    steps = itertools.count()
+
+    def answer(turn):
+        return speaker.answer(turn, usage, seed=stable_seed(config.seed, *key, next(steps)), stop=stop)
+
+    prefix = cot = None
+    stop = None
+    if config.method == "agent" and config.first_thought:
+        row = cots.get(key[:2])
+        if row is None:
+            row = {
+                "messages": drive(cot_episode(task["question"], prompts, system=prompts.cot_system), answer).messages
+            }
+        cot = row["messages"][-1]["content"] if row["messages"][-1]["role"] == "assistant" else ""
+        prefix = first_step(cot)
+    if config.method == "cot":
+        episode = cot_episode(task["question"], prompts, system=prompts.cot_system)
+    else:
+        stop = STOP
+        tools = {"web_search": search} if search else {}
+        open_sandbox = functools.partial(Sandbox, tools=tools, timeout=config.timeout)
+        episode = agent_episode(
+            task["question"], prompts, open_sandbox,
+            system=prompts.agent_system, max_steps=config.max_steps, first_thought=prefix,
+        )  # fmt: skip
+    row = trajectory(task, config.method, drive(episode, answer))
+    seconds = round(time.perf_counter() - start, 3)
+    return {**row, "sample": sample, "model": speaker.client.model, "prefix": prefix, "cot": cot,
+            "usage": dict(usage), "seconds": seconds}  # fmt: skip
+
+
+def trajectory(task, method, episode, judge=None):
+    """A finished episode as the row that is stored: the task, what happened, and the grade with its reason."""
+    kept = {
+        name: task[name] for name in ("id", "task", "kind", "domain", "question", "answer", "aliases") if name in task
+    }
+    verdict = grade.grade(
+        task["kind"], episode.prediction, task["answer"], task.get("aliases", ()), task["question"], judge
+    )
+    return {**kept, "method": method, **dataclasses.asdict(episode), "correct": verdict.correct, "why": verdict.why}
+
+
+class Spending:
+    """Running totals of a collection: right answers, tokens, retries, cost."""
+
+    def __init__(self, config, rows):
+        self.config, self.rows, self.right, self.usage = config, 0, 0, collections.Counter()
+        for row in rows:
+            self.add(row)
+
+    def add(self, row):
+        self.rows += 1
+        self.right += row["correct"]
+        self.usage.update(row["usage"])
+
+    def cost(self):
+        prices = self.config.price_in, self.config.price_out
+        return (self.usage["prompt_tokens"] * prices[0] + self.usage["completion_tokens"] * prices[1]) / 1e6
+
+    def all(self):
+        return self.config.budget is not None and self.cost() >= self.config.budget
+
+    def summary(self):
+        tokens = f"{self.usage['prompt_tokens']:,} + {self.usage['completion_tokens']:,} tokens"
+        cost = f", cost {self.cost():.2f}" if self.cost() else ""
+        retries = f", {self.usage['retries']} retries" if self.usage["retries"] else ""
+        return f"{self.right / max(self.rows, 1):.1%} right, {tokens}{cost}{retries}"
+
+
+# ---------------------------------------------------------------------------------------------
+# filter, prefix-gain
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(kw_only=True)
+class FilterConfig:
+    trajectories: list[str] = option(REQUIRED, "files written by collect", positional=True)
+    out: str = option(REQUIRED, "training file to write")
+    per_question: int = option(1, "trajectories kept a question (paper: 1)")
+    balance: bool = option(False, "as many fact as math trajectories: the larger kind is cut")
+    seed: int = option(0, "which ones --balance drops")
+
+
+def filter_trajectories(config):
+    """Keep what is worth learning from: right answers, reached without a parse error or the step limit.
+
+    Run-time errors that the teacher then mended stay: they teach recovery. Prints what was dropped and why.
+    """
+    kept, asked = [], 0
+    table = collections.defaultdict(collections.Counter)
+    times = collections.Counter()
+    for path in config.trajectories:
+        for number, row in read_jsonl(path):
+            for field in ("task", "kind", "question", "messages", "steps", "correct", "stop"):
+                if field not in row:
+                    raise InputError(f"{path}:{number}: not a trajectory: no {field!r}")
+            asked += 1
+            question = " ".join(sorted(re.findall(r"\w+", row["question"].lower())))  # word order, case, punctuation
+            reason = drop_reason(row)
+            if not reason and times[question] >= config.per_question:
+                reason = "duplicate"
+            if not reason:
+                times[question] += 1
+                kept.append(row)
+            table[row["task"]].update(["asked", reason or "kept", *(["right"] if row["correct"] else [])])
+    if config.balance:
+        kept = _balanced(kept, random.Random(config.seed), table)
+    if not kept:
+        raise InputError(f"{', '.join(config.trajectories)}: none of {asked} trajectories can be kept")
+    with replace_file(config.out) as file:
+        for row in kept:
+            fields = ("id", "task", "kind", "question", "method", "messages")
+            file.write(json.dumps({name: row.get(name) for name in fields}, ensure_ascii=False) + "\n")
+    print(_counts_table(table))
+
+
+def drop_reason(row):
+    """Why a trajectory must not be learned from; None if it may be."""
+    if row["stop"] == "error":
+        return "error"
+    if row["stop"] == "max_steps":
+        return "no answer"
+    if not row["correct"]:
+        return "wrong"
+    if any(step["error_kind"] in ("no_code", "syntax") for step in row["steps"]):
+        return "parse error"
+    return None
+
+
+def _balanced(rows, rng, table):
+    by_kind = {kind: [row for row in rows if row["kind"] == kind] for kind in ("fact", "math")}
+    size = min(map(len, by_kind.values()))
+    chosen = {id(row) for kind in by_kind.values() for row in rng.sample(kind, size)}
+    for row in rows:
+        if id(row) not in chosen:
+            table[row["task"]].update({"kept": -1, "balance": 1})
+    return [row for row in rows if id(row) in chosen]
+
+
+def _counts_table(table):
+    columns = ["asked", "right", "kept", "wrong", "no answer", "parse error", "error", "duplicate", "balance"]
+    columns = [c for c in columns if c in ("asked", "right", "kept") or any(row[c] for row in table.values())]
+    total = sum(table.values(), collections.Counter())
+    lines = ["| task | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+    for name, row in [*sorted(table.items()), ("all", total)]:
+        lines.append(f"| {name} | " + " | ".join(str(row[c]) for c in columns) + " |")
+    return "\n".join(lines)
+
+
+@dataclasses.dataclass(kw_only=True)
+class GainConfig:
+    plain: str = option(REQUIRED, "trajectories without the prefix", positional=True)
+    prefixed: str = option(REQUIRED, "trajectories with it, on the same questions", positional=True)
+
+
+def prefix_gain(config):
+    """The teacher's accuracy without and with the first-thought prefix, paired by question."""
+    runs = []
+    for path in (config.plain, config.prefixed):
+        rows = {(row["task"], row["id"], row.get("sample", 0)): row["correct"] for _, row in read_jsonl(path)}
+        runs.append(rows)
+    common = sorted(runs[0].keys() & runs[1].keys())
+    if not common:
+        raise InputError(f"{config.plain} and {config.prefixed} have no question in common")
+    print("| task | n | without | with | gain | only without | only with | p (McNemar) |")
+    print("|---|---|---|---|---|---|---|---|")
+    for task in [*sorted({key[0] for key in common}), "all"]:
+        keys = [key for key in common if task in (key[0], "all")]
+        plain, prefixed = ([run[key] for key in keys] for run in runs)
+        lost, won, p = mcnemar(plain, prefixed)
+        a, b = (100 * sum(x) / len(keys) for x in (plain, prefixed))
+        print(f"| {task} | {len(keys)} | {a:.1f} | {b:.1f} | {b - a:+.1f} | {lost} | {won} | {p:.2g} |")
+
+
+def mcnemar(first, second):
+    """Exact McNemar test on paired outcomes: (only first right, only second right, two-sided p)."""
+    lost = sum(bool(a) and not b for a, b in zip(first, second, strict=True))
+    won = sum(bool(b) and not a for a, b in zip(first, second, strict=True))
+    n = lost + won
+    p = 2 * sum(math.comb(n, k) for k in range(min(lost, won) + 1)) / 2**n
+    return lost, won, min(p, 1.0)
+
+
+if __name__ == "__main__":
+    run_command_line(
+        __doc__,
+        {
+            "collect": (CollectConfig, collect),
+            "filter": (FilterConfig, filter_trajectories),
+            "prefix-gain": (GainConfig, prefix_gain),
+        },
+    )

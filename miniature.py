@@ -1,0 +1,598 @@
+"""The door to `make reproduce`: an invented world, a scripted teacher behind a real server, students from scratch.
+
+    python miniature.py world --out runs/miniature/world --seed 0
+    python miniature.py teacher runs/miniature/world --then 'python agent_distill.py collect ... --url $TEACHER_URL'
+    python miniature.py base --world runs/miniature/world --size M --out runs/miniature/base-M --seed 0
+
+Nothing here is known to the rest of the code: it reads task files, talks to a server and loads models as it
+would with real ones. What is invented is said: world.py makes the questions; the teacher is a script, not a model,
+and its mistakes are drawn at stated rates; the base students have a few hand-made attention heads (see `base`).
+"""
+
+import dataclasses
+import hashlib
+import http.server
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Literal
+
+import tokenizers
+import torch
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+import train
+import world
+from common import REQUIRED, InputError, option, read_jsonl, replace_file, run_command_line, write_json
+from tasks import Prompts
+
+# ---------------------------------------------------------------------------------------------
+# world
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(kw_only=True)
+class WorldConfig:
+    out: str = option(REQUIRED, "folder to write")
+    seed: int = option(0, "another seed is another world")
+    train_questions: int = option(5000, "training questions; different questions teach more than further epochs")
+    test_questions: int = option(60, "test questions a task")
+
+
+def make_world(config):
+    """Write passages, training and test questions, and the teacher's script, of one seed."""
+    built = world.build(config.seed, config.train_questions, config.test_questions)
+    out = Path(config.out)
+    write_rows(out / "passages.jsonl", built.passages)
+    write_rows(out / "train.jsonl", built.train)
+    for task, rows in built.test.items():
+        write_rows(out / "test" / f"{task}.jsonl", rows)
+    write_rows(out / "plans.jsonl", built.plans)
+    write_json(out / "run.json", dataclasses.asdict(config))
+    tests = sum(map(len, built.test.values()))
+    print(f"{out}: {len(built.passages)} passages, {len(built.train)} training and {tests} test questions")
+
+
+def write_rows(path, rows):
+    with replace_file(path) as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------
+# The scripted teacher: what it says
+# ---------------------------------------------------------------------------------------------
+
+MODEL = "scripted-teacher"
+
+
+@dataclasses.dataclass(kw_only=True)
+class TeacherConfig:
+    """Each rate is a chance that the script errs, as large models do; the first two are the prefix's room to help."""
+
+    world: str = option(REQUIRED, "folder made by `world`", positional=True)
+    port: int = option(0, "port on 127.0.0.1; 0 takes a free one")
+    then: str | None = option(None, "serve while this shell command runs, with $TEACHER_URL set; exit with its status")
+    wrong_plan: float = option(0.12, "the agent opens with a wrong plan, and follows it")
+    wrong_plan_cot: float = option(0.03, "the same in a chain of thought; a first-thought prefix hands it to the agent")
+    syntax_error: float = option(0.01, "the code of a step does not parse; mended in the next step")
+    run_error: float = option(0.03, "the code of a step raises an error; mended in the next step")
+    slip: float = option(0.02, "a wrong name in a query (mended in the next step) or a wrong digit in a number (not)")
+    slip_cot: float = option(0.05, "a wrong value in a fact recalled, a wrong digit in a result computed in the head")
+    seed: int = option(0, "part of every draw")
+    quiet: bool = option(False, "do not print the address")
+
+
+class Teacher:
+    """Answers a chat from its messages alone, as any chat server does.
+
+    It looks up the script for the question, reads its own plan out of its first thought (or out of the
+    prefix that opens it) and what it knows out of the observations. In a chain of thought there are no
+    observations: it knows the passages by heart, as a large model knows facts, and computes in its head.
+    """
+
+    def __init__(self, config):
+        folder = Path(config.world)
+        self.config = config
+        self.plans = {row["question"]: row for _, row in read_jsonl(folder / "plans.jsonl")}
+        self.facts = read_facts("\n\n".join(row["contents"] for _, row in read_jsonl(folder / "passages.jsonl")))
+        self.names = sorted(self.facts)
+
+    def reply(self, messages, opening="", salt=""):
+        """The text that follows `opening`. salt: what tells one sample from another (seed and number)."""
+        key = json.dumps([self.config.seed, salt, messages, opening])
+        rng = random.Random(hashlib.sha256(key.encode()).digest())
+        system = "".join(m["content"] for m in messages if m["role"] == "system")
+        turns = [m for m in messages if m["role"] != "system"]
+        asked = turns[0]["content"].strip()
+        plan = self.plans.get(asked.removeprefix("New task:").strip())
+        if plan is None:
+            return (
+                " I am a script and have no plan for this." if opening else "I am a script and have no plan for this."
+            )
+        if "<end_code>" not in system:
+            return self.chain_of_thought(plan, rng)
+        thought, code = self.step(plan, turns[1:], opening, rng)
+        return (thought if not opening else "") + f"\nCode:\n```py\n{code}\n```<end_code>"
+
+    def draw_need(self, plan, rng, wrong_rate):
+        """The plan in words: what is needed. A wrong one forgets the last hop, or errs in one place."""
+        wrong = rng.random() < wrong_rate
+        if plan["shape"] == "math":
+            return plan["wrong"] if wrong else plan["need"]
+        relations = plan["relations"]
+        if wrong:
+            others = [r for r in self.facts[plan["entities"][0]] if r != relations[0]]
+            relations = relations[:-1] or [rng.choice(others)]
+        return " and ".join(world.possessive(entity, relations) for entity in plan["entities"])
+
+    def chain_of_thought(self, plan, rng):
+        need = self.draw_need(plan, rng, self.config.wrong_plan_cot)
+        if plan["shape"] == "math":
+            answer = world.run_code(plan["code"] if need == plan["need"] else plan["wrong_code"])
+            if rng.random() < self.config.slip_cot:
+                answer = wrong_digit(answer, rng)
+            formula = re.sub(r"[A-Za-z_]+", lambda m: str(plan["values"].get(m[0], m[0])), need)
+            steps = [f"That is {formula}, so {answer}."]
+        else:
+            steps, values = [], []
+            for part in need.split(" and "):
+                entity, *relations = part.split("'s ")
+                for relation in relations:
+                    value = self.facts[entity][relation]
+                    if rng.random() < self.config.slip_cot:
+                        value = rng.choice([f[relation] for f in self.facts.values() if relation in f])
+                    steps.append(f"{world.possessive(entity, [relation])} is {value}.")
+                    entity = value
+                values.append(entity)
+            answer = conclude(plan, values)[1]
+        return "\n\n".join([f"I need {need}.", *steps, f"The answer is \\boxed{{{answer}}}."])
+
+    def step(self, plan, history, opening, rng):
+        """The next thought and code. history: the turns after the question, assistant's and user's in turn."""
+        said = [m["content"] for m in history if m["role"] == "assistant"]
+        seen = [m["content"] for m in history if m["role"] == "user"]
+        failed = bool(seen) and "\nError:\n" in seen[-1]
+        stated = re.search(r"I need (.+?)\.(?:\s|$)", (said or [opening])[0] + "\n")
+        need = stated[1] if stated else self.draw_need(plan, rng, self.config.wrong_plan)
+        if plan["shape"] == "math":
+            thought, code = f"I need {need}.", plan["code"] if need == plan["need"] else plan["wrong_code"]
+            if rng.random() < self.config.slip:
+                number = rng.choice(re.findall(r"\d+", code))
+                code = code.replace(number, wrong_digit(number, rng), 1)
+        else:
+            thought, code = self.search_step(plan, need, seen, rng)
+        if failed:
+            thought = f"That failed. {thought}"
+        else:
+            code = self.break_code(code, rng)
+        return "Thought: " + thought, code
+
+    def search_step(self, plan, need, seen, rng):
+        """Follow the plan through what the searches have shown so far, and search for what is missing."""
+        shown = read_facts("\n\n".join(seen))
+        news, values = "", []
+        parts = need.split(" and ")
+        for i, part in enumerate(parts):
+            entity, *relations = part.split("'s ")
+            while relations:
+                value = shown.get(entity, {}).get(relations[0])
+                if value is None:
+                    needs = [world.possessive(entity, relations), *parts[i + 1 :]]
+                    return self.ask(entity, relations[0], f"{news}I need {' and '.join(needs)}.", len(seen), rng)
+                news = f"{world.possessive(entity, relations[:1])} is {value}. "
+                entity, relations = value, relations[1:]
+            values.append(entity)
+        code, _ = conclude(plan, values)
+        thought = "That is the answer." if len(values) == 1 else f"I compare {' and '.join(values)}."
+        return news + thought, f"final_answer({code})"
+
+    def ask(self, entity, relation, thought, searches, rng):
+        if searches >= 4:  # the step limit is near, and some answer is better than none
+            return thought, 'final_answer("unknown")'
+        if rng.random() < self.config.slip:
+            entity = rng.choice(self.names)
+        return thought, f'print(web_search("{world.possessive(entity, [relation])}"))'
+
+    def break_code(self, code, rng):
+        """As it is, or with an error: an unclosed parenthesis, or a name that does not exist."""
+        draw = rng.random()
+        if draw < self.config.syntax_error:
+            return code[:-1]
+        if draw < self.config.syntax_error + self.config.run_error:
+            return code.replace("print(", "show(").replace("final_answer(", "answer(")
+        return code
+
+
+def conclude(plan, values):
+    """(code of the answer, the answer) from the values found: the last one, or a comparison of two."""
+    if len(values) == 1:
+        return f'"{values[0]}"', values[0]
+    (a, b), (first, second) = plan["entities"], values
+    if plan["shape"] == "same":
+        return f'"yes" if "{first}" == "{second}" else "no"', "yes" if first == second else "no"
+    sign = "<" if plan["shape"] == "lower" else ">"
+    wins = first.isdigit() and second.isdigit() and (int(first) < int(second)) == (sign == "<")
+    return f'"{a}" if {first} {sign} {second} else "{b}"', a if wins else b
+
+
+def read_facts(text):
+    """{title: {relation: value}} out of passages, as stored or as the search tool prints them."""
+    facts = {}
+    for title, sentence in re.findall(r'^(?:\[\d+\] |")(.+?)"?\n(.+ whose .+)\.$', text, re.MULTILINE):
+        pairs = (fact.split(" is ", 1) for fact in sentence.split(" whose ", 1)[1].split(", "))
+        facts[title] = dict(pairs)
+    return facts
+
+
+def wrong_digit(number, rng):
+    """The number with one digit replaced (never by itself, and never by a leading 0)."""
+    i = rng.randrange(len(number))
+    return number[:i] + rng.choice([d for d in "123456789" if d != number[i]]) + number[i + 1 :]
+
+
+# ---------------------------------------------------------------------------------------------
+# The scripted teacher: how it is served (OpenAI's chat completions, with vLLM's continue_final_message)
+# ---------------------------------------------------------------------------------------------
+
+
+class BadRequest(Exception):
+    """A request that a server of this protocol refuses with status 400."""
+
+
+def complete(teacher, body):
+    """The answer to one /v1/chat/completions body, or BadRequest."""
+    messages, opening = checked_messages(body)
+    n = checked(body, "n", int, 1, 1, 128)
+    temperature = checked(body, "temperature", (int, float), 1.0, 0, 2)
+    checked(body, "top_p", (int, float), 1.0, 0, 1)
+    seed = checked(body, "seed", int, 0, -(2**63), 2**64)
+    max_tokens = checked(body, "max_completion_tokens", int, checked(body, "max_tokens", int, 4096, 1, 2**31), 1, 2**31)
+    stop = body.get("stop") or []
+    stop = [stop] if isinstance(stop, str) else stop
+    if not isinstance(stop, list) or not all(isinstance(s, str) and s for s in stop):
+        raise BadRequest("stop: a string or a list of strings was expected")
+    if body.get("stream"):
+        raise BadRequest("stream: this server does not stream")
+    choices, completion_tokens = [], 0
+    for index in range(n):
+        text = teacher.reply(messages, opening, [seed, index] if temperature > 0 else "greedy")
+        text, reason, count = cut(text, stop, max_tokens)
+        completion_tokens += count
+        message = {"role": "assistant", "content": text}
+        choices.append({"index": index, "message": message, "logprobs": None, "finish_reason": reason})
+    prompt = (
+        "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages) + "<|im_start|>assistant\n"
+    )
+    prompt_tokens = len(TOKEN.findall(prompt + opening))
+    usage = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
+    digest = hashlib.sha256(json.dumps([body, choices]).encode()).hexdigest()[:24]
+    return {
+        "id": f"chatcmpl-{digest}",
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": MODEL,
+        "choices": choices,
+        "usage": usage | {"total_tokens": prompt_tokens + completion_tokens},
+    }
+
+
+TOKEN = re.compile(r"<\|\w+\|>|\w+|[^\w\s]|\s+")  # a script has no tokenizer; words and signs are its tokens
+
+
+def checked(body, name, kind, default, low, high):
+    value = default if body.get(name) is None else body[name]
+    if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
+        raise BadRequest(f"{name}: a number from {low} to {high} was expected, not {value!r}")
+    return value
+
+
+def checked_messages(body):
+    """(closed messages with plain text, opening of the message to continue)."""
+    if body.get("model") != MODEL:
+        raise BadRequest(f"model: {MODEL!r} is served here, not {body.get('model')!r}")
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise BadRequest("messages: a list with at least one message was expected")
+    plain = []
+    for i, message in enumerate(messages):
+        content = message.get("content") if isinstance(message, dict) else None
+        if isinstance(content, list):
+            content = "".join(part.get("text", "") for part in content if isinstance(part, dict))
+        if not isinstance(content, str) or message.get("role") not in ("system", "user", "assistant"):
+            raise BadRequest(f"messages[{i}]: a role (system, user, assistant) and a text were expected")
+        plain.append({"role": message["role"], "content": content})
+    if not any(m["role"] == "user" for m in plain):
+        raise BadRequest("messages: a user's message was expected")
+    if not body.get("continue_final_message"):
+        return plain, ""
+    if body.get("add_generation_prompt", True):
+        raise BadRequest("continue_final_message needs add_generation_prompt to be false")
+    if plain[-1]["role"] != "assistant":
+        raise BadRequest("continue_final_message: the last message must be the assistant's")
+    return plain[:-1], plain[-1]["content"]
+
+
+def cut(text, stop, max_tokens):
+    """(text up to the first stop string or the token limit, finish reason, tokens)."""
+    ends = [at for s in stop if (at := text.find(s)) >= 0]
+    text = text[: min(ends)] if ends else text
+    tokens = TOKEN.findall(text)
+    if len(tokens) > max_tokens:
+        return "".join(tokens[:max_tokens]), "length", max_tokens
+    return text, "stop", len(tokens)
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"  # keep-alive: a collection sends thousands of requests
+    disable_nagle_algorithm = True
+
+    def do_GET(self):
+        if self.path != "/v1/models":
+            return self.answer(404, error("no such path"))
+        self.answer(200, {"object": "list", "data": [{"id": MODEL, "object": "model", "owned_by": "miniature"}]})
+
+    def do_POST(self):
+        content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.path != "/v1/chat/completions":
+            return self.answer(404, error("no such path"))
+        try:
+            body = json.loads(content)
+            if not isinstance(body, dict):
+                raise BadRequest("a JSON object was expected")
+            self.answer(200, complete(self.server.teacher, body))
+        except ValueError:
+            self.answer(400, error("the body is not JSON"))
+        except BadRequest as refusal:
+            self.answer(400, error(str(refusal)))
+
+    def answer(self, status, body):
+        content = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *args):
+        pass
+
+
+def error(message):
+    return {"error": {"message": message, "type": "invalid_request_error", "code": None}}
+
+
+def open_server(config):
+    """A server of the scripted teacher, listening; `serve_forever` answers."""
+    try:
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", config.port), Handler)
+    except OSError as failure:
+        raise InputError(f"--port {config.port}: {failure.strerror}; 0 takes a free port") from None
+    server.daemon_threads = True
+    server.teacher = Teacher(config)
+    return server
+
+
+def teach(config):
+    """Serve the scripted teacher on 127.0.0.1, for good or while a command runs."""
+    server = open_server(config)
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    if not config.quiet:
+        print(f"{MODEL}: {url}", flush=True)
+    if config.then is None:
+        return server.serve_forever()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        return subprocess.run(config.then, shell=True, env=os.environ | {"TEACHER_URL": url}).returncode
+    finally:
+        server.shutdown()
+
+
+# ---------------------------------------------------------------------------------------------
+# Base students, from scratch
+# ---------------------------------------------------------------------------------------------
+
+# Three layers of the Qwen2 architecture, head size 32: (hidden size, heads, warm-up steps). Smaller ones learn
+# to copy later. Without embeddings: S 0.33 million parameters, M 0.59, L 1.33.
+SIZES = {"S": (96, 3, 350), "M": (128, 4, 250), "L": (192, 6, 250)}
+HEAD_SIZE = 32
+VOCABULARY = 1200
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+# A name must be the same tokens wherever it stands: the space before a capital or a digit is a token of its own.
+SPLIT = r"'s| ?[a-z_]+|[A-Z][a-z]*|[0-9]| ?[^\sA-Za-z0-9]+|\n+|\s"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@dataclasses.dataclass(kw_only=True)
+class BaseConfig:
+    world: str = option(REQUIRED, "folder made by `world`")
+    out: str = option(REQUIRED, "folder for the model")
+    size: Literal["S", "M", "L"] = option("M", "0.33, 0.59 or 1.33 million parameters besides the embeddings")
+    seed: int = option(0, "initial weights and documents")
+    documents: int = option(2000, "pretraining documents of 256 tokens")
+    warmup: int | None = option(None, "steps of the copy warm-up (default: by size)")
+    prompts: str = option(str(Prompts.default), "folder of prompts, which the tokenizer is fitted to")
+    quiet: bool = option(False, "no progress bar")
+
+
+def make_base(config):
+    """Make a base student from scratch and save it as an ordinary Hugging Face folder.
+
+    It can copy and read a little and knows a few passages by heart; tasks and tools are left to fine-tuning.
+    """
+    torch.manual_seed(config.seed)
+    rng = random.Random(f"base {config.seed} {config.size}")
+    tokenizer = make_tokenizer(Path(config.world), Prompts(config.prompts))
+    work = Path(config.out + ".work")
+    new_model(config.size, tokenizer).save_pretrained(work / "new")
+    tokenizer.save_pretrained(work / "new")
+    warmup = config.warmup if config.warmup is not None else SIZES[config.size][2]
+    write_rows(work / "copies.jsonl", copy_rows(rng, tokenizer, 8 * warmup))
+    write_rows(work / "documents.jsonl", document_rows(rng, tokenizer, Path(config.world), config.documents))
+    common = {"tuning": "full", "schedule": "cosine", "warmup_steps": 30, "beta2": 0.98, "weight_decay": 0.05, "lr": 3e-3,
+              "epochs": 1, "batch_size": 8, "seed": config.seed, "threads": 1, "quiet": config.quiet}  # fmt: skip
+    train.fit(
+        train.Config(data=[str(work / "copies.jsonl")], model=str(work / "new"), out=str(work / "copier"), **common)
+    )
+    train.fit(train.Config(data=[str(work / "documents.jsonl")], model=str(work / "copier"), out=config.out, **common))
+    shutil.rmtree(work)
+
+
+def make_tokenizer(folder, prompts):
+    """Byte-level BPE on the world's passages and on training chats as they will be rendered: one per world."""
+    teacher = Teacher(TeacherConfig(world=str(folder)))
+    passages = [row["contents"] for _, row in read_jsonl(folder / "passages.jsonl")]
+    tasks = [row for _, row in itertools.islice(read_jsonl(folder / "train.jsonl"), 1000)]
+    chats = [chat for task in tasks for chat in rehearse(teacher, task["question"], prompts)]
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Split(tokenizers.Regex(SPLIT), "isolated"),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(passages + ["\n".join(m["content"] for m in chat) for chat in chats], trainer)
+    # Not a Qwen2Tokenizer, although the model is a Qwen2: that class would put its own pre-tokenizer in place of ours.
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False, padding_side="left",
+    )  # fmt: skip
+
+
+def rehearse(teacher, question, prompts):
+    """The two chats, agent and CoT, that the script gives for a question, with one passage shown per search."""
+    chats = []
+    for system, content in ((prompts.agent_student_system, prompts.fill("question", question=question)),
+                            (prompts.cot_system, question)):  # fmt: skip
+        chat = [{"role": "system", "content": system}, {"role": "user", "content": content}]
+        for _ in range(5):
+            reply = teacher.reply(chat)
+            chat.append({"role": "assistant", "content": reply})
+            query = re.search(r"web_search\(\"(.+)'s .+\"\)", reply)
+            if query is None:
+                break
+            facts = teacher.facts[query[1]]
+            hit = prompts.fill("search_result", rank=1, title=query[1], text=world.sentence(query[1], facts))
+            chat.append({"role": "user", "content": prompts.fill("observation", stdout=hit, result=None)})
+        chats.append(chat)
+    return chats
+
+
+def new_model(size, tokenizer):
+    """Random weights, but for the attention of layer 0, whose heads are made by hand to look 1, 2, 3 and 0 tokens back.
+
+    Copying needs heads that know what came before, and in minutes of training they do not form on their own. Qwen2
+    has biases on queries and keys, and rotary positions turn a constant query and key into a function of distance
+    alone: with c e^(i f d) for the key and c for the query, the score is the sum of c^2 cos(f (distance - d)) over
+    the frequencies f, with its peak at distance d. The further heads of larger models stay random.
+    """
+    width, heads, _ = SIZES[size]
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=8 * width // 3, num_hidden_layers=3,
+            num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=2048,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4}, initializer_range=0.03,
+            tie_word_embeddings=True, bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+    half = HEAD_SIZE // 2
+    fast = torch.arange(6)  # the highest of the 16 frequencies: they make the peak sharp
+    angles = 1e4 ** (-fast / half)
+    attention = model.model.layers[0].self_attn
+    with torch.no_grad():
+        for head, distance in zip(range(heads), (1, 2, 3, 0), strict=False):
+            start = head * HEAD_SIZE
+            attention.q_proj.bias[start + fast] = PEAK
+            attention.k_proj.bias[start + fast] = PEAK * torch.cos(angles * distance)
+            attention.k_proj.bias[start + half + fast] = PEAK * torch.sin(angles * distance)
+    return model
+
+
+PEAK = 7.0  # a distance of one token off the peak then scores 5.9 less after the division by sqrt(32)
+
+
+def copy_rows(rng, tokenizer, count, length=256):
+    """Rows of random tokens and digit strings, each of which comes again later; the loss is on the repetition."""
+    words, digits = range(len(SPECIAL), len(tokenizer)), tokenizer.convert_tokens_to_ids(list("0123456789"))
+    rows = []
+    while len(rows) < count:
+        ids, mask = [], []
+        while len(ids) < length:
+            pieces = []
+            for _ in range(rng.choice([1, 1, 2, 3])):
+                source = digits if rng.random() < 0.3 else words
+                mark = rng.choices(words, k=2)
+                pieces.append(mark + rng.choices(source, k=rng.randint(2, 8 if source is digits else 20)))
+            ids += [id for piece in pieces for id in piece]
+            mask += [0] * sum(map(len, pieces))
+            for piece in rng.sample(pieces, len(pieces)):
+                ids += piece
+                mask += [0, 0] + [1] * (len(piece) - 2)
+        rows.append({"input_ids": ids[:length], "loss_mask": mask[:length]})
+    return [row for row in rows if any(row["loss_mask"])]
+
+
+def document_rows(rng, tokenizer, folder, count, length=256):
+    """Pretraining: passages and statements of this world, reading in another world, and named numbers."""
+    facts = read_facts("\n\n".join(row["contents"] for _, row in read_jsonl(folder / "passages.jsonl")))
+    titles = list(facts)
+    weights = [1 / (rank + 10) for rank in range(len(titles))]  # Zipf: some pages are read often, most hardly ever
+    rng.shuffle(titles)
+    other = world.World(f"other {rng.random()}")
+
+    def page(title, source):
+        return f"{title}\n{world.sentence(title, source[title])}"
+
+    def statement(title, source):
+        relation = rng.choice(list(source[title]))
+        return f"{title}'s {relation} is {source[title][relation]}."
+
+    def document():
+        draw = rng.random()
+        title = rng.choices(titles, weights)[0]
+        if draw < 0.25:
+            return page(title, facts)
+        if draw < 0.4:
+            return statement(title, facts)
+        if draw < 0.75:
+            first, second = rng.sample(list(other.facts), 2)
+            known = [statement(rng.choice([first, first, second]), other.facts) for _ in range(3)]
+            return "\n\n".join([page(first, other.facts), page(second, other.facts), *known])
+        names = rng.sample(WORDS, rng.randint(2, 4))
+        numbers = {name: str(rng.randint(1, 10 ** rng.randint(1, 8))) for name in names}
+        told = ", ".join(f"{name} {number}" for name, number in numbers.items())
+        return told + ".\n" + "\n".join(f"{name} = {number}" for name, number in numbers.items())
+
+    rows, ids = [], []
+    while len(rows) < count:
+        ids += [*tokenizer(document())["input_ids"], tokenizer.pad_token_id]
+        while len(ids) >= length:
+            rows.append({"input_ids": ids[:length], "loss_mask": [1] * length})
+            ids = ids[length:]
+    return rows[:count]
+
+
+WORDS = "grows buys loses pays earns finds works fills puts charges takes gives holds sends makes a b c m N".split()
+
+
+if __name__ == "__main__":
+    run_command_line(
+        __doc__,
+        {"world": (WorldConfig, make_world), "teacher": (TeacherConfig, teach), "base": (BaseConfig, make_base)},
+    )

@@ -1,0 +1,101 @@
+"""A real HTTP server for the tests; a function (path, body, number) decides on each answer or fault."""
+
+import contextlib
+import http.server
+import json
+import socket
+import struct
+import threading
+import time
+
+
+def completion(text, model="served-name", **more):
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop", **more}
+    return {"model": model, "choices": [choice], "usage": {"prompt_tokens": 5, "completion_tokens": 2}}
+
+
+@contextlib.contextmanager
+def serve(behave, port=0):
+    """behave(path, body, request number) returns a dict (answered as JSON), or a tuple that names a fault:
+
+    ("status", code, headers, text), ("reset",), ("reset in body",), ("cut",), ("raw", bytes),
+    ("hang", seconds), ("drip", seconds between bytes). Yields the base URL and the list of requests seen.
+    """
+    seen, lock = [], threading.Lock()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *args):
+            pass
+
+        def do_GET(self):
+            self.answer({"data": [{"id": "served-name"}]})
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with lock:
+                seen.append((self.path, body, dict(self.headers)))
+                number = len(seen) - 1
+            self.answer(behave(self.path, body, number))
+
+        def answer(self, answer):
+            fault = answer if isinstance(answer, tuple) else None
+            content = json.dumps(answer).encode()
+            if fault is None:
+                return self.send(200, {}, content)
+            if fault[0] == "status":
+                return self.send(fault[1], fault[2], fault[3].encode())
+            if fault[0] == "raw":
+                return self.send(200, {}, fault[1])
+            if fault[0] == "hang":
+                time.sleep(fault[1])
+                return self.send(200, {}, b"{}")
+            self.close_connection = True
+            if fault[0] == "reset":
+                return self.reset()
+            self.send_response(200)
+            self.send_header("Content-Length", "500")
+            self.end_headers()
+            if fault[0] == "drip":
+                with contextlib.suppress(OSError):
+                    for _ in range(20):
+                        self.wfile.write(b" ")
+                        time.sleep(fault[1])
+                return None
+            self.wfile.write(b'{"choices": [{"mess')
+            if fault[0] == "reset in body":
+                self.wfile.flush()
+                return self.reset()
+            return None
+
+        def send(self, status, headers, content):
+            with contextlib.suppress(OSError):  # a client that gave up is part of the tests
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+        def reset(self):
+            """Close with a TCP reset, as a crashing server or a dropped route does."""
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+
+    class Server(http.server.ThreadingHTTPServer):
+        daemon_threads = True
+        request_queue_size = 128
+
+        def handle_error(self, request, client_address):
+            pass
+
+    server = Server(("127.0.0.1", port), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/v1", seen
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -1,0 +1,183 @@
+"""The client against a server that misbehaves in every way that servers do."""
+
+import time
+
+import pytest
+
+import client as client_module
+from client import BadRequest, Client, ServerError, Speaker, cut_at_stop, in_parallel
+from common import InputError
+from servers import completion, serve
+from tasks import Prompts
+
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    monkeypatch.setattr(client_module, "BACKOFF", 0.01)
+    monkeypatch.setattr(client_module, "DEAD_SECONDS", 0.2)
+
+
+PASSING = {
+    "429": ("status", 429, {}, "slow down"),
+    "429 retry-after": ("status", 429, {"Retry-After": "0.3"}, "slow down"),
+    "500": ("status", 500, {}, "oops"),
+    "502": ("status", 502, {}, "<html>bad gateway</html>"),
+    "503": ("status", 503, {}, ""),
+    "reset": ("reset",),
+    "reset in body": ("reset in body",),
+    "cut body": ("cut",),
+    "invalid JSON": ("raw", b'{"choices": [{"message"'),
+    "a list": ("raw", b"[]"),
+    "no choices": {"choices": []},
+    "null choices": {"choices": None},
+    "null content": {"choices": [{"message": {"role": "assistant", "content": None}}]},
+    "hang": ("hang", 2.0),
+    "drip": ("drip", 0.1),
+}
+
+
+@pytest.mark.parametrize("fault", PASSING)
+def test_passing_faults_are_retried(fault):
+    with serve(lambda path, body, number: PASSING[fault] if number < 2 else completion("fine")) as (url, seen):
+        asker = Client([url], timeout=0.4, retries=4)
+        start = time.monotonic()
+        reply = asker.chat(HELLO)
+        assert (reply.texts, reply.usage["retries"], len(seen)) == (["fine"], 2, 3)
+        assert reply.usage["prompt_tokens"] == 5 and reply.model == "served-name"
+        if "retry-after" in fault:
+            assert time.monotonic() - start > 0.6
+        assert time.monotonic() - start < 3
+
+
+def test_retries_are_bounded():
+    with serve(lambda *request: ("status", 500, {}, "broken for good")) as (url, seen):
+        with pytest.raises(ServerError, match="500: broken for good; gave up after 3 attempts"):
+            Client([url], retries=2).chat(HELLO)
+        assert len(seen) == 3
+
+
+def test_connection_refused_ends_as_a_server_error():
+    with serve(lambda *request: completion("fine")) as (url, _):
+        pass
+    with pytest.raises(ServerError, match="connection failed"):
+        Client([url], model="m", retries=1).chat(HELLO)
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_hopeless_statuses_stop_at_once_and_show_no_key(status, monkeypatch):
+    monkeypatch.setenv("TEACHER_KEY", "sk-very-secret")
+    with serve(lambda *request: ("status", status, {}, "bad key sk-very-secret")) as (url, seen):
+        with pytest.raises(InputError) as caught:
+            Client([url], api_key_env="TEACHER_KEY").chat(HELLO)
+        assert seen[0][2]["Authorization"] == "Bearer sk-very-secret"
+        assert len(seen) == 1 and str(status) in str(caught.value)
+        assert "secret" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_key_is_cut_out_of_what_a_server_says(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    with serve(lambda *request: ("status", 400, {}, "no: sk-very-secret")) as (url, _):
+        with pytest.raises(BadRequest, match=r"no: \[key\]"):
+            Client([url]).chat(HELLO)
+
+
+def test_a_bad_request_is_not_repeated():
+    with serve(lambda *request: ("status", 400, {}, "context length exceeded")) as (url, seen):
+        with pytest.raises(BadRequest, match="context length"):
+            Client([url]).chat(HELLO)
+        assert len(seen) == 1
+
+
+def test_a_server_that_ignores_n_is_asked_n_times_with_other_seeds():
+    with serve(lambda path, body, number: completion(f"seed {body['seed']}")) as (url, seen):
+        reply = Client([url]).chat(HELLO, n=3, seed=7, temperature=0.5)
+        assert reply.texts == ["seed 7", "seed 8", "seed 9"]
+        assert reply.usage["requests"] == 3 and reply.usage["completion_tokens"] == 6
+
+
+def test_stop_strings_left_in_the_text_are_cut():
+    with serve(lambda *request: completion("code ```<end_code> and Observation: made up")) as (url, _):
+        assert Client([url]).chat(HELLO, stop=["<end_code>", "Observation:"]).texts == ["code ```"]
+    assert cut_at_stop("abc", []) == "abc"
+
+
+def test_a_dead_endpoint_is_left_out_and_tried_again():
+    alive = {"second": False}
+
+    def second(*request):
+        return completion("second") if alive["second"] else ("reset",)
+
+    with serve(lambda *r: completion("first")) as (url1, seen1), serve(second) as (url2, seen2):
+        asker = Client([url2, url1])
+        assert [asker.chat(HELLO).texts[0] for _ in range(5)] == ["first"] * 5
+        assert len(seen2) == 1  # asked once, then left alone
+        alive["second"] = True
+        time.sleep(0.25)
+        asker.endpoints[1].busy = 1  # the other one is the less busy now
+        assert asker.chat(HELLO).texts == ["second"]
+
+
+def test_least_busy_first():
+    with serve(lambda *r: completion("a")) as (url1, seen1), serve(lambda *r: completion("b")) as (url2, seen2):
+        asker = Client([url1, url2])
+        for endpoint, busy in zip(asker.endpoints, (3, 1), strict=True):
+            endpoint.busy = busy
+        assert asker.chat(HELLO).texts == ["b"] and not seen1
+
+
+def test_a_server_that_restarts_in_the_middle():
+    with serve(lambda *r: completion("before")) as (url, _):
+        asker = Client([url], retries=10)
+        assert asker.chat(HELLO).texts == ["before"]
+    port = int(url.rsplit(":", 1)[1].split("/")[0])
+    import threading
+
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(asker.chat(HELLO).texts[0]))
+    thread.start()
+    time.sleep(0.2)
+    with serve(lambda *r: completion("after"), port=port):
+        thread.join(20)
+    assert answers == ["after"]
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "ftp://x/v1"])
+def test_an_address_that_is_none(url):
+    with pytest.raises(InputError, match="--url"):
+        Client([url])
+
+
+def vllm(path, body, number):
+    """Closes the assistant's turn and opens another unless told to continue, and counts tokens accordingly."""
+    prompt = sum(len(m["content"]) for m in body["messages"])
+    answer = completion("lo")
+    answer["usage"]["prompt_tokens"] = prompt + (0 if body.get("continue_final_message") else 9)
+    return answer
+
+
+def test_the_probe_tells_a_server_that_continues_from_those_that_do_not():
+    with serve(vllm) as (url, _):
+        assert Speaker(Client([url]), Prompts()).find_mode() == "continue"
+    with serve(lambda *request: completion("Hello!")) as (url, _):
+        with pytest.raises(InputError, match="ignores continue_final_message.*--prefix-mode"):
+            Speaker(Client([url]), Prompts()).find_mode()
+    with serve(lambda path, body, n: ("status", 422, {}, "unknown field")) as (url, _):
+        with pytest.raises(InputError, match="does not continue.*unknown field.*--prefix-mode"):
+            Speaker(Client([url]), Prompts()).find_mode()
+
+
+def test_in_parallel_gives_every_result_and_raises_the_first_error():
+    assert sorted(in_parallel(lambda x: x * x, range(1, 50), 7)) == [x * x for x in range(1, 50)]
+
+    def fail(x):
+        if x == 20:
+            raise InputError("the twentieth")
+        return x
+
+    results = []
+    with pytest.raises(InputError, match="twentieth"):
+        for result in in_parallel(fail, range(1, 100_000), 4):
+            results.append(result)
+    assert len(results) < 50_000
