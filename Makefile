@@ -43,8 +43,13 @@ $(VENV)/.ready: requirements.txt
 # that an interrupted `make reproduce` continues. One recursion a seed, pattern rules over sizes (%).
 # ------------------------------------------------------------------------------------------------
 
+# A make that was killed may leave stages at work; the lock makes the next one wait for them.
+LOCK = $(if $(shell command -v flock),flock $(RUNS)/.lock)
 reproduce: $(READY)  ## the miniature, offline: world, teacher, students, evaluation, table
-	@for seed in $(SEEDS); do $(MAKE) --no-print-directory -j$(JOBS) miniature-seed SEED=$$seed || exit; done
+	@mkdir -p $(RUNS)
+	@for seed in $(SEEDS); do \
+	  $(LOCK) $(MAKE) --no-print-directory -j$(JOBS) miniature-seed SEED=$$seed || exit; \
+	done
 	@$(RUN) evaluate.py report $(RUNS)
 
 SEED ?= 0
@@ -59,7 +64,7 @@ $(D)/world/.done:
 
 # 2. Retriever: TF-IDF over the passages.
 $(D)/index/.done: $(D)/world/.done
-	$(RUN) retriever.py build $(D)/world/passages.jsonl --out $(@D)
+	$(RUN) retriever.py build $(D)/world/passages.jsonl $(@D)
 	touch $@
 
 # 3. Teacher: CoT traces (Eq. 2), agent trajectories (Eq. 3), and those with first-thought prefix (Eq. 5), over HTTP.

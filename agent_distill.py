@@ -340,38 +340,27 @@ def collect(config):
     """
     if config.samples > 1 and config.temperature == 0:
         raise InputError("--samples above 1 repeats the same greedy answer: give a --temperature")
-    prompts = Prompts(config.prompts)
     tasks = load_tasks(config.tasks, config.kind, config.limit)
-    search = open_search(config.search, prompts, config.top_k) if config.search else None
-    if config.method == "agent" and search is None and any(task["kind"] == "fact" for task in tasks):
+    if config.method == "agent" and not config.search and any(task["kind"] == "fact" for task in tasks):
         raise InputError("fact questions need web_search: name an index folder or a /retrieve URL with --search")
-    client = Client(config.url, config.model, config.api_key_env, config.request_timeout, config.retries)
-    speaker = Speaker(
-        client, prompts, config.prefix_mode, config.tokenizer or client.model,
-        temperature=config.temperature, top_p=config.top_p, max_tokens=config.max_tokens,
-    )  # fmt: skip
-    if config.first_thought and config.prefix_mode == "auto":
-        speaker.mode = speaker.find_mode()
-    cots = {(row["task"], row["id"]): row for _, row in read_jsonl(config.cot)} if config.cot else {}
     with Journal(config.out) as journal:
         keep_config(f"{config.out}.run.json", config, COLLECT_MAY_CHANGE)
         done = {(row["task"], row["id"], row["sample"]) for row in journal.rows}
+        items = [(task, sample) for task in tasks for sample in range(config.samples)]
+        todo = [item for item in items if (item[0]["task"], item[0]["id"], item[1]) not in done]
         spent = Spending(config, journal.rows)
-        todo = [(task, i) for task in tasks for i in range(config.samples) if (task["task"], task["id"], i) not in done]
-        affordable = itertools.takewhile(lambda _: not spent.all(), todo)
-        bar = progress(
-            total=len(done) + len(todo), desc=f"collect {config.method}", unit="question", quiet=config.quiet
-        )
-        bar.update(len(done))
-        with bar:
-            work = functools.partial(_collect_one, config, prompts, search, speaker, cots)
-            for row in in_parallel(work, affordable, config.concurrency):
-                journal.append(row)
-                spent.add(row)
-                bar.update()
-                bar.set_postfix_str(spent.summary())
-        print(f"{config.out}: {len(journal.rows)} of {len(done) + len(todo)} trajectories; {spent.summary()}")
-        if len(journal.rows) < len(done) + len(todo):
+        if todo:
+            ask = Collector(config)
+            affordable = itertools.takewhile(lambda _: not spent.all(), todo)
+            title = f"collect {config.method}"
+            with progress(total=len(items), done=len(items) - len(todo), desc=title, quiet=config.quiet) as bar:
+                for row in in_parallel(ask, affordable, config.concurrency):
+                    journal.append(row)
+                    spent.add(row)
+                    bar.update()
+                    bar.set_postfix_str(spent.summary(), refresh=False)
+        print(f"{config.out}: {spent.rows} trajectories; {spent.summary()}")
+        if spent.all():
             raise InputError(f"the budget of {config.budget:g} is spent; a larger --budget continues from here")
 
 
@@ -379,38 +368,56 @@ COLLECT_MAY_CHANGE = ("url", "concurrency", "retries", "request_timeout", "budge
                       "price_in", "price_out", "api_key_env")  # fmt: skip
 
 
-def _collect_one(config, prompts, search, speaker, cots, item):
-    task, sample = item
-    usage, start, key = collections.Counter(), time.perf_counter(), (task["task"], task["id"], sample)
-    steps = itertools.count()
+class Collector:
+    """Turns one (task, sample) into one trajectory row; threads share it."""
 
-    def answer(turn):
-        return speaker.answer(turn, usage, seed=stable_seed(config.seed, *key, next(steps)), stop=stop)
-
-    prefix = cot = None
-    stop = None
-    if config.method == "agent" and config.first_thought:
-        row = cots.get(key[:2])
-        if row is None:
-            row = {
-                "messages": drive(cot_episode(task["question"], prompts, system=prompts.cot_system), answer).messages
-            }
-        cot = row["messages"][-1]["content"] if row["messages"][-1]["role"] == "assistant" else ""
-        prefix = first_step(cot)
-    if config.method == "cot":
-        episode = cot_episode(task["question"], prompts, system=prompts.cot_system)
-    else:
-        stop = STOP
-        tools = {"web_search": search} if search else {}
-        open_sandbox = functools.partial(Sandbox, tools=tools, timeout=config.timeout)
-        episode = agent_episode(
-            task["question"], prompts, open_sandbox,
-            system=prompts.agent_system, max_steps=config.max_steps, first_thought=prefix,
+    def __init__(self, config):
+        self.config, self.prompts = config, Prompts(config.prompts)
+        self.search = open_search(config.search, self.prompts, config.top_k) if config.search else None
+        self.cots = {(row["task"], row["id"]): row for _, row in read_jsonl(config.cot)} if config.cot else {}
+        client = Client(config.url, config.model, config.api_key_env, config.request_timeout, config.retries)
+        self.speaker = Speaker(
+            client, self.prompts, config.prefix_mode, config.tokenizer or client.model,
+            temperature=config.temperature, top_p=config.top_p, max_tokens=config.max_tokens,
         )  # fmt: skip
-    row = trajectory(task, config.method, drive(episode, answer))
-    seconds = round(time.perf_counter() - start, 3)
-    return {**row, "sample": sample, "model": speaker.client.model, "prefix": prefix, "cot": cot,
-            "usage": dict(usage), "seconds": seconds}  # fmt: skip
+        if config.first_thought and config.prefix_mode == "auto":
+            self.speaker.mode = self.speaker.find_mode()
+
+    def __call__(self, item):
+        task, sample = item
+        start, usage, turns = time.perf_counter(), collections.Counter(), itertools.count()
+
+        def answer(turn):
+            seed = stable_seed(self.config.seed, task["task"], task["id"], sample, next(turns))
+            stop = STOP if self.config.method == "agent" else None
+            return self.speaker.answer(turn, usage, seed=seed, stop=stop)
+
+        cot = self._cot(task, answer) if self.config.first_thought else None
+        prefix = first_step(cot) if cot else None
+        if self.config.method == "cot":
+            episode = cot_episode(task["question"], self.prompts, system=self.prompts.cot_system)
+        else:
+            tools = {"web_search": self.search} if self.search else {}
+            episode = agent_episode(
+                task["question"],
+                self.prompts,
+                functools.partial(Sandbox, tools=tools, timeout=self.config.timeout),
+                system=self.prompts.agent_system,
+                max_steps=self.config.max_steps,
+                first_thought=prefix,
+            )
+        row = trajectory(task, self.config.method, drive(episode, answer))
+        row |= {"sample": sample, "model": self.speaker.client.model, "prefix": prefix, "cot": cot}
+        return row | {"usage": dict(usage), "seconds": round(time.perf_counter() - start, 3)}
+
+    def _cot(self, task, answer):
+        """The chain of thought whose first step becomes the prefix: from the --cot file, or asked for now."""
+        row = self.cots.get((task["task"], task["id"]))
+        if row is None:
+            episode = cot_episode(task["question"], self.prompts, system=self.prompts.cot_system)
+            row = {"messages": drive(episode, answer).messages}
+        last = row["messages"][-1]
+        return last["content"] if last["role"] == "assistant" else None
 
 
 def trajectory(task, method, episode, judge=None):
@@ -470,32 +477,37 @@ def filter_trajectories(config):
 
     Run-time errors that the teacher then mended stay: they teach recovery. Prints what was dropped and why.
     """
-    kept, asked = [], 0
+    rows = [row for path in config.trajectories for row in _read_trajectories(path)]
+    # They lie in the order in which they were finished; training must not depend on that.
+    rows.sort(key=lambda row: (row["task"], str(row["id"]), row.get("sample", 0)))
+    kept, times = [], collections.Counter()
     table = collections.defaultdict(collections.Counter)
-    times = collections.Counter()
-    for path in config.trajectories:
-        for number, row in read_jsonl(path):
-            for field in ("task", "kind", "question", "messages", "steps", "correct", "stop"):
-                if field not in row:
-                    raise InputError(f"{path}:{number}: not a trajectory: no {field!r}")
-            asked += 1
-            question = " ".join(sorted(re.findall(r"\w+", row["question"].lower())))  # word order, case, punctuation
-            reason = drop_reason(row)
-            if not reason and times[question] >= config.per_question:
-                reason = "duplicate"
-            if not reason:
-                times[question] += 1
-                kept.append(row)
-            table[row["task"]].update(["asked", reason or "kept", *(["right"] if row["correct"] else [])])
+    for row in rows:
+        question = " ".join(sorted(re.findall(r"\w+", row["question"].lower())))  # word order, case, punctuation
+        reason = drop_reason(row)
+        if not reason and times[question] >= config.per_question:
+            reason = "duplicate"
+        if not reason:
+            times[question] += 1
+            kept.append(row)
+        table[row["task"]].update(["asked", reason or "kept", *(["right"] if row["correct"] else [])])
     if config.balance:
         kept = _balanced(kept, random.Random(config.seed), table)
     if not kept:
-        raise InputError(f"{', '.join(config.trajectories)}: none of {asked} trajectories can be kept")
+        raise InputError(f"{', '.join(config.trajectories)}: none of {len(rows)} trajectories can be kept")
     with replace_file(config.out) as file:
         for row in kept:
             fields = ("id", "task", "kind", "question", "method", "messages")
             file.write(json.dumps({name: row.get(name) for name in fields}, ensure_ascii=False) + "\n")
     print(_counts_table(table))
+
+
+def _read_trajectories(path):
+    for number, row in read_jsonl(path):
+        for field in ("id", "task", "kind", "question", "messages", "steps", "correct", "stop"):
+            if field not in row:
+                raise InputError(f"{path}:{number}: not a trajectory: no {field!r}")
+        yield row
 
 
 def drop_reason(row):

@@ -119,10 +119,18 @@ def run_command_line(description, commands, default=None, argv=None):
     sys.exit(status)
 
 
-def progress(iterable=None, *, total=None, desc="", unit="it", quiet=False):
-    """A tqdm bar on stderr, slowed down where nobody watches (a log file)."""
-    interval = 0.1 if sys.stderr.isatty() else 30
-    return tqdm(iterable, total=total, desc=desc, unit=unit, disable=quiet, mininterval=interval, dynamic_ncols=True)
+def progress(iterable=None, *, total=None, done=0, desc="", unit="it", quiet=False):
+    """A tqdm bar on stderr, slowed down where nobody watches (a log file). done: where a resumed run starts."""
+    return tqdm(
+        iterable,
+        total=total,
+        initial=done,
+        desc=desc,
+        unit=unit,
+        disable=quiet,
+        mininterval=0.1 if sys.stderr.isatty() else 30,
+        dynamic_ncols=True,
+    )
 
 
 # Files: JSON lines are appended whole; any other file is written aside and renamed.
@@ -238,7 +246,7 @@ def keep_config(path, config, may_change=()):
         for name in new:
             if name not in may_change and name in old and old[name] != new[name]:
                 raise InputError(
-                    f"{path.parent} was made with --{name.replace('_', '-')} {old[name]}, not {new[name]}: "
+                    f"{path}: this was made with --{name.replace('_', '-')} {old[name]}, not {new[name]}: "
                     "name another --out to keep both, or delete it"
                 )
     write_json(path, new)

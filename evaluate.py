@@ -186,7 +186,7 @@ def _run_episodes(config, todo, prompts, search, journal):
             journal.append({**row, "usage": usage})
             right += row["correct"]
             bar.update()
-            bar.set_postfix_str(f"{right / done:.1%} right")
+            bar.set_postfix_str(f"{right / done:.1%} right", refresh=False)
 
 
 def start_episode(config, prompts, search, question, key=()):

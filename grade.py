@@ -57,7 +57,7 @@ def grade(kind, prediction, answer, aliases=(), question=None, judge=None):
         return Grade(False, "no gold answer")  # three MATH training rows have none
     if kind == "fact":
         return _grade_fact(prediction, [answer, *aliases], question, judge)
-    if prediction is None or not str(prediction).strip():
+    if prediction is None or (isinstance(prediction, str) and not prediction.strip()):
         return Grade(False, "no answer")
     return Grade(*math_equal.compare(prediction, answer, question))
 
@@ -88,7 +88,10 @@ def grade_many(rows, judge=None, workers=2, quiet=True):
 
 
 def _grade_fact(prediction, golds, question, judge):
-    text = fact_text(prediction)
+    try:
+        text = fact_text(prediction)
+    except (RecursionError, ValueError):  # lists within lists within lists; an integer too long to print
+        return Grade(False, "unreadable", False, 0.0)
     if not text.strip():
         return Grade(False, "no answer", False, 0.0)
     golds = [fact_text(gold) for gold in golds]
@@ -163,10 +166,25 @@ def cot_answer(text):
     stated = re.findall(r"(?i)\b(?:final answer(?: is)?|(?:the|so the|thus the) answer is)\b\s*:?\**\s*(.+)", text)
     if not stated:
         return None
-    return stated[-1].strip().strip("*").strip().removesuffix(".").strip() or None
+    return stated[-1].strip(" *.") or None
 
 
 # The paper's judge of factual answers (gpt-4o-mini), over any OpenAI-compatible server.
+
+
+VERDICT_SCHEMA = {
+    "type": "json_schema",
+    "json_schema": {
+        "name": "verdict",
+        "strict": True,
+        "schema": {
+            "type": "object",
+            "properties": {"verdict": {"type": "string", "enum": ["correct", "incorrect"]}},
+            "required": ["verdict"],
+            "additionalProperties": False,
+        },
+    },
+}
 
 
 class Judge:
@@ -175,20 +193,6 @@ class Judge:
     url: a base that ends in /v1. model: the paper's gpt-4o-mini by default. api_key_env: the environment
     variable that holds the key. cache: a JSONL file of verdicts, so that nothing is paid twice.
     """
-
-    schema = {
-        "type": "json_schema",
-        "json_schema": {
-            "name": "verdict",
-            "strict": True,
-            "schema": {
-                "type": "object",
-                "properties": {"verdict": {"type": "string", "enum": ["correct", "incorrect"]}},
-                "required": ["verdict"],
-                "additionalProperties": False,
-            },
-        },
-    }
 
     def __init__(self, url, model="gpt-4o-mini", api_key_env="OPENAI_API_KEY", cache=None, prompt=JUDGE_PROMPT):
         self.client = Client([url], model, api_key_env, timeout=120.0)
@@ -227,7 +231,7 @@ class Judge:
         """One reply, or "" where the server refuses the request even in its plainest form."""
         messages = [{"role": "user", "content": content}]
         for structured in [True, False] if self._structured else [False]:
-            extra = {"response_format": self.schema} if structured else None
+            extra = {"response_format": VERDICT_SCHEMA} if structured else None
             with contextlib.suppress(BadRequest):
                 reply = self.client.chat(messages, temperature=0.0, max_tokens=64, seed=seed, extra=extra)
                 self._structured = structured

@@ -5,21 +5,26 @@
     lora.add(model, rank=64, alpha=128, dropout=0.05)      # wrap every linear layer but the head; freeze the rest
     lora.save(model, "adapter", base="Qwen/Qwen2.5-0.5B-Instruct")
     lora.load(model, "adapter")                            # continue from one, ours or PEFT's
-    lora.merge(model)                                      # fold it into the weights, for inference
+    lora.fold(model)                                       # merge it into the weights, for inference
+    model, tokenizer = lora.load_model("adapter")          # the last two, onto the base model it names
 
 A frozen weight W (out, in) gets a trained correction of rank r: y = W x + (alpha / r) B A dropout(x), with
 A (r, in) and B (out, r). B starts at zero, so that training starts from the base model's own outputs.
 """
 
+import dataclasses
 import math
 from pathlib import Path
+from typing import Literal
 
 import torch
+import transformers
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common import InputError, parse_object, replace_file, write_json
+from common import REQUIRED, InputError, option, parse_object, replace_file, write_json
 
 PREFIX = "base_model.model."  # PEFT names a tensor by its path inside PeftModel -> LoraModel -> the model
 # What PEFT can put into an adapter that this file does not compute: absent or falsy, or it is refused.
@@ -47,8 +52,8 @@ class LoraLinear(nn.Module):
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))  # the reference implementation's choice, and PEFT's
 
     def forward(self, x):
-        low = nn.functional.linear(nn.functional.dropout(x, self.dropout, self.training), self.a)
-        return self.base(x) + nn.functional.linear(low, self.b) * self.scale
+        low = nn.functional.linear(nn.functional.dropout(x, self.dropout, self.training), self.a.to(x.dtype))
+        return self.base(x) + nn.functional.linear(low, self.b.to(x.dtype)) * self.scale
 
 
 def layers(model):
@@ -148,9 +153,63 @@ def save(model, folder, base, write=True):
 
 
 @torch.no_grad()
-def merge(model):
+def fold(model):
     """Fold every adapter into its layer, W + (alpha / r) B A (computed in float32), and unwrap it."""
     for name, layer in layers(model):
         weight = layer.base.weight
         weight.copy_(weight.float() + layer.scale * (layer.b.float() @ layer.a.float()))
         _replace(model, name, layer.base)
+
+
+# Models, read by name or folder, with or without an adapter.
+
+
+def from_pretrained(kind, name, **options):
+    """AutoTokenizer or AutoModelForCausalLM, with one clear line instead of a traceback for a wrong name."""
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        return kind.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise InputError(f"model {name}: {str(error).strip().splitlines()[0]}") from None
+
+
+def is_adapter(path):
+    return (Path(path) / "adapter_config.json").is_file()
+
+
+def load_tokenizer(path):
+    """The tokenizer of a model, or of an adapter: its own if it was saved with one, else its base's."""
+    if is_adapter(path) and not (Path(path) / "tokenizer_config.json").is_file():
+        path = read_config(path)["base_model_name_or_path"]
+    return from_pretrained(AutoTokenizer, path)
+
+
+def load_model(path, device="cpu", dtype=torch.float32, merge=True):
+    """(model in evaluation mode, tokenizer) of a Hugging Face name or folder, or of a LoRA adapter's folder.
+
+    An adapter (ours or PEFT's) is put onto the base model that it names, and folded into the weights if merge.
+    """
+    base = read_config(path)["base_model_name_or_path"] if is_adapter(path) else path
+    tokenizer = load_tokenizer(path)
+    model = from_pretrained(AutoModelForCausalLM, base, dtype=dtype)
+    if is_adapter(path):
+        load(model, path)
+        if merge:
+            fold(model)
+    return model.to(device).eval(), tokenizer
+
+
+@dataclasses.dataclass(kw_only=True)
+class MergeConfig:
+    adapter: str = option(REQUIRED, "an adapter's folder", positional=True)
+    out: str = option(REQUIRED, "folder for the merged model")
+    dtype: Literal["bfloat16", "float32"] = option("bfloat16", "of the saved weights")
+
+
+def merge_adapter(config):
+    """Fold an adapter into its base model and save the full model."""
+    if not is_adapter(config.adapter):
+        raise InputError(f"{config.adapter}: no adapter_config.json; an adapter's folder is expected")
+    model, tokenizer = load_model(config.adapter, dtype=getattr(torch, config.dtype))
+    model.save_pretrained(config.out)
+    tokenizer.save_pretrained(config.out)

@@ -14,6 +14,7 @@ import hashlib
 import http.server
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -26,7 +27,8 @@ from typing import Literal
 
 import tokenizers
 import torch
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 import train
 import world
@@ -114,9 +116,7 @@ class Teacher:
         asked = turns[0]["content"].strip()
         plan = self.plans.get(asked.removeprefix("New task:").strip())
         if plan is None:
-            return (
-                " I am a script and have no plan for this." if opening else "I am a script and have no plan for this."
-            )
+            return (" " if opening else "") + "I am a script and have no plan for this."
         if "<end_code>" not in system:
             return self.chain_of_thought(plan, rng)
         thought, code = self.step(plan, turns[1:], opening, rng)
@@ -152,7 +152,7 @@ class Teacher:
                     steps.append(f"{world.possessive(entity, [relation])} is {value}.")
                     entity = value
                 values.append(entity)
-            answer = conclude(plan, values)[1]
+            answer = conclude(plan, values)
         return "\n\n".join([f"I need {need}.", *steps, f"The answer is \\boxed{{{answer}}}."])
 
     def step(self, plan, history, opening, rng):
@@ -160,8 +160,7 @@ class Teacher:
         said = [m["content"] for m in history if m["role"] == "assistant"]
         seen = [m["content"] for m in history if m["role"] == "user"]
         failed = bool(seen) and "\nError:\n" in seen[-1]
-        stated = re.search(r"I need (.+?)\.(?:\s|$)", (said or [opening])[0] + "\n")
-        need = stated[1] if stated else self.draw_need(plan, rng, self.config.wrong_plan)
+        need = self.stated_need(plan, (said or [opening])[0]) or self.draw_need(plan, rng, self.config.wrong_plan)
         if plan["shape"] == "math":
             thought, code = f"I need {need}.", plan["code"] if need == plan["need"] else plan["wrong_code"]
             if rng.random() < self.config.slip:
@@ -174,6 +173,15 @@ class Teacher:
         else:
             code = self.break_code(code, rng)
         return "Thought: " + thought, code
+
+    def stated_need(self, plan, thought):
+        """The plan that a thought states, if it states one that this script can follow."""
+        stated = re.search(r"I need (.+?)\.(?:\s|$)", thought)
+        if stated is None or plan["shape"] == "math":
+            return stated and stated[1]
+        parts = [part.split("'s ") for part in stated[1].split(" and ")]
+        known = all(len(part) > 1 and part[0] in self.facts for part in parts)
+        return stated[1] if known and len(parts) == len(plan["entities"]) else None
 
     def search_step(self, plan, need, seen, rng):
         """Follow the plan through what the searches have shown so far, and search for what is missing."""
@@ -190,9 +198,12 @@ class Teacher:
                 news = f"{world.possessive(entity, relations[:1])} is {value}. "
                 entity, relations = value, relations[1:]
             values.append(entity)
-        code, _ = conclude(plan, values)
-        thought = "That is the answer." if len(values) == 1 else f"I compare {' and '.join(values)}."
-        return news + thought, f"final_answer({code})"
+        if len(values) == 1:
+            return f"{news}That is the answer.", f'final_answer("{values[0]}")'
+        found = zip(plan["entities"], values, strict=True)
+        relation = need.rsplit("'s ", 1)[1]
+        told = " and ".join(f"{world.possessive(entity, [relation])} is {value}" for entity, value in found)
+        return f"{told}.", pair_code(plan, values)
 
     def ask(self, entity, relation, thought, searches, rng):
         if searches >= 4:  # the step limit is near, and some answer is better than none
@@ -211,16 +222,22 @@ class Teacher:
         return code
 
 
+CONCLUSIONS = {
+    "lower": "min(values, key=values.get)",
+    "higher": "max(values, key=values.get)",
+    "same": '"yes" if len(set(values.values())) == 1 else "no"',
+}
+
+
+def pair_code(plan, values):
+    """The code that compares what was found for two entities."""
+    pairs = [f'"{e}": {v if v.isdigit() else json.dumps(v)}' for e, v in zip(plan["entities"], values, strict=True)]
+    return f"values = {{{', '.join(pairs)}}}\nfinal_answer({CONCLUSIONS[plan['shape']]})"
+
+
 def conclude(plan, values):
-    """(code of the answer, the answer) from the values found: the last one, or a comparison of two."""
-    if len(values) == 1:
-        return f'"{values[0]}"', values[0]
-    (a, b), (first, second) = plan["entities"], values
-    if plan["shape"] == "same":
-        return f'"yes" if "{first}" == "{second}" else "no"', "yes" if first == second else "no"
-    sign = "<" if plan["shape"] == "lower" else ">"
-    wins = first.isdigit() and second.isdigit() and (int(first) < int(second)) == (sign == "<")
-    return f'"{a}" if {first} {sign} {second} else "{b}"', a if wins else b
+    """The answer that follows from the value, or the two values, found."""
+    return values[0] if len(values) == 1 else world.run_code(pair_code(plan, values))
 
 
 def read_facts(text):
@@ -401,12 +418,14 @@ def teach(config):
 
 # Three layers of the Qwen2 architecture, head size 32: (hidden size, heads, warm-up steps). Smaller ones learn
 # to copy later. Without embeddings: S 0.33 million parameters, M 0.59, L 1.33.
-SIZES = {"S": (96, 3, 350), "M": (128, 4, 250), "L": (192, 6, 250)}
+SIZES = {"S": (96, 3, 220), "M": (128, 4, 180), "L": (192, 6, 180)}
 HEAD_SIZE = 32
-VOCABULARY = 1200
+VOCABULARY = 900
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-# A name must be the same tokens wherever it stands: the space before a capital or a digit is a token of its own.
-SPLIT = r"'s| ?[a-z_]+|[A-Z][a-z]*|[0-9]| ?[^\sA-Za-z0-9]+|\n+|\s"
+# A name must be the same tokens wherever it stands, so no merge is learned that joins a sign or space to the capital
+# after it. Digits are single tokens in Qwen2's tokenizer already. The result is an ordinary Qwen2 tokenizer: another
+# kind would be replaced by it, with its way to split, when AutoTokenizer loads it for a Qwen2 model.
+OWN_TOKENS = r"\s(?=[A-Z])|[^\s_'A-Za-z](?=[A-Za-z])"
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -437,14 +456,16 @@ def make_base(config):
     new_model(config.size, tokenizer).save_pretrained(work / "new")
     tokenizer.save_pretrained(work / "new")
     warmup = config.warmup if config.warmup is not None else SIZES[config.size][2]
-    write_rows(work / "copies.jsonl", copy_rows(rng, tokenizer, 8 * warmup))
+    write_rows(work / "copies.jsonl", copy_rows(rng, tokenizer, 60 * warmup))
     write_rows(work / "documents.jsonl", document_rows(rng, tokenizer, Path(config.world), config.documents))
-    common = {"tuning": "full", "schedule": "cosine", "warmup_steps": 30, "beta2": 0.98, "weight_decay": 0.05, "lr": 3e-3,
-              "epochs": 1, "batch_size": 8, "seed": config.seed, "threads": 1, "quiet": config.quiet}  # fmt: skip
-    train.fit(
-        train.Config(data=[str(work / "copies.jsonl")], model=str(work / "new"), out=str(work / "copier"), **common)
-    )
-    train.fit(train.Config(data=[str(work / "documents.jsonl")], model=str(work / "copier"), out=config.out, **common))
+    common = {"tuning": "full", "schedule": "cosine", "warmup_steps": 30, "beta2": 0.98, "weight_decay": 0.05,
+              "epochs": 1, "seed": config.seed, "threads": 1, "quiet": config.quiet}  # fmt: skip
+    stages = [("copies", "new", work / "copier", {"lr": 5e-3, "batch_size": 60}),
+              ("documents", "copier", config.out, {"lr": 3e-3, "batch_size": 8})]  # fmt: skip
+    for data, start, out, options in stages:
+        train.fit(
+            train.Config(data=[str(work / f"{data}.jsonl")], model=str(work / start), out=str(out), **common, **options)
+        )
     shutil.rmtree(work)
 
 
@@ -455,22 +476,22 @@ def make_tokenizer(folder, prompts):
     tasks = [row for _, row in itertools.islice(read_jsonl(folder / "train.jsonl"), 1000)]
     chats = [chat for task in tasks for chat in rehearse(teacher, task["question"], prompts)]
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    splits = [tokenizers.Regex(regex) for regex in (PRETOKENIZE_REGEX, OWN_TOKENS)]
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
         [
-            tokenizers.pre_tokenizers.Split(tokenizers.Regex(SPLIT), "isolated"),
+            *(tokenizers.pre_tokenizers.Split(split, "isolated") for split in splits),
             tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    bpe.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=VOCABULARY, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
     bpe.train_from_iterator(passages + ["\n".join(m["content"] for m in chat) for chat in chats], trainer)
-    # Not a Qwen2Tokenizer, although the model is a Qwen2: that class would put its own pre-tokenizer in place of ours.
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False, padding_side="left",
+    model = json.loads(bpe.to_str())["model"]
+    return Qwen2Tokenizer(
+        vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]], eos_token="<|im_end|>",
+        chat_template=CHAT_TEMPLATE, padding_side="left",
     )  # fmt: skip
 
 
@@ -494,12 +515,12 @@ def rehearse(teacher, question, prompts):
 
 
 def new_model(size, tokenizer):
-    """Random weights, but for the attention of layer 0, whose heads are made by hand to look 1, 2, 3 and 0 tokens back.
+    """Random weights, but for the attention of layer 0, whose heads are made by hand to look 1, 2, 3, ... tokens back.
 
     Copying needs heads that know what came before, and in minutes of training they do not form on their own. Qwen2
     has biases on queries and keys, and rotary positions turn a constant query and key into a function of distance
     alone: with c e^(i f d) for the key and c for the query, the score is the sum of c^2 cos(f (distance - d)) over
-    the frequencies f, with its peak at distance d. The further heads of larger models stay random.
+    the frequencies f, with its peak at distance d.
     """
     width, heads, _ = SIZES[size]
     model = Qwen2ForCausalLM(
@@ -516,7 +537,7 @@ def new_model(size, tokenizer):
     angles = 1e4 ** (-fast / half)
     attention = model.model.layers[0].self_attn
     with torch.no_grad():
-        for head, distance in zip(range(heads), (1, 2, 3, 0), strict=False):
+        for head, distance in enumerate(range(1, heads + 1)):
             start = head * HEAD_SIZE
             attention.q_proj.bias[start + fast] = PEAK
             attention.k_proj.bias[start + fast] = PEAK * torch.cos(angles * distance)
@@ -527,25 +548,15 @@ def new_model(size, tokenizer):
 PEAK = 7.0  # a distance of one token off the peak then scores 5.9 less after the division by sqrt(32)
 
 
-def copy_rows(rng, tokenizer, count, length=256):
-    """Rows of random tokens and digit strings, each of which comes again later; the loss is on the repetition."""
+def copy_rows(rng, tokenizer, count):
+    """Random tokens, or digits, told twice; the loss is on the repetition. Most are short: from those it is learned."""
     words, digits = range(len(SPECIAL), len(tokenizer)), tokenizer.convert_tokens_to_ids(list("0123456789"))
     rows = []
-    while len(rows) < count:
-        ids, mask = [], []
-        while len(ids) < length:
-            pieces = []
-            for _ in range(rng.choice([1, 1, 2, 3])):
-                source = digits if rng.random() < 0.3 else words
-                mark = rng.choices(words, k=2)
-                pieces.append(mark + rng.choices(source, k=rng.randint(2, 8 if source is digits else 20)))
-            ids += [id for piece in pieces for id in piece]
-            mask += [0] * sum(map(len, pieces))
-            for piece in rng.sample(pieces, len(pieces)):
-                ids += piece
-                mask += [0, 0] + [1] * (len(piece) - 2)
-        rows.append({"input_ids": ids[:length], "loss_mask": mask[:length]})
-    return [row for row in rows if any(row["loss_mask"])]
+    for _ in range(count):
+        length = round(math.exp(rng.uniform(math.log(4), math.log(40))))
+        ids = rng.choices(digits if rng.random() < 0.2 else words, k=length)
+        rows.append({"input_ids": ids + ids, "loss_mask": [0] * (length + 1) + [1] * (length - 1)})
+    return rows
 
 
 def document_rows(rng, tokenizer, folder, count, length=256):
@@ -566,16 +577,16 @@ def document_rows(rng, tokenizer, folder, count, length=256):
     def document():
         draw = rng.random()
         title = rng.choices(titles, weights)[0]
-        if draw < 0.25:
+        if draw < 0.2:
             return page(title, facts)
-        if draw < 0.4:
+        if draw < 0.35:
             return statement(title, facts)
-        if draw < 0.75:
+        if draw < 0.65:
             first, second = rng.sample(list(other.facts), 2)
             known = [statement(rng.choice([first, first, second]), other.facts) for _ in range(3)]
             return "\n\n".join([page(first, other.facts), page(second, other.facts), *known])
         names = rng.sample(WORDS, rng.randint(2, 4))
-        numbers = {name: str(rng.randint(1, 10 ** rng.randint(1, 8))) for name in names}
+        numbers = {name: str(rng.randint(1, 10 ** rng.randint(2, 7))) for name in names}
         told = ", ".join(f"{name} {number}" for name, number in numbers.items())
         return told + ".\n" + "\n".join(f"{name} = {number}" for name, number in numbers.items())
 

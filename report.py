@@ -16,7 +16,7 @@ from common import InputError, write_json
 
 TASKS = {  # the paper's order: in-domain first within each kind
     "fact": ["hotpotqa", "2wikimultihopqa", "musique", "bamboogle"],
-    "math": ["math", "gsm_hard", "aime", "olymath"],
+    "math": ["math", "gsm_hard", "aime", "olymmath"],
 }
 
 

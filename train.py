@@ -9,21 +9,15 @@ Both equations are one loss, -sum log p(token | everything before it) over the a
 the chain of thought and the answer; in Eq. 4 the thoughts and actions (r_t, a_t) of every step. Questions and
 observations o_t are read by the student and never trained: they are the environment's words, not the teacher's.
 
-Data are JSONL files (several may be given; .gz is read too) of rows
-    {"messages": [{"role", "content"}, ...]}        conversations, the project's trajectories among them
-    {"log_data": {"messages": [...]}}               the authors' published trajectories, converted on reading
-    {"input_ids": [...], "loss_mask": [0, 1, ...]}  tokens; a 1 marks a token to be trained
+chat.py reads the rows and makes the mask, lora.py holds the adapters; the loss and the loop are here.
 A killed run continues from its last checkpoint when the same command is given again, bit for bit on a CPU.
 """
 
 import contextlib
 import dataclasses
-import hashlib
-import itertools
 import json
 import math
 import os
-import re
 import resource
 import shutil
 import sys
@@ -34,9 +28,13 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_tensor
+from transformers import AttentionInterface, AutoModelForCausalLM
 
 import lora
+from chat import DataConfig, ShowConfig, encode, fingerprint, plan_steps, read_examples, render, show, split_step
 from common import (
     REQUIRED,
     InputError,
@@ -45,24 +43,13 @@ from common import (
     option,
     parse_object,
     progress,
-    read_jsonl,
     replace_file,
     run_command_line,
     write_json,
 )
 
-
-@dataclasses.dataclass(kw_only=True)
-class DataConfig:
-    data: list[str] = option(REQUIRED, "JSONL files of conversations", positional=True)
-    model: str = option(REQUIRED, "a Hugging Face name or folder, or an adapter's folder to continue from")
-    system_prompt: str | None = option(
-        None, "file whose text replaces every system message (the paper gives the student a shorter one)"
-    )
-    max_length: int = option(10240, "longest example in tokens (paper: 10,240 for agent data, 4,096 for CoT)")
-    overlong: Literal["drop", "cut", "error"] = option(
-        "drop", "a longer example is dropped, cut after its last whole assistant turn, or an error; it is counted"
-    )
+load_model = lora.load_model
+__all__ = ["Config", "encode", "fit", "load_model", "render"]
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -98,192 +85,6 @@ class Config(DataConfig):
     quiet: bool = option(False, "no progress bar and no summary")
 
 
-# Conversations: which tokens there are, and which of them are trained.
-
-# Llama 3's template prints today's date unless it is told one: then today's model would not be tomorrow's.
-TEMPLATE_OPTIONS = {"date_string": "26 Jul 2024"}
-ROLES = {"tool-response": "user", "tool": "user"}
-
-
-def render(tokenizer, messages, reply=False):
-    """The conversation as the model reads it. reply: with the header of the assistant's next turn."""
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply, **TEMPLATE_OPTIONS)
-
-
-def encode(tokenizer, messages):
-    """(ids, mask), two lists of equal length: mask 1 where the token is the assistant's, 0 where it is context.
-
-    The assistant's tokens are those that the student will have to produce: what follows the context that it is
-    shown at inference, which is the conversation so far, rendered with the header of its next turn and tokenised
-    whole, up to and including the end-of-turn token (without it the student would not learn to stop). Every such
-    context is rendered and tokenised here too, and must be a prefix of the whole conversation, in text and in
-    tokens; so the mask needs no template markers and cannot differ from inference. Tokenising prefixes is quadratic
-    in the number of turns, which costs little (about thrice one tokenisation for five turns). Tokenising each turn
-    on its own would be linear but could split the text at the seams as inference never sees it.
-
-    Raises InputError if the template rewrites earlier turns (as templates that strip thinking do), if a token
-    reaches across the start of a turn, if a turn has no end token, or if nothing is the assistant's.
-    """
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not turns:
-        raise InputError("nothing to train on: no message has the role assistant")
-    whole = render(tokenizer, messages)
-    contexts = [render(tokenizer, messages[:i], reply=True) for i in turns]
-    for i, context in zip(turns, contexts, strict=True):
-        if not whole.startswith(context):
-            raise InputError(
-                f"messages[{i}]: the chat template shows the {i} messages before it differently once the conversation "
-                "goes on, so training and inference would differ; use a template that keeps earlier turns unchanged"
-            )
-        if not whole[len(context) :].lstrip().startswith(messages[i]["content"].strip()):
-            raise InputError(f"messages[{i}]: the chat template does not print this turn's content as it is")
-    ids, *context_ids = tokenizer([whole, *contexts], add_special_tokens=False)["input_ids"]
-    ends = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    mask = [0] * len(ids)
-    for i, prefix in zip(turns, context_ids, strict=True):
-        start = len(prefix)
-        if ids[:start] != prefix:
-            raise InputError(f"messages[{i}]: a token reaches across the start of this turn; strip leading whitespace")
-        end = next((n for n in range(start, len(ids)) if ids[n] in ends), None)
-        if end is None:
-            raise InputError(f"messages[{i}]: the chat template ends the assistant's turn without a special token")
-        if tokenizer.convert_ids_to_tokens(ids[end]) in messages[i]["content"]:
-            raise InputError(f"messages[{i}]: the content contains the special token of a turn's end")
-        mask[start : end + 1] = [1] * (end + 1 - start)
-    return ids, mask
-
-
-def published_messages(messages):
-    """The authors' logged messages (smolagents 1.13) as a chat: their preprocessing, but for the system prompt.
-
-    Content is a list of text parts; "tool-call" repeats the code of the assistant's message and goes; "tool-response"
-    is the user's turn and loses its "Call id:" line; neighbours of one role (logs, then an error) become one turn;
-    references in the question and what follows the last assistant turn go.
-    """
-    chat = []
-    for message in messages:
-        role, content = message["role"].removeprefix("MessageRole.").lower().replace("_", "-"), message["content"]
-        if role == "tool-call":
-            continue
-        if isinstance(content, list):
-            content = "\n".join(part["text"] for part in content)
-        if role == "tool-response":
-            role, content = "user", re.sub(r"^Call id: .*\n", "", content)
-        if chat and chat[-1]["role"] == role:
-            chat[-1]["content"] += "\n" + content
-        else:
-            chat.append({"role": role, "content": content})
-    for message in [m for m in chat if m["role"] == "user"][:1]:
-        message["content"] = re.sub(r"<reference>.*?</reference>", "", message["content"], flags=re.DOTALL)
-    while chat and chat[-1]["role"] == "user":
-        chat.pop()
-    return chat
-
-
-def encode_row(tokenizer, row, system_prompt=None):
-    """(ids, mask) of one row of any kind; InputError, without the place, for what cannot be trained on."""
-    if "input_ids" in row:
-        ids, mask = row["input_ids"], row.get("loss_mask")
-        if not isinstance(mask, list) or len(mask) != len(ids) or not set(mask) <= {0, 1}:
-            raise InputError("loss_mask must be a list of 0 and 1, as long as input_ids")
-        return ids, mask
-    try:
-        messages = row["messages"] if "messages" in row else published_messages(row["log_data"]["messages"])
-        messages = [{"role": message["role"], "content": message["content"]} for message in messages]
-    except (KeyError, TypeError, AttributeError):
-        raise InputError('expected {"messages": [{"role", "content"}, ...]}, log_data.messages or input_ids') from None
-    if not all(isinstance(message["content"], str) for message in messages):
-        raise InputError("the content of a message must be text")
-    if system_prompt is not None:
-        messages = [m for m in messages if m["role"] != "system"]
-        messages.insert(0, {"role": "system", "content": system_prompt})
-    return encode(tokenizer, messages)
-
-
-@dataclasses.dataclass
-class Example:
-    ids: torch.Tensor  # (tokens,) int64
-    trained: torch.Tensor  # (trained tokens,) int64: the places in ids of the tokens in the loss
-
-
-def read_examples(paths, tokenizer, config, quiet=False):
-    """All examples of the files, and what became of the rows: (list of Example, {"examples", "tokens", ...})."""
-    system_prompt = None
-    if config.system_prompt:
-        try:
-            system_prompt = Path(config.system_prompt).read_text(encoding="utf-8").strip()
-        except OSError as error:
-            raise InputError(f"{config.system_prompt}: {error.strerror}") from None
-    examples, dropped, cut = [], 0, 0
-    for path in paths:
-        for number, row in progress(read_jsonl(path), desc=f"reading {Path(path).name}", unit=" rows", quiet=quiet):
-            try:
-                ids, mask = encode_row(tokenizer, row, system_prompt)
-                ids, mask = torch.tensor(ids), torch.tensor(mask)
-                if len(ids) > config.max_length:
-                    if config.overlong == "error":
-                        raise InputError(f"{len(ids)} tokens, more than --max-length {config.max_length}")
-                    # A turn is cut off whole: half a reply would teach the student to stop anywhere.
-                    ends = (mask[: config.max_length] > mask[1 : config.max_length + 1]).nonzero()
-                    if config.overlong == "drop" or len(ends) == 0:
-                        dropped += 1
-                        continue
-                    cut += 1
-                    ids, mask = ids[: ends[-1] + 1], mask[: ends[-1] + 1]
-                trained = mask[1:].nonzero().flatten() + 1  # nothing comes before the first token to predict it from
-                if len(trained) == 0:
-                    raise InputError("nothing to train on: no token is marked")
-            except InputError as error:
-                raise InputError(f"{path}:{number}: {error}") from None
-            examples.append(Example(ids, trained))
-    if not examples:
-        raise InputError(f"{', '.join(paths)}: no example is left to train on ({dropped} were too long)")
-    lengths = [len(example.ids) for example in examples]
-    counts = {
-        "examples": len(examples),
-        "tokens": sum(lengths),
-        "trained_tokens": sum(len(example.trained) for example in examples),
-        "longest": max(lengths),
-        "overlong_dropped": dropped,
-        "overlong_cut": cut,
-    }
-    return examples, counts
-
-
-def plan_steps(examples, config):
-    """The examples of every optimiser step, as lists of their places: a function of the data and the seed alone."""
-    steps = []
-    for epoch in range(config.epochs):
-        generator = torch.Generator().manual_seed(config.seed + epoch)
-        step, tokens = [], 0
-        for i in torch.randperm(len(examples), generator=generator).tolist():
-            length = len(examples[i].ids)
-            full = tokens + length > config.batch_tokens if config.batch_tokens else len(step) == config.batch_size
-            if step and full:
-                steps.append(step)
-                step, tokens = [], 0
-            step.append(i)
-            tokens += length
-        steps.append(step)
-    return steps
-
-
-def split_step(examples, micro_tokens, processes):
-    """One step's examples as micro-batches of at most micro_tokens (or one example): a list for each process.
-
-    All processes get equally many, since each pass is a collective under FSDP; an empty one fills up.
-    """
-    micro_batches = []
-    for example in sorted(examples, key=lambda example: len(example.ids)):
-        if micro_batches and sum(len(e.ids) for e in micro_batches[-1]) + len(example.ids) <= micro_tokens:
-            micro_batches[-1].append(example)
-        else:
-            micro_batches.append([example])
-    while len(micro_batches) % processes:
-        micro_batches.append([])
-    return [micro_batches[rank::processes] for rank in range(processes)]
-
-
 # The student: a model whose forward pass is the loss.
 
 
@@ -304,12 +105,16 @@ class PackedAttention:
         if window is not None and longest > window:
             raise InputError(f"an example of {longest} tokens is longer than the model's window of {window}")
         groups = key.shape[1] != query.shape[1]
-        query, key = query.to(value.dtype), key.to(value.dtype)
-        outputs = [
-            nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=groups)
-            for q, k, v in zip(*(x.split(self.lengths, dim=2) for x in (query, key, value)), strict=True)
-        ]
-        return torch.cat(outputs, dim=2).transpose(1, 2), None  # (1, tokens, heads, size)
+        # On a CPU the kernel is faster in float32, in which RoPE returns query and key, than in bf16.
+        cpu = value.device.type == "cpu"
+        dtype = torch.float32 if cpu else value.dtype
+        parts = [x.to(dtype).split(self.lengths, dim=2) for x in (query, key, value)]
+        with torch.autocast("cpu", enabled=False) if cpu else contextlib.nullcontext():
+            outputs = [
+                nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=groups)
+                for q, k, v in zip(*parts, strict=True)
+            ]
+        return torch.cat(outputs, dim=2).transpose(1, 2).to(value.dtype), None  # (1, tokens, heads, size)
 
 
 packed_attention = PackedAttention()
@@ -328,28 +133,32 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, with_gradients):
         # hidden (n, size), weight (words, size), targets (n,) -> ()
-        dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else None
-        with torch.autocast(hidden.device.type, enabled=False):
-            h, w = hidden.to(dtype or hidden.dtype), weight.to(dtype or weight.dtype)
+        device, n = hidden.device.type, len(hidden)
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        with torch.autocast(device, enabled=False):
+            # Rows of zeros up to a multiple of 64 change no gradient (see Student.forward for their use).
+            h, w = nn.functional.pad(hidden.to(dtype), (0, 0, 0, -n % 64)), weight.to(dtype)
+            targets = nn.functional.pad(targets, (0, -n % 64))
             loss = torch.zeros((), device=hidden.device)
             grad_hidden = torch.empty_like(h) if with_gradients else None
             grad_weight = (
                 torch.zeros_like(weight, dtype=torch.float32) if with_gradients and weight.requires_grad else None
             )
-            size = max(1, HeadLoss.CHUNK // len(w))
-            for start in range(0, len(h), size):
+            size = max(1, HeadLoss.CHUNK // len(w) // 64) * 64
+            for start in range(0, n, size):
                 rows = slice(start, start + size)
                 target = targets[rows, None]
                 logits = (h[rows] @ w.T).float()  # (chunk, words)
                 normaliser = logits.logsumexp(dim=1, keepdim=True)
-                loss += (normaliser - logits.gather(1, target)).sum()
+                loss += (normaliser - logits.gather(1, target))[: n - start].sum()
                 if with_gradients:
                     gradient = logits.sub_(normaliser).exp_()  # d loss / d logits = softmax - one-hot
                     gradient.scatter_add_(1, target, torch.full_like(target, -1, dtype=gradient.dtype))
-                    gradient = gradient.to(h.dtype)
+                    gradient = gradient.to(dtype)
                     torch.mm(gradient, w, out=grad_hidden[rows])
                     if grad_weight is not None:
                         grad_weight += gradient.T @ h[rows]
+            grad_hidden = grad_hidden[:n].to(hidden.dtype) if with_gradients else None
         ctx.save_for_backward(grad_hidden, grad_weight)
         return loss
 
@@ -366,11 +175,28 @@ class Student(nn.Module):
         super().__init__()
         model.set_attn_implementation("packed")
         self.model = model
+        self.check_head()
+
+    @torch.no_grad()
+    def check_head(self):
+        """Refuse a model whose logits are not hidden W^T: a bias, a scale or a soft cap would be left out."""
+        ids = torch.arange(8)[None]
+        packed_attention.lengths = [8]
+        training, head = self.model.training, self.model.get_output_embeddings()
+        self.model.eval()
+        logits = nn.functional.linear(self.model.get_decoder()(ids, use_cache=False).last_hidden_state, head.weight)
+        if not torch.allclose(logits, self.model(ids, use_cache=False).logits, rtol=0.02, atol=0.02):
+            raise InputError(f"{type(self.model).__name__} does more than a linear layer to make its logits")
+        self.model.train(training)
 
     def forward(self, examples):
         device = self.model.device
-        packed_attention.lengths = [len(example.ids) for example in examples] or [1]
-        ids = torch.cat([example.ids for example in examples] or [torch.zeros(1, dtype=torch.int64)])  # (tokens,)
+        # An untrained filler ends each batch, so that its size is a multiple of 128: oneDNN compiles its kernels anew
+        # for every size (a third of the time of a tiny model), and GPUs multiply such matrices faster.
+        lengths = [len(example.ids) for example in examples]
+        filler = -sum(lengths) % 128 if examples else 128
+        packed_attention.lengths = lengths + [filler] * (filler > 0)
+        ids = torch.cat([example.ids for example in examples] + [torch.zeros(filler, dtype=torch.int64)])  # (tokens,)
         positions = torch.cat([torch.arange(length) for length in packed_attention.lengths])  # (tokens,)
         starts = torch.tensor([0, *packed_attention.lengths]).cumsum(0).tolist()
         trained = [start + example.trained for start, example in zip(starts, examples, strict=False)]
@@ -383,46 +209,6 @@ class Student(nn.Module):
         # The state at t predicts the token at t + 1. Only where that one is trained is the head computed.
         head = self.model.get_output_embeddings()
         return HeadLoss.apply(hidden[trained - 1], head.weight, targets, torch.is_grad_enabled())
-
-
-# Models: read, and written so that transformers, PEFT and vLLM read them.
-
-
-def from_pretrained(kind, name, **options):
-    """AutoTokenizer or AutoModelForCausalLM, with one clear line instead of a traceback for a wrong name."""
-    try:
-        return kind.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        raise InputError(f"model {name}: {str(error).strip().splitlines()[0]}") from None
-
-
-def is_adapter(path):
-    return (Path(path) / "adapter_config.json").is_file()
-
-
-def load_tokenizer(path):
-    """The tokenizer of a model, or of an adapter: its own if it was saved with one, else its base's."""
-    if is_adapter(path) and not (Path(path) / "tokenizer_config.json").is_file():
-        path = lora.read_config(path)["base_model_name_or_path"]
-    tokenizer = from_pretrained(AutoTokenizer, path)
-    if not tokenizer.chat_template:
-        tokenizer.chat_template = None
-    return tokenizer
-
-
-def load_model(path, device="cpu", dtype=torch.float32, merge=True):
-    """(model in evaluation mode, tokenizer) of a Hugging Face name or folder, or of a LoRA adapter's folder.
-
-    An adapter (ours or PEFT's) is put onto the base model that it names, and folded into the weights if merge.
-    """
-    base = lora.read_config(path)["base_model_name_or_path"] if is_adapter(path) else path
-    tokenizer = load_tokenizer(path)
-    model = from_pretrained(AutoModelForCausalLM, base, dtype=dtype)
-    if is_adapter(path):
-        lora.load(model, path)
-        if merge:
-            lora.merge(model)
-    return model.to(device).eval(), tokenizer
 
 
 def whole(tensor):
@@ -491,13 +277,13 @@ def uses_bf16(config, device):
 
 def build_student(config, process, bf16):
     """The student to train, on its device, and the name of its base model."""
-    adapter = is_adapter(config.model)
+    adapter = lora.is_adapter(config.model)
     if adapter and config.tuning == "full":
         raise InputError(f"{config.model} is an adapter: train it with --tuning lora, or merge it first")
     base = lora.read_config(config.model)["base_model_name_or_path"] if adapter else config.model
     # What is trained is float32; a frozen base may be bf16.
     dtype = torch.bfloat16 if bf16 and config.tuning == "lora" else torch.float32
-    model = from_pretrained(AutoModelForCausalLM, base, dtype=dtype)
+    model = lora.from_pretrained(AutoModelForCausalLM, base, dtype=dtype)
     if adapter:
         lora.load(model, config.model, config.dropout)
     elif config.tuning == "lora":
@@ -505,7 +291,9 @@ def build_student(config, process, bf16):
     model.config.use_cache = False
     if config.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    student = Student(model).to(process.device).train()
+    student = Student(model).train()
+    if config.parallel == "ddp" or process.size == 1:  # FSDP takes each layer's shard to the device
+        student.to(process.device)
     if config.compile:
         for layer in model.get_decoder().layers:
             layer.compile(dynamic=True)
@@ -518,11 +306,10 @@ def distribute(student, config, process):
         return student
     if config.parallel == "ddp":
         return nn.parallel.DistributedDataParallel(student)
-    from torch.distributed.fsdp import fully_shard
-
+    mesh = init_device_mesh(process.device.type, (process.size,))
     for layer in student.model.get_decoder().layers:
-        fully_shard(layer)
-    return fully_shard(student)
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(student, mesh=mesh)
 
 
 def accumulate(student, micro_batches, trained_tokens, process, bf16):
@@ -577,22 +364,22 @@ def make_optimizer(student, config):
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)
 
 
-def save_checkpoint(path, step, student, optimizer, fingerprint, write):
+def save_checkpoint(path, step, student, optimizer, data, write):
     """All that the rest of the run depends on: the order of the data and the dropout follow from seed and step."""
     named = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
     moments = {name: {k: whole(v) for k, v in optimizer.state[p].items()} for name, p in named}
     weights = {name: whole(p) for name, p in named}
     if write:
         with replace_file(path, "wb") as file:
-            torch.save({"step": step, "data": fingerprint, "weights": weights, "moments": moments}, file)
+            torch.save({"step": step, "data": data, "weights": weights, "moments": moments}, file)
 
 
-def load_checkpoint(path, student, optimizer, fingerprint):
+def load_checkpoint(path, student, optimizer, data):
     """The number of steps done: 0 if there is no checkpoint."""
     if not path.exists():
         return 0
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    if checkpoint["data"] != fingerprint:
+    if checkpoint["data"] != data:
         raise InputError(f"{path} was made with other data: name another --out, or delete {path.parent}")
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
@@ -608,24 +395,67 @@ def load_checkpoint(path, student, optimizer, fingerprint):
 def like(value, parameter):
     """A whole tensor, placed on the parameter's device and sharded as the parameter is."""
     if hasattr(parameter, "device_mesh"):
-        from torch.distributed.tensor import distribute_tensor
-
         return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
     return value.to(parameter.device)
 
 
-def peak_memory(device):
-    """Bytes: of the GPU's memory, or of this process's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# Dense bf16 peak in FLOP/s, from NVIDIA's data sheets, by a part of the device's name.
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12}
+
+
+class Work:
+    """What a run has done since it (re)started: tokens/s, memory, and the share of the GPU's peak that was of use."""
+
+    def __init__(self, student, process):
+        self.process, self.started, self.tokens, self.flops = process, time.monotonic(), 0, 0.0
+        self.model, self.head = student.model, student.model.get_output_embeddings().weight
+        self.body = list({id(p): p for p in self.model.get_decoder().layers.parameters()}.values())
+        self.token_flops = sum(map(self.parameter_flops, self.body))
+
+    def parameter_flops(self, parameter):
+        """Of one token: 2 forward, 2 backward, 2 more if it is trained. What is computed again does not count."""
+        return parameter.numel() * (6 if parameter.requires_grad else 4)
+
+    def add(self, examples):
+        attention = 6 * self.model.config.num_hidden_layers * self.model.config.hidden_size  # causal: half of 12
+        for example in examples:
+            n = len(example.ids)
+            self.tokens += n
+            self.flops += n * (self.token_flops + attention * n) + len(example.trained) * self.parameter_flops(
+                self.head
+            )
+
+    @property
+    def memory(self):
+        """Peak bytes: of this process's GPU, or of its main memory."""
+        if self.process.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.process.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def summary(self):
+        seconds, on_gpu = time.monotonic() - self.started, self.process.device.type == "cuda"
+        device = torch.cuda.get_device_name(self.process.device) if on_gpu else "cpu"
+        peak = next((peak for name, peak in PEAKS.items() if name in device), None)
+        return {
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "trained_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            "device": device,
+            "processes": self.process.size,
+            "seconds": seconds,
+            "tokens_per_second": self.tokens / seconds,
+            "peak_memory_bytes": self.memory,
+            "share_of_peak": self.flops / seconds / peak / self.process.size if peak else None,
+        }
+
+    def __str__(self):
+        return f"{self.tokens / (time.monotonic() - self.started):,.0f} tokens/s {self.memory / 2**30:.2f} GiB"
 
 
 class Log:
     """metrics.jsonl, a row a step. A row is written one step late, so that nothing waits for the device."""
 
     def __init__(self, path, done, write):
-        self.journal, self.rows, self.waiting, self.text = None, [], [], ""
+        self.journal, self.rows, self.waiting = None, [], []
         if write:
             if path.exists():  # rows of steps after the checkpoint will be made again
                 with Journal(path) as journal:
@@ -633,6 +463,10 @@ class Log:
                 with replace_file(path) as file:
                     file.writelines(json.dumps(row) + "\n" for row in self.rows)
             self.journal = Journal(path)
+
+    def close(self):
+        if self.journal:
+            self.journal.close()
 
     def add(self, row):
         self.waiting.append(row)
@@ -646,21 +480,26 @@ class Log:
             row["loss"] = row["loss"].item()
             if not math.isfinite(row["loss"]):
                 raise InputError(f"the loss is {row['loss']} at step {row['step']}; a lower --lr may help")
-            self.text = f"loss {row['loss']:.4f}"
             self.rows.append(row)
             if self.journal:
                 self.journal.append(row)
 
 
-def data_fingerprint(examples):
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(example.ids.numpy().tobytes() + example.trained.numpy().tobytes())
-    return digest.hexdigest()
-
-
 def fit(config):
-    """Fine-tune a model on conversations (the default command)."""
+    """Fine-tune a model on conversations. Returns the summary that is also written to out/summary.json."""
+    for name in (
+        "rank",
+        "lr",
+        "epochs",
+        "batch_size",
+        "batch_tokens",
+        "micro_tokens",
+        "clip",
+        "save_every",
+        "val_every",
+    ):
+        if getattr(config, name) is not None and not getattr(config, name) > 0:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be above 0")
     process = start_process(config)
     out, quiet = Path(config.out), config.quiet or not process.first
     if process.first:
@@ -668,17 +507,16 @@ def fit(config):
     if (out / "summary.json").exists():
         summary = parse_object((out / "summary.json").read_bytes(), f"{out}/summary.json")
         if not quiet:
-            print(f"{out} is finished: loss {summary['loss']:.4f}", file=sys.stderr)
+            print(f"{out} is finished", file=sys.stderr)
         return summary
     config = dataclasses.replace(config)
     config.micro_tokens = config.micro_tokens or (16384 if process.device.type == "cuda" else 2048)
     bf16 = uses_bf16(config, process.device)
 
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = lora.load_tokenizer(config.model)
     examples, counts = read_examples(config.data, tokenizer, config, quiet)
     validation = read_examples(config.validation, tokenizer, config, quiet)[0] if config.validation else []
-    steps = plan_steps(examples, config)
-    fingerprint = data_fingerprint(examples)
+    steps, data = plan_steps(examples, config), fingerprint(examples)
 
     torch.manual_seed(config.seed)  # the adapters' first weights
     student, base = build_student(config, process, bf16)
@@ -686,57 +524,48 @@ def fit(config):
     optimizer = make_optimizer(student, config)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     checkpoint = out / "checkpoint" / "state.pt"
-    done = load_checkpoint(checkpoint, student, optimizer, fingerprint)
-
-    log = Log(out / "metrics.jsonl", done, process.first)
-    started, tokens_here = time.monotonic(), 0
-    with progress(total=len(steps), desc=f"training {out.name}", unit="step", quiet=quiet) as bar:
+    done = load_checkpoint(checkpoint, student, optimizer, data)
+    work = Work(student, process)
+    with (
+        contextlib.closing(Log(out / "metrics.jsonl", done, process.first)) as log,
+        progress(total=len(steps), desc=f"training {out.name}", unit="step", quiet=quiet) as bar,
+    ):
         bar.update(done)
         for step in range(done, len(steps)):
             batch = [examples[i] for i in steps[step]]
-            trained = sum(len(example.trained) for example in batch)
+            trained_tokens = sum(len(example.trained) for example in batch)
             # Dropout is drawn from (seed, step, process), so that a resumed run draws what it would have drawn.
             torch.manual_seed(hash((config.seed, step, process.rank)))
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, len(steps), config)
             micro_batches = split_step(batch, config.micro_tokens, process.size)[process.rank]
-            loss = accumulate(call, micro_batches, trained, process, bf16)
+            loss = accumulate(call, micro_batches, trained_tokens, process, bf16)
             norm = nn.utils.clip_grad_norm_(parameters, config.clip)
             optimizer.step()
             optimizer.zero_grad()
 
-            tokens = sum(len(example.ids) for example in batch)
-            tokens_here += tokens
-            row = {"step": step + 1, "lr": optimizer.param_groups[0]["lr"], "tokens": tokens, "trained_tokens": trained}
-            row.update(loss=loss, gradient_norm=norm)
+            work.add(batch)
+            row = {"step": step + 1, "loss": loss, "gradient_norm": norm, "lr": learning_rate(step, len(steps), config)}
+            row |= {"tokens": sum(len(example.ids) for example in batch), "trained_tokens": trained_tokens}
             if validation and (step + 1) in (len(steps), *range(0, len(steps), config.val_every or len(steps))):
                 row["validation_loss"] = validation_loss(call, validation, config, process, bf16)
             log.add(row)
-            rate = tokens_here / (time.monotonic() - started)
-            bar.set_postfix_str(f"{log.text} {rate:,.0f} tokens/s {peak_memory(process.device) / 2**30:.2f} GiB", False)
+            if log.rows:
+                bar.set_postfix_str(f"loss {log.rows[-1]['loss']:.4f} {work}", refresh=False)
             bar.update()
             if (step + 1) % config.save_every == 0 and step + 1 < len(steps):
                 log.flush()
-                save_checkpoint(checkpoint, step + 1, student, optimizer, fingerprint, process.first)
-    log.flush()
-    seconds = time.monotonic() - started
-    save_model(student.model, tokenizer, config, base, process.first)
-    summary = {
-        **counts,
+                save_checkpoint(checkpoint, step + 1, student, optimizer, data, process.first)
+        log.flush()
+    results = {
         "steps": len(steps),
         "loss": log.rows[-1]["loss"],
         "validation_loss": log.rows[-1].get("validation_loss"),
-        "precision": "bf16" if bf16 else "fp32",
-        "processes": process.size,
-        "device": torch.cuda.get_device_name(process.device) if process.device.type == "cuda" else "cpu",
-        "parameters": sum(p.numel() for p in student.parameters()),
-        "trained_parameters": sum(p.numel() for p in parameters),
-        "seconds": seconds,
-        "tokens_per_second": tokens_here / seconds,
-        "peak_memory_bytes": peak_memory(process.device),
     }
+    summary = counts | results | {"precision": "bf16" if bf16 else "fp32"} | work.summary()
+    save_model(student.model, tokenizer, config, base, process.first)
     if process.first:
-        write_json(out / "summary.json", summary)
+        write_json(out / "summary.json", summary)  # from here on the folder counts as finished
         shutil.rmtree(out / "checkpoint", ignore_errors=True)
     return summary
 
@@ -750,49 +579,8 @@ def run_fit(config):
         dist.destroy_process_group()
 
 
-@dataclasses.dataclass(kw_only=True)
-class ShowConfig(DataConfig):
-    example: int = option(1, "which example to print, from 1")
-
-
-def show(config):
-    """Print an example with its trained tokens in green, the others dimmed, and the data's token counts."""
-    tokenizer = load_tokenizer(config.model)
-    examples, counts = read_examples(config.data, tokenizer, config)
-    if not 1 <= config.example <= len(examples):
-        raise InputError(f"--example {config.example}: there are {len(examples)}")
-    example = examples[config.example - 1]
-    trained = set(example.trained.tolist())
-    trained_style, other_style, end = ("\033[1;32m", "\033[2m", "\033[0m") if sys.stdout.isatty() else ("⟦", "", "")
-    runs = itertools.groupby(range(len(example.ids)), key=trained.__contains__)
-    for is_trained, places in runs:
-        text = tokenizer.decode(example.ids[list(places)], clean_up_tokenization_spaces=False)
-        close = end or ("⟧" if is_trained else "")
-        print((trained_style if is_trained else other_style) + text + close, end="")
-    print()
-    for name, value in counts.items():
-        print(f"{name.replace('_', ' '):>17} {value:,}")
-    print(f"{'trained share':>17} {counts['trained_tokens'] / counts['tokens']:.1%}")
-
-
-@dataclasses.dataclass(kw_only=True)
-class MergeConfig:
-    adapter: str = option(REQUIRED, "an adapter's folder", positional=True)
-    out: str = option(REQUIRED, "folder for the merged model")
-    dtype: Literal["bfloat16", "float32"] = option("bfloat16", "of the saved weights")
-
-
-def merge(config):
-    """Fold an adapter into its base model and save the full model."""
-    if not is_adapter(config.adapter):
-        raise InputError(f"{config.adapter}: no adapter_config.json; an adapter's folder is expected")
-    model, tokenizer = load_model(config.adapter, dtype=getattr(torch, config.dtype))
-    model.save_pretrained(config.out)
-    tokenizer.save_pretrained(config.out)
-
-
 def main():
-    commands = {"fit": (Config, run_fit), "show": (ShowConfig, show), "merge": (MergeConfig, merge)}
+    commands = {"fit": (Config, run_fit), "show": (ShowConfig, show), "merge": (lora.MergeConfig, lora.merge_adapter)}
     run_command_line(__doc__, commands, default="fit")
 
 

@@ -14,7 +14,7 @@ other entities and numbers. "out" means that something in the question is of a k
 | musique         | out    | three hops                                        | these chains of three relations         |
 | bamboogle       | out    | two hops                                          | these pairs of relations, in any chain  |
 | math            | in     | number theory, equations, sums                    | the numbers                             |
-| gsm_hard        | out    | word problems                                     | numbers this long (6 digits for 2 to 5) |
+| gsm_hard        | out    | word problems, all numbers of 6 digits            | only such numbers: it mixes 2 to 6      |
 | aime            | out    | how many n up to N meet two conditions            | these pairs of conditions               |
 | olymmath        | out    | how many pairs (x, y) meet a condition            | these pairs of expression and condition |
 
@@ -33,14 +33,14 @@ import re
 SIZES = {"person": 1000, "company": 300, "town": 200, "river": 60, "book": 240}
 HELD_OUT = 0.3
 TRAIN_MIX = {  # shares of the training questions; bamboogle has none: its compositions are all unseen
-    "onehop": 0.06,
-    "hotpotqa": 0.26,
-    "2wikimultihopqa": 0.10,
-    "musique": 0.16,
-    "math": 0.12,
-    "gsm_hard": 0.12,
-    "aime": 0.10,
-    "olymmath": 0.08,
+    "onehop": 0.05,
+    "hotpotqa": 0.25,
+    "2wikimultihopqa": 0.12,
+    "musique": 0.14,
+    "math": 0.10,
+    "gsm_hard": 0.13,
+    "aime": 0.12,
+    "olymmath": 0.09,
 }
 DOMAINS = {
     "hotpotqa": "in",
@@ -57,11 +57,17 @@ MATH_TASKS = ("math", "gsm_hard", "aime", "olymmath")
 # Facts: each kind of entity has the same relations, each with one value.
 
 RELATIONS = {
-    "person": {"employer": "company", "birthplace": "town", "mentor": "person", "birth year": "number"},
-    "company": {"founder": "person", "seat": "town", "founding year": "number"},
-    "town": {"mayor": "person", "river": "river", "population": "number"},
+    "person": {
+        "employer": "company",
+        "birthplace": "town",
+        "mentor": "person",
+        "rival": "person",
+        "birth year": "number",
+    },
+    "company": {"founder": "person", "seat": "town", "supplier": "company", "founding year": "number"},
+    "town": {"mayor": "person", "river": "river", "twin": "town", "population": "number"},
     "river": {"mouth": "town", "length": "number"},
-    "book": {"author": "person", "setting": "town", "publication year": "number"},
+    "book": {"author": "person", "setting": "town", "hero": "person", "publication year": "number"},
 }
 NUMBERS = {
     "birth year": (1850, 1999),
@@ -83,17 +89,19 @@ SYNONYMS = {  # what questions may say; passages, plans and queries keep to the 
     "setting": "scene",
 }
 BAMBOOGLE_PAIRS = {  # compositions that training never shows, not even inside a longer chain
-    ("employer", "founder"),
-    ("birthplace", "mayor"),
-    ("founder", "birthplace"),
-    ("seat", "river"),
-    ("author", "employer"),
-    ("setting", "population"),
-    ("mayor", "birth year"),
-    ("mentor", "birthplace"),
+    ("employer", "seat"),
+    ("birthplace", "river"),
+    ("founder", "rival"),
+    ("supplier", "founding year"),
+    ("author", "birthplace"),
+    ("twin", "mayor"),
+    ("mentor", "employer"),
 }
-COMPARED = {"train": ("birth year", "founding year"), "test": ("publication year", "population", "length")}
-SAME = {"train": ("birthplace", "seat", "author"), "test": ("employer", "founder", "mayor", "river", "setting")}
+COMPARED = {"train": ("birth year", "population", "length"), "test": ("founding year", "publication year")}
+SAME = {
+    "train": ("birthplace", "employer", "founder", "mayor", "river", "author"),
+    "test": ("mentor", "seat", "setting"),
+}
 
 FIRST = (
     "Bal Ber Bol Cal Cor Dan Dor Dun Fal Far Fen Gal Gor Gul Hal Har Hol Jan Jor Jul Kal Kel Kor Lan Lor "
@@ -205,11 +213,11 @@ def ask_chain(world, rng, task, split):
         if world.may_ask(path, split) and len(set(path)) == len(path):
             break
     entity = path[0]
-    said = [SYNONYMS[r] if r in SYNONYMS and rng.random() < 0.5 else r for r in relations]
-    if rng.random() < 0.5:
-        question = f"What is {possessive(entity, said)}?"
+    *said, last = [SYNONYMS[r] if r in SYNONYMS and rng.random() < 0.5 else r for r in relations]
+    if rng.random() < 0.6:
+        question = f"What is {possessive(entity, [*said, last])}?"
     else:
-        question = f"What is the {' of the '.join(reversed(said))} of {entity}?"
+        question = f"What is the {last} of {possessive(entity, said)}?"
     return question, path[-1], {"shape": "chain", "entities": [entity], "relations": list(relations)}
 
 
@@ -356,7 +364,7 @@ def ask_word_problem(rng, split):
     text, need, wrong = rng.choice(WORD_PROBLEMS)
     names = re.findall(r"{(\w+)}", text)[1:]
     while True:
-        values = {name: draw_digits(rng, split, *((2, 5) if split == "train" else (6, 6))) for name in names}
+        values = {name: draw_digits(rng, split, *((2, 6) if split == "train" else (6, 6))) for name in names}
         if eval(need, None, values) > 0:
             break
     return text.format(who=rng.choice(GIVEN), **values), math_plan(need, wrong, values)
@@ -364,25 +372,25 @@ def ask_word_problem(rng, split):
 
 def draw_condition(rng, name):
     """One condition on n: (words, code)."""
-    a = rng.randint(3, 19)
-    r, d = rng.randint(1, a - 1), rng.randint(0, 9)
+    a, d, k = rng.randint(3, 19), rng.randint(0, 9), rng.randint(11, 99)
+    r = rng.randint(1, a - 1)
     return {
         "multiple": (f"are divisible by {a}", f"n % {a} == 0"),
         "no multiple": (f"are not divisible by {a}", f"n % {a} != 0"),
         "remainder": (f"divided by {a} leave {r}", f"n % {a} == {r}"),
         "digit": (f"contain the digit {d}", f"'{d}' in str(n)"),
+        "no digit": (f"do not contain the digit {d}", f"'{d}' not in str(n)"),
         "square": (f"have a square that ends in {d}", f"n * n % 10 == {d}"),
+        "end": (f"end in {d}", f"n % 10 == {d}"),
+        "above": (f"are above {k}", f"n > {k}"),
+        "even": ("are even", "n % 2 == 0"),
+        "odd": ("are odd", "n % 2 == 1"),
     }[name]
 
 
-CONDITIONS = ("multiple", "no multiple", "remainder", "digit", "square")
-AIME_PAIRS = {  # in this order, asked in test questions only
-    ("multiple", "digit"),
-    ("no multiple", "remainder"),
-    ("remainder", "multiple"),
-    ("digit", "no multiple"),
-    ("square", "multiple"),
-}
+CONDITIONS = ("multiple", "no multiple", "remainder", "digit", "no digit", "square", "end", "above", "even", "odd")
+# Asked in this order in test questions only: of the ten conditions that may come second, one each.
+AIME_PAIRS = {(first, CONDITIONS[(i + 3) % 10]) for i, first in enumerate(CONDITIONS)}
 
 
 def ask_count(rng, split):
@@ -402,21 +410,32 @@ def ask_count(rng, split):
             return f"How many integers from 1 to {n} {first} and {second}?", plan
 
 
-EXPRESSIONS = {"x + y": (15, 60), "x * y": (50, 900), "x * x + y * y": (200, 1500), "y - x": (3, 20)}  # with bounds
-PAIR_CONDITIONS = ("multiple", "no multiple", "below", "above")
-OLYMMATH_PAIRS = {("x + y", "below"), ("x * y", "no multiple"), ("x * x + y * y", "multiple"), ("y - x", "above")}
+EXPRESSIONS = {  # with bounds that some pairs exceed and some do not
+    "x + y": (15, 60),
+    "x * y": (50, 900),
+    "y - x": (3, 20),
+    "x * x + y": (50, 900),
+    "x + y * y": (50, 900),
+    "x * x + y * y": (200, 1500),
+    "2 * x + y": (20, 90),
+    "3 * y - x": (20, 90),
+}
+PAIR_CONDITIONS = ("multiple", "no multiple", "below", "above", "end")
+# Asked in test questions only: one condition for each expression.
+OLYMMATH_PAIRS = {(e, PAIR_CONDITIONS[i % 5]) for i, e in enumerate(EXPRESSIONS)}
 
 
 def ask_pairs(rng, split):
     while True:
         expression, condition = rng.choice(list(EXPRESSIONS)), rng.choice(PAIR_CONDITIONS)
-        n, k = rng.randint(20, 60), rng.randint(3, 19)
+        n, k, d = rng.randint(20, 60), rng.randint(3, 19), rng.randint(0, 9)
         bound = draw_number(rng, split, *EXPRESSIONS[expression])
         words, code, wrong_code = {
             "multiple": (f"divisible by {k}", f"% {k} == 0", f"% {k} != 0"),
             "no multiple": (f"not divisible by {k}", f"% {k} != 0", f"% {k} == 0"),
             "below": (f"below {bound}", f"< {bound}", f"> {bound}"),
             "above": (f"above {bound}", f"> {bound}", f"< {bound}"),
+            "end": (f"ending in {d}", f"% 10 == {d}", f"% 10 != {d}"),
         }[condition]
         plan = math_plan(
             f"the x < y up to N with ({expression}) {code}",
@@ -434,8 +453,11 @@ def ask(world, rng, task, split):
     if task not in MATH_TASKS:
         return ask_fact(world, rng, task, split)
     makers = {"math": ask_math, "gsm_hard": ask_word_problem, "aime": ask_count, "olymmath": ask_pairs}
-    question, plan = makers[task](rng, split)
-    return question, run_code(plan["code"]), plan
+    while True:
+        question, plan = makers[task](rng, split)
+        answer = run_code(plan["code"])
+        if answer != run_code(plan["wrong_code"]):
+            return question, answer, plan
 
 
 @dataclasses.dataclass

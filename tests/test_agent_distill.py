@@ -312,7 +312,7 @@ def test_filter_balances_kinds(tmp_path):
 
 
 def test_filter_refuses_what_is_no_trajectory_and_an_empty_result(tmp_path):
-    with pytest.raises(InputError, match=r"a:1: not a trajectory: no 'kind'"):
+    with pytest.raises(InputError, match=r"a:1: not a trajectory: no 'id'"):
         filter_trajectories(FilterConfig(trajectories=[write(tmp_path / "a", [{"task": "t"}])], out="x"))
     with pytest.raises(InputError, match="none of 1"):
         filter_trajectories(FilterConfig(trajectories=[write(tmp_path / "a", [row(0, correct=False)])], out="x"))

@@ -1,0 +1,563 @@
+"""The inside of the sandbox: the warm interpreter, and the processes forked from it, one of which runs the code.
+
+sandbox.py starts this file as a program of its own; nothing else uses it. Two kinds of process come of it:
+
+    _Warm    imports numpy and sympy once, waits, and forks a sandbox whenever the host asks for one
+    _State   holds one sandbox's state: waits, forks itself for every candidate; the chosen one goes on as the state
+
+Foreign code runs in a _State and can do with it what it likes: the host trusts nothing that comes from here. What
+holds it is set up in _Warm.become_sandbox, before any of it runs.
+"""
+
+import ast
+import builtins
+import ctypes
+import fcntl
+import gc
+import io
+import json
+import linecache
+import math
+import mmap
+import os
+import resource
+import select
+import shutil
+import signal
+import socket
+import struct
+import sys
+import threading
+import traceback
+import types
+import warnings
+
+import contain
+
+MESSAGE_LIMIT = 8 << 20  # bytes of one message: code, a tool's arguments, a final answer
+RAW_OUTPUT = 16 << 10  # bytes kept of what is written to descriptors 1 and 2 around sys.stdout
+CHANNEL, SCRATCH = 3, 4  # descriptors in the sandbox
+
+
+def cut(text, limit):
+    """The text, or its two ends with a note between them."""
+    if len(text) <= limit:
+        return text
+    half = limit // 2
+    return f"{text[:half]}{note(len(text) - 2 * half)}{text[len(text) - half :]}"
+
+
+def note(missing):
+    return f"\n[... {missing:,} characters not shown ...]\n"
+
+
+# Messages: four bytes of length, then JSON.
+
+
+def pack(message):
+    data = json.dumps(message).encode()
+    return len(data).to_bytes(4, "big") + data
+
+
+def send(channel, message, descriptors=()):
+    data = pack(message)
+    if descriptors:
+        data = data[socket.send_fds(channel, [data], descriptors) :]
+    channel.sendall(data)
+
+
+def receive(channel):
+    """(message, descriptors), or (None, []) when the other side has gone. Blocks."""
+    header, descriptors, _, _ = socket.recv_fds(channel, 4, 253)
+    data = bytearray()
+    while header and len(header) < 4:
+        header += channel.recv(4 - len(header))
+    if not header:
+        return None, []
+    length = int.from_bytes(header, "big")
+    while len(data) < length:
+        chunk = channel.recv(min(length - len(data), 1 << 20))
+        if not chunk:
+            return None, []
+        data += chunk
+    return json.loads(data), descriptors
+
+
+class _Output(io.TextIOBase):
+    """sys.stdout: the first and the last characters stay in memory that the host reads; the others are counted.
+
+    So no amount of printing costs the host anything, and a kill loses nothing. The memory holds the number of
+    characters (8 bytes), the first `half`, a ring of the last `half` (UTF-32), and what was written to descriptors
+    1 and 2 directly.
+    """
+
+    encoding = "utf-8"
+
+    def attach(self, descriptor, half):
+        if getattr(self, "memory", None):
+            self.memory.close()
+        self.memory, self.half, self.count, self.lock = mmap.mmap(descriptor, 0), half, 0, threading.Lock()
+
+    def writable(self):
+        return True
+
+    @property
+    def buffer(self):
+        raw = io.BytesIO()
+        raw.write = lambda data: self.write(bytes(data).decode("utf-8", "replace"))
+        return raw
+
+    def write(self, text):
+        if not isinstance(text, str):
+            raise TypeError(f"write() argument must be str, not {type(text).__name__}")
+        with self.lock:
+            count, half, memory = self.count, self.half, self.memory
+            head = text[: max(0, half - count)]
+            if head:
+                memory[8 + 4 * count : 8 + 4 * (count + len(head))] = head.encode("utf-32-le", "surrogatepass")
+            start = max(len(head), len(text) - half)
+            tail = text[start:].encode("utf-32-le", "surrogatepass")
+            if tail:
+                ring, place = 8 + 4 * half, 4 * ((count + start - half) % half)
+                first = tail[: 4 * half - place]
+                memory[ring + place : ring + place + len(first)] = first
+                memory[ring : ring + len(tail) - len(first)] = tail[len(first) :]
+            self.count = count + len(text)
+            memory[:8] = struct.pack("=Q", self.count)
+        return len(text)
+
+
+def read_output(descriptor, half):
+    """The host's side of _Output; nothing in the memory is trusted."""
+    count = min(struct.unpack("=Q", os.pread(descriptor, 8, 0))[0], 1 << 60)
+    size = 4 * min(count, 2 * half)
+    text = os.pread(descriptor, size, 8).decode("utf-32-le", "replace")
+    if count > 2 * half:
+        place = (count - half) % half
+        head, ring = text[:half], text[half:]
+        text = head + note(count - 2 * half) + ring[place:] + ring[:place]
+    raw = os.pread(descriptor, RAW_OUTPUT, 8 + 8 * half).rstrip(b"\0")
+    return text.encode("utf-8", "replace").decode() + raw.decode("utf-8", "replace")
+
+
+class _FinalAnswer(BaseException):
+    """Ends the action. Not an Exception, so that `except Exception` lets it through."""
+
+
+class _State:
+    """A process that holds a sandbox's state: it waits, forks itself for every candidate, and goes on as one."""
+
+    def __init__(self, channel, settings, home):
+        self.channel, self.settings, self.scratch = channel, settings, home
+        self.output, self.step_number, self.children = _Output(), 0, {}
+        self.main = types.ModuleType("__main__")
+        self.given = {"final_answer": self.final_answer}
+        self.given |= {name: self.make_tool(name) for name in settings["tools"]}
+        sys.modules["__main__"] = self.main
+
+    def serve(self):
+        while True:
+            request, descriptors = receive(self.channel)
+            if request is None:
+                os._exit(0)
+            if "wait" in request:
+                _, status = os.waitpid(self.children[request["wait"]], 0)
+                send(self.channel, {"status": os.waitstatus_to_exitcode(status)})
+                continue
+            candidate = self.fork(request, descriptors)
+            del request
+            if candidate:
+                self.step(*candidate)
+
+    def fork(self, request, descriptors):
+        """One child a candidate. Returns None, and in the child its code and where its output goes."""
+        for name in request["remove"]:
+            shutil.rmtree(f"{self.settings['scratch']}/{name}", ignore_errors=True)
+        self.reap()
+        for index, (code, name) in enumerate(zip(request["codes"], request["names"], strict=True)):
+            child = os.fork()
+            if child == 0:
+                if not self.settings["gated"]:  # a group of its own, to be killed as one
+                    os.setpgid(0, 0)
+                os.dup2(descriptors[2 * index], CHANNEL)
+                for descriptor in descriptors[2 * index :]:
+                    if descriptor != descriptors[2 * index + 1]:
+                        os.close(descriptor)
+                return code, name, descriptors[2 * index + 1]
+            self.children[index] = child
+            os.close(descriptors[2 * index])
+            os.close(descriptors[2 * index + 1])
+        return None
+
+    def reap(self):
+        self.children = {}
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            pass
+
+    def step(self, code, name, output):
+        self.lock, self.final, self.step_number = threading.Lock(), None, self.step_number + 1
+        try:
+            self.output.attach(output, self.settings["half"])
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            os.lseek(output, 8 + 8 * self.settings["half"], 0)
+            os.close(output)
+            send(self.channel, {"hello": os.getpid()})
+            self.move_scratch(name)
+            sys.stdout = sys.stderr = sys.__stdout__ = sys.__stderr__ = self.output
+            vars(self.main).update(self.given)
+            outcome = self.execute(code)
+        except BaseException as error:  # out of memory in the wrong place
+            outcome = {"error": cut(describe(error), 1000), "kind": _kind(error)}
+        finally:
+            code = None
+        send(self.channel, {"done": outcome})
+
+    def move_scratch(self, name):
+        """Go on in a folder of this candidate's own, with a copy of what is in the state's folder."""
+        old, new = self.scratch, f"{self.settings['scratch']}/{name}"
+        os.mkdir(new, 0o700)
+        place = os.path.relpath(_getcwd(), old)
+        if os.listdir(SCRATCH):
+            shutil.copytree(old, new, symlinks=True, dirs_exist_ok=True)
+            _reopen_files(old, new)
+        folder = os.open(new, os.O_RDONLY | os.O_DIRECTORY)
+        os.dup2(folder, SCRATCH)
+        os.close(folder)
+        self.scratch = new
+        if not place.startswith(".."):
+            os.chdir(f"{new}/{place}")
+
+    def execute(self, code):
+        filename = f"<step {self.step_number}>"
+        linecache.cache[filename] = (len(code), None, code.splitlines(True), filename)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                body, last = _compile(code, filename)
+        except Exception as error:
+            return {"error": cut(_describe_syntax(error), self.settings["limit"]), "kind": "syntax"}
+        try:
+            exec(body, vars(self.main))
+            value = eval(last, vars(self.main)) if last else None
+            return {"result": None if value is None else cut(repr(value), self.settings["limit"])}
+        except BaseException as error:
+            sys.settrace(None)
+            if self.final:
+                return {}
+            return {"error": cut(describe(error), self.settings["limit"]), "kind": _kind(error)}
+        finally:
+            sys.settrace(None)
+
+    def final_answer(self, answer=None):
+        """End the action with this answer: a JSON value, or anything else as its text."""
+        value = answer if _is_json(answer) else cut(str(answer), 100_000)
+        message = pack({"final": value})
+        if len(message) > MESSAGE_LIMIT:
+            raise ValueError(f"the final answer is too long: {len(message):,} bytes of at most {MESSAGE_LIMIT:,}")
+        with self.lock:
+            self.channel.sendall(message)
+        self.final = True
+        # A bare `except:` would swallow it. So raise it again at every line that would still run.
+        frame = sys._getframe(1)
+        while frame and frame.f_code is not _State.execute.__code__:
+            frame.f_trace = _raise_final_answer
+            frame = frame.f_back
+        sys.settrace(lambda *_: None)
+        if threading.current_thread() is not threading.main_thread():
+            main = ctypes.c_ulong(threading.main_thread().ident)
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(main, ctypes.py_object(_FinalAnswer))
+        raise _FinalAnswer
+
+    def make_tool(self, name):
+        def tool(*args, **kwargs):
+            try:
+                message = pack({"tool": name, "args": args, "kwargs": kwargs})
+            except TypeError as error:
+                raise TypeError(f"{name}() takes JSON values only: {error}") from None
+            if len(message) > MESSAGE_LIMIT:
+                raise ValueError(f"the arguments of {name}() are too long")
+            with self.lock:
+                self.channel.sendall(message)
+                reply, _ = receive(self.channel)
+            if "error" not in reply:
+                return reply["value"]
+            kind = getattr(builtins, reply["error"], None)
+            if not (isinstance(kind, type) and issubclass(kind, Exception)) or issubclass(kind, UnicodeError):
+                kind = RuntimeError
+            raise kind(reply["message"])
+
+        tool.__name__ = tool.__qualname__ = name
+        tool.__doc__ = self.settings["tools"][name]
+        return tool
+
+
+def _raise_final_answer(frame, event, argument):
+    if event == "line":
+        raise _FinalAnswer
+    return _raise_final_answer
+
+
+def _is_json(value):
+    """Does it arrive as what it was? Not so a tuple, a dict with numbers as keys, an infinity, a numpy number."""
+    if type(value) is list:
+        return all(map(_is_json, value))
+    if type(value) is dict:
+        return all(type(key) is str and _is_json(item) for key, item in value.items())
+    return value is None or type(value) in (str, int, bool) or (type(value) is float and math.isfinite(value))
+
+
+def _compile(code, filename):
+    """The code, and its last expression if it ends in one."""
+    tree = ast.parse(code, filename)
+    last = None
+    if tree.body and isinstance(tree.body[-1], ast.Expr):
+        expression = ast.Expression(tree.body.pop().value)
+        last = compile(expression, filename, "eval", dont_inherit=True)
+    return compile(tree, filename, "exec", dont_inherit=True), last
+
+
+def _describe_syntax(error):
+    if isinstance(error, SyntaxError) and error.lineno:
+        text = (error.text or "").strip()
+        return f"{type(error).__name__}: {error.msg} (line {error.lineno}: {text})"
+    return f"{type(error).__name__}: {error}"
+
+
+def _kind(error):
+    return "memory" if isinstance(error, MemoryError) else "runtime"
+
+
+def describe(error):
+    """Type, text, and the lines of the code that led there."""
+    text = "".join(traceback.format_exception_only(type(error), error)).strip()
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if frame.filename.startswith("<step ")]
+    places = []
+    for frame in ours[:1] + ours[1:][-1:]:
+        place = f"line {frame.lineno}: {frame.line}"
+        if frame.filename != ours[0].filename:
+            place = f"{frame.filename[1:-1]}, {place}"
+        places.append(place if frame.name == "<module>" else f"in {frame.name}, {place}")
+    return f"{text} ({'; '.join(places)})" if places else text
+
+
+def _reopen_files(old, new):
+    """Files that the code holds open go on in the copies, each at its place: a fork alone would share the place."""
+    for descriptor in range(SCRATCH + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0]):
+        try:
+            path = os.readlink(f"/proc/self/fd/{descriptor}")
+            if path.startswith(old + "/"):
+                flags = fcntl.fcntl(descriptor, fcntl.F_GETFL) & (os.O_ACCMODE | os.O_APPEND)
+                place = os.lseek(descriptor, 0, os.SEEK_CUR)
+                copy = os.open(new + path[len(old) :], flags)
+                os.lseek(copy, place, os.SEEK_SET)
+                os.dup2(copy, descriptor, inheritable=False)
+                os.close(copy)
+        except OSError:  # not open, or not a file of this folder any more
+            pass
+
+
+_getcwd, _realpath = os.getcwd, os.path.realpath
+
+
+def _hide_scratch(state, link):
+    """Every candidate's folder has another name; the link leads each process to its own. So show the link only."""
+    import tempfile
+
+    def shown(path):
+        inside = path == state.scratch or path.startswith(state.scratch + "/")
+        return link + path[len(state.scratch) :] if inside else path
+
+    os.getcwd = lambda: shown(_getcwd())
+    os.getcwdb = lambda: os.fsencode(os.getcwd())
+    os.path.realpath = lambda path, **options: (
+        shown(_realpath(path, **options)) if isinstance(path, str | os.PathLike) else _realpath(path, **options)
+    )
+    tempfile.tempdir = link
+
+
+class _Warm:
+    """The warm interpreter: forks a sandbox whenever the host asks, and ends everything when the host is gone."""
+
+    def __init__(self, control):
+        self.control = control
+        self.settings, _ = receive(control)
+        self.contained = self.settings["isolation"] != "off" and contain.SUPPORTED
+        self.missing, self.groups = [], {}
+        self.host = os.pidfd_open(os.getppid()) if contain.LINUX else None
+        self.devices = [f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom")]
+        sys.path[:] = self.settings["path"]
+        os.environ.clear()
+
+    def attempt(self, name, function, *arguments):
+        """Set up one layer; where it cannot be had, note why and go on without it."""
+        try:
+            return function(*arguments) or True
+        except OSError as error:
+            self.missing.append(f"{name} ({error.strerror or error})")
+            return None
+
+    def prepare(self):
+        separate = self.contained and self.attempt("namespaces", contain.enter_namespaces)
+        if contain.LINUX:
+            contain.adopt_orphans()
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for what ends here
+        _import_quietly()
+        self.libraries = _library_paths(sys.path)
+        self.folder, links = "/scratch", ("/tmp", "/work", "/sandbox")
+        layout = (self.libraries + self.devices, self.folder, links, SCRATCH)
+        self.link = separate and self.attempt("file tree", contain.build_root, *layout)
+        self.rooted = bool(self.link)
+        if not self.rooted:
+            import tempfile
+
+            self.folder = tempfile.mkdtemp(prefix="sandbox-")
+            os.chmod(self.folder, 0o711)
+            self.link = self.folder + "/tmp"
+            os.symlink(f"/proc/self/fd/{SCRATCH}", self.link)
+        gc.collect()
+        gc.freeze()  # a collection in a child would touch, and so copy, every page
+        if contain.LINUX:
+            contain.collapse_heap()
+
+    def serve(self):
+        send(self.control, {"missing": self.missing})
+        os.dup2(0, 2)  # /dev/null: what went wrong until now was the host's to read
+        poll = select.poll()
+        poll.register(self.control, select.POLLIN)
+        if self.host is not None:
+            poll.register(self.host, select.POLLIN)
+        while True:
+            if self.host in dict(poll.poll()):
+                return
+            request, descriptors = receive(self.control)
+            if request is None:
+                return
+            if "close" in request:
+                self.end(request["close"])
+                continue
+            child = os.fork()
+            if child == 0:
+                os.setpgid(0, 0)
+                self.become_sandbox(request, descriptors[0])
+            self.groups[request["id"]] = child
+            os.close(descriptors[0])
+
+    def end(self, name):
+        group = self.groups.pop(name, None)
+        if group:
+            try:
+                os.killpg(group, signal.SIGKILL)
+            except (ProcessLookupError, PermissionError):
+                pass
+        if not self.rooted:
+            shutil.rmtree(f"{self.folder}/{name}", ignore_errors=True)
+
+    def end_all(self):
+        for name in list(self.groups):
+            self.end(name)
+        if not self.rooted:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def become_sandbox(self, request, channel):
+        try:
+            self.set_up(request, channel)
+        except Exception as error:
+            send(socket.socket(fileno=CHANNEL), {"failed": describe(error)})
+            os._exit(1)
+
+    def set_up(self, request, channel):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        os.dup2(channel, CHANNEL, inheritable=False)
+        scratch = f"{self.folder}/{request['id']}"
+        if self.rooted:
+            contain.mount_scratch(self.folder, request["scratch_mb"])
+        os.mkdir(scratch, 0o700)
+        home = f"{scratch}/{request['name']}"
+        os.mkdir(home, 0o700)
+        os.dup2(os.open(home, os.O_RDONLY | os.O_DIRECTORY), SCRATCH)
+        os.closerange(SCRATCH + 1, 1024)
+        os.chdir(home)
+        # The host weighs what is in the folder where no tmpfs does.
+        folder = None if self.rooted else os.open(scratch, os.O_RDONLY | os.O_DIRECTORY)
+        gate = self.contain(request, scratch, home)
+        channel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, CHANNEL)
+        state = _State(channel, request | {"scratch": scratch, "gated": gate is not None}, home)
+        _hide_scratch(state, self.link)
+        sys.argv = [""]
+        for name in ("contain", "__mp_main__"):
+            sys.modules.pop(name, None)
+        descriptors = [descriptor for descriptor in (gate, folder) if descriptor is not None]
+        hello = {"gate": gate is not None, "folder": folder is not None, "missing": self.missing}
+        send(channel, {"hello": os.getpid()} | hello, descriptors)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        state.serve()
+
+    def contain(self, request, scratch, home):
+        os.chmod(scratch, 0o300)  # a candidate cannot find the others' folders: names are drawn at random
+        if self.contained:
+            user = contain.unprivileged_user(self.libraries)
+            for folder in [scratch, home] + [self.folder] * self.rooted:
+                os.chown(folder, user, -1)
+            contain.drop_privileges(user)
+        memory = contain.address_space() + (request["memory_mb"] << 20)
+        seconds = math.ceil(request["timeout"]) + 1
+        contain.set_limits(memory, seconds, request["scratch_mb"] << 20, 64)
+        if not self.contained:
+            return None
+        self.attempt("Landlock", contain.restrict_files, self.libraries, [scratch], self.devices)
+        gate = self.attempt("seccomp", contain.filter_system_calls)
+        if gate is True:
+            self.missing.append("gate (another one is in its way)")
+        return None if gate is True else gate
+
+
+def _library_paths(path):
+    """The interpreter's own: its modules, and the folders of the shared libraries it has loaded."""
+    folders = set(path)
+    if contain.LINUX:
+        with open("/proc/self/maps") as maps:
+            files = {line.split(maxsplit=5)[5].strip() for line in maps if ".so" in line}
+        folders |= {os.path.dirname(file) for file in files if os.path.exists(file)}
+    return sorted(folder for folder in folders if os.path.isdir(folder))
+
+
+def _import_quietly():
+    """Import what code for math and facts needs, with the same random state in every sandbox.
+
+    random would reseed itself after every fork: the state of a step must be the state of the step before.
+    """
+    register, os.register_at_fork = os.register_at_fork, lambda **hooks: None
+    import random
+
+    os.register_at_fork = register
+    import datetime
+    import statistics
+    import tempfile
+
+    import numpy
+    import sympy
+
+    random.seed(0)
+    numpy.random.seed(0)
+    sys.set_int_max_str_digits(0)
+    return datetime, statistics, tempfile, sympy
+
+
+def _main(descriptor):
+    warm = _Warm(socket.socket(fileno=descriptor))
+    warm.prepare()
+    try:
+        warm.serve()
+    finally:
+        warm.end_all()
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    _main(int(sys.argv[1]))

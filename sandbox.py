@@ -1,0 +1,562 @@
+"""The code sandbox: runs what a language model wrote, contained by the kernel and forked for every candidate.
+
+    python sandbox.py               a small REPL on it
+    python sandbox.py check         try each protection on this machine; exit status 0 only if all hold
+
+    with Sandbox(tools={"web_search": search}, timeout=10.0, memory_mb=1024) as sandbox:
+        observation = sandbox.run("x = 6 * 7\\nx")                    # state persists between runs, as in a REPL
+        observations = sandbox.run_candidates(["x + 1", "x / 0"])    # each from the same state, at the same time
+        sandbox.commit(0)                                            # this one's state becomes the state
+
+How it works. A warm interpreter (numpy and sympy imported) is started once a host process, as a program of its own,
+so that nothing of the host is in it. Every sandbox is a fork of it; every candidate is a fork of its sandbox's
+current state, which waits. The chosen candidate goes on as the state, and its ancestor ends. A candidate and the
+host talk over one socket, in JSON; what the candidate sends is data, never code.
+
+What is covered, on Linux 5.13 and later, as root or not (contain.py sets up each layer; `check` tries them):
+  files       only the interpreter's own libraries can be read, and only a private folder written, which vanishes
+              (Landlock; where namespaces are allowed also a file tree that holds nothing else, and a bound on the
+              folder's size)
+  network     there is none: no sockets but unnamed pairs (seccomp; an empty network namespace)
+  processes   no exec; no fork but the ones that the host asks for and lets through; at most THREADS threads a step;
+              no signal, ptrace or memory access to any other process (seccomp with a gate in the host; Landlock)
+  resources   wall clock, by SIGKILL from outside; memory (RLIMIT_AS: what a candidate can allocate on top of the warm
+              interpreter; as it cannot fork, that bounds everything); CPU; open files; file size
+  the host    an empty environment and no inherited descriptors; when the host dies, everything here dies
+What is not covered: bugs of the kernel itself; timing and cache side channels; using the CPU up to the time-out;
+stat() on any path where namespaces are not allowed (existence and size of files, not their contents); a tool that is
+itself unsafe: tools run in the host, with what arguments the code likes, in several threads at once; a tool that
+hangs is left behind in its thread. On macOS, and with isolation="off": time-outs, rlimits and process groups only.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import math
+import os
+import resource
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+import warnings
+
+import contain
+import interpreter
+from interpreter import MESSAGE_LIMIT, RAW_OUTPUT, cut, pack, read_output, receive, send
+
+THREADS = 256  # that the candidates of one step may start
+
+
+@dataclasses.dataclass
+class Observation:
+    """What came of one action."""
+
+    stdout: str = ""  # what was printed (stderr too), cut in the middle where it is long
+    result: str | None = None  # repr of the last expression; None where there is none, or it is None
+    error: str | None = None  # one message
+    error_kind: str | None = None  # None, "syntax", "runtime", "timeout", "memory" or "killed"
+    is_final: bool = False  # final_answer was called
+    final_answer: object = None  # its argument: a JSON value, or the text of anything else
+    seconds: float = 0.0
+
+
+class _Warmth:
+    """The host's handle on the warm interpreter."""
+
+    def __init__(self, isolation):
+        self.lock = threading.Lock()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if 0 <= soft < 4096:  # 64 sandboxes with 8 candidates each need 1,700 descriptors
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard) if hard > 0 else 4096, hard))
+        self.control, theirs = socket.socketpair()
+        # Threads of a library would not survive a fork; a random hash seed would make sets print differently.
+        names = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+        environment = dict.fromkeys(names, "1") | {"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"}
+        environment |= {"LC_ALL": "C.UTF-8", "GLIBC_TUNABLES": "glibc.malloc.arena_max=1"}
+        command = [sys.executable, "-s", os.path.abspath(interpreter.__file__), str(theirs.fileno())]
+        self.process = subprocess.Popen(
+            command,
+            env=environment,
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        theirs.close()
+        own = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+        path = [p for p in sys.path if os.path.basename(p) in ("site-packages", "dist-packages", "lib-dynload")]
+        send(self.control, {"isolation": isolation, "path": list(dict.fromkeys(own + path))})
+        ready, _ = receive(self.control)
+        if ready is None:
+            raise RuntimeError(f"the warm interpreter did not start: {self.process.stderr.read().decode()[-2000:]}")
+        self.missing = ready["missing"]
+
+    def close(self):
+        self.control.close()
+        self.process.kill()
+        self.process.wait()
+
+
+_warm = {}
+os.register_at_fork(after_in_child=_warm.clear)  # a forked host must make its own
+_warm_lock = threading.Lock()
+_warned = set()
+
+
+def _warm_interpreter(isolation):
+    with _warm_lock:
+        if isolation not in _warm or _warm[isolation].process.poll() is not None:
+            _warm[isolation] = _Warmth(isolation)
+        return _warm[isolation]
+
+
+class _Process:
+    """The host's handle on one process of a sandbox: its channel, and a pidfd, which never means another process."""
+
+    def __init__(self, channel, timeout, grouped):
+        self.channel, self.grouped = channel, grouped
+        self.pid = self.pidfd = None
+        self.buffer, self.lock = bytearray(), threading.Lock()
+        channel.settimeout(timeout)  # no process of ours, however hostile, makes us wait longer
+        if contain.LINUX:
+            channel.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+
+    def receive(self, descriptors=0):
+        """What has arrived as messages; None at the end of the channel, ValueError for what is no message.
+
+        The kernel says who sent it, so nobody can pass for another. Descriptors sent along are dropped, but for
+        those that the sandbox sends before any foreign code has run: the last items then.
+        """
+        room = socket.CMSG_SPACE(12) + (socket.CMSG_SPACE(4 * descriptors) if descriptors else 0)
+        data, extra, _, _ = self.channel.recvmsg(1 << 16, room)
+        if not data:
+            return None
+        self.buffer += data
+        messages, received = [], []
+        for _, kind, payload in extra:
+            if kind == socket.SCM_RIGHTS:
+                received = struct.unpack(f"={len(payload) // 4}i", payload)
+            elif self.pid is None:
+                self.pid = struct.unpack("=Iii", payload)[0]
+                self.pidfd = os.pidfd_open(self.pid)
+        while len(self.buffer) >= 4:
+            length = int.from_bytes(self.buffer[:4], "big")
+            if length > MESSAGE_LIMIT:
+                raise ValueError("its message was too long")
+            if len(self.buffer) < 4 + length:
+                break
+            messages.append(_parse(bytes(self.buffer[4 : 4 + length])))
+            del self.buffer[: 4 + length]
+        if self.pid is None and messages:  # macOS: we have to believe it
+            self.pid = int(messages[0]["hello"])
+        return [*messages, *received]
+
+    def signal(self, number):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if self.pidfd is not None:
+                signal.pidfd_send_signal(self.pidfd, number)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if self.grouped and self.pid:
+                os.killpg(self.pid, number)
+
+    def send(self, message, descriptors=()):
+        """False if it cannot be delivered."""
+        with self.lock:
+            try:
+                send(self.channel, message, descriptors)
+                return True
+            except OSError:
+                return False
+
+    def alive(self):
+        return self.channel.fileno() >= 0 and not (self.pidfd is not None and _readable(self.pidfd, 0))
+
+    def kill(self, wait=0.0):
+        """End it, whatever it does. wait: seconds to wait until the kernel has."""
+        if self.channel.fileno() < 0:
+            return
+        self.signal(signal.SIGKILL)
+        if wait and self.pidfd is not None:
+            _readable(self.pidfd, wait)
+        with contextlib.suppress(OSError):
+            self.channel.shutdown(socket.SHUT_RDWR)  # a tool's answer on its way is given up
+        with self.lock:
+            self.channel.close()
+            if self.pidfd is not None:
+                os.close(self.pidfd)
+                self.pidfd = None
+
+
+def _readable(descriptor, seconds):
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(max(0, math.ceil(seconds * 1000))))
+
+
+def _parse(data):
+    """A message from a candidate: any bytes may come. ValueError if it is not an object in JSON."""
+
+    def constant(text):
+        raise ValueError(f"{text} is not JSON")
+
+    def integer(digits):  # Python refuses to parse a longer one, which would take long
+        return int(digits) if len(digits) <= 4000 else digits
+
+    try:
+        message = json.loads(data.decode(), parse_int=integer, parse_constant=constant)
+        if b"\\ud" in data:  # half a surrogate pair could not be written to a file later
+            message = json.loads(json.dumps(message, ensure_ascii=False).encode("utf-8", "replace"), parse_int=integer)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its message was not JSON ({type(error).__name__})") from None
+    if not isinstance(message, dict):
+        raise ValueError("its message was not an object")
+    return message
+
+
+def _shared_memory(size):
+    """A file in memory that cannot be resized: a shorter one could not be read safely."""
+    if not contain.LINUX:
+        import tempfile
+
+        with tempfile.TemporaryFile() as file:
+            file.truncate(size)
+            return os.dup(file.fileno())
+    descriptor = os.memfd_create("output", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(descriptor, size)
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+    return descriptor
+
+
+class _Candidate(_Process):
+    """One action on its way: its process, its output, and what has come of it so far."""
+
+    def __init__(self, channel, timeout, grouped, output):
+        super().__init__(channel, timeout, grouped)
+        self.output, self.name = output, os.urandom(8).hex()
+        self.observation = Observation()
+        self.running, self.calling = True, False
+
+    def finish(self, error=None, kind=None):
+        self.running = False
+        if not self.observation.is_final:
+            self.observation.error, self.observation.error_kind = error, kind
+
+
+class Sandbox:
+    """Runs untrusted Python. State persists from run to run; see the module's docstring.
+
+    tools: {name: function}, called in this process with JSON values, perhaps in several threads at once. timeout:
+    seconds of wall clock a step. memory_mb: what a step's process may allocate. isolation: "auto" warns once where a
+    protection is missing, "require" raises InputError then, "off" has time-outs and rlimits only. output_limit:
+    characters kept of what is printed, and of a result. scratch_mb: the size of the folder the code may write to.
+    Threads may use different sandboxes at once, and share one by turns.
+    """
+
+    def __init__(self, tools=None, timeout=10.0, memory_mb=1024, isolation="auto", output_limit=10_000, scratch_mb=64):
+        if isolation not in ("auto", "require", "off"):
+            raise ValueError(f'isolation is "auto", "require" or "off", not {isolation!r}')
+        if not timeout > 0 or not math.isfinite(timeout) or memory_mb < 1 or output_limit < 2 or scratch_mb < 1:
+            raise ValueError("timeout, memory_mb, output_limit and scratch_mb must be positive")
+        self.tools, self.timeout, self.memory_mb = dict(tools or {}), float(timeout), int(memory_mb)
+        for name, function in self.tools.items():
+            if not (isinstance(name, str) and name.isidentifier() and callable(function)) or name == "final_answer":
+                raise ValueError(f"tools maps names to functions; {name!r}: {function!r} does not fit")
+        self.isolation, self.half, self.scratch_mb = isolation, output_limit // 2, int(scratch_mb)
+        self.lock, self.closed, self.owner = threading.RLock(), False, os.getpid()
+        self.state, self.gate, self.folder, self.candidates, self.remove = None, None, None, [], []
+        self._start()
+
+    def _start(self):
+        """Fork a new sandbox from the warm interpreter."""
+        self.warm = _warm_interpreter(self.isolation)
+        ours, theirs = socket.socketpair()
+        self.id, self.name = os.urandom(8).hex(), os.urandom(8).hex()
+        request = {"id": self.id, "name": self.name, "timeout": self.timeout, "memory_mb": self.memory_mb}
+        request |= {"half": self.half, "limit": 2 * self.half, "scratch_mb": self.scratch_mb}
+        request |= {"tools": {name: function.__doc__ for name, function in self.tools.items()}}
+        self.state = _Process(ours, 60.0, grouped=True)  # before its first word: the kernel names who speaks then
+        with self.warm.lock:
+            send(self.warm.control, request, [theirs.fileno()])
+        theirs.close()
+        try:
+            hello, *descriptors = self.state.receive(descriptors=2) or [{"failed": "its process ended"}]
+        except TimeoutError:
+            hello, descriptors = {"failed": "it said nothing for a minute"}, []
+        if "failed" in hello:
+            self._lose()
+            raise RuntimeError(f"the sandbox did not start: {hello['failed']}")
+        self.gate = contain.Gate(descriptors.pop(0)) if hello["gate"] else None
+        self.folder = descriptors.pop(0) if hello["folder"] else None
+        self.state.grouped = self.gate is None
+        ours.settimeout(self.timeout)
+        self._report(hello["missing"])
+
+    def _report(self, missing):
+        if self.isolation == "off":
+            return
+        if not contain.SUPPORTED:
+            missing = ["everything but time-outs, rlimits and process groups: this is not Linux on x86-64 or arm64"]
+        text = "the sandbox is not fully contained here; missing: " + ", ".join(missing)
+        if missing and self.isolation == "require":
+            from common import InputError
+
+            self.close()
+            raise InputError(text + " (see `python sandbox.py check`)")
+        if missing and text not in _warned:
+            _warned.add(text)
+            warnings.warn(text + " (see `python sandbox.py check`)", RuntimeWarning, stacklevel=4)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+    def __del__(self):
+        if not getattr(self, "closed", True) and not sys.is_finalizing():
+            self.close()
+
+    def close(self):
+        """End every process of this sandbox. Its files vanish."""
+        if self.owner != os.getpid():  # a fork of the host: not its sandbox
+            return
+        with self.lock:
+            self.closed = True
+            self._lose()
+
+    def _lose(self):
+        for process in [*self.candidates, self.state]:
+            if process:
+                process.kill(wait=1.0)
+        if self.gate:
+            self.gate.close()
+        if self.folder is not None:
+            os.close(self.folder)
+        if self.state:
+            with self.warm.lock, contextlib.suppress(OSError):  # where it is gone, everything is
+                send(self.warm.control, {"close": self.id})
+        self.state, self.gate, self.folder, self.candidates, self.remove = None, None, None, [], []
+
+    def run(self, code):
+        """Run one action on the state, which it changes unless it times out or its process ends."""
+        with self.lock:
+            [observation] = self.run_candidates([code])
+            self.commit(0)
+            return observation
+
+    def run_candidates(self, codes):
+        """Run each on a copy of the state, all at the same time. The state stays as it is until one is committed.
+
+        The same number of Observations, in the same order. Candidates not committed before the next run are dropped.
+        """
+        codes = list(codes)
+        if not all(isinstance(code, str) for code in codes):
+            raise TypeError("code must be text")
+        if len(codes) > 100:
+            raise ValueError(f"at most 100 candidates at once, not {len(codes)}")
+        with self.lock:
+            if self.closed or self.owner != os.getpid():
+                raise RuntimeError("the sandbox is closed, or belongs to another process")
+            if self.state is None or not self.state.alive():
+                self._lose()
+                self._start()
+            self._drop(self.candidates)
+            if codes:
+                try:
+                    self._run(codes)
+                except BaseException:  # Ctrl-C: what is running must not go on
+                    self._lose()
+                    raise
+            return [candidate.observation for candidate in self.candidates]
+
+    def commit(self, index):
+        """Make candidate `index` of the last run_candidates the state.
+
+        One that timed out or died has no state: the one from before the step stays.
+        """
+        with self.lock:
+            if self.closed or not self.candidates:
+                raise RuntimeError("there are no candidates to commit: call run_candidates first")
+            chosen = self.candidates[index]
+            if chosen.channel.fileno() >= 0 and chosen.alive():
+                self.candidates.remove(chosen)
+                self.remove.append(self.name)
+                self.state.kill()
+                self.state, self.name = chosen, chosen.name
+            self._drop(self.candidates)
+
+    def _drop(self, candidates):
+        for candidate in candidates:
+            candidate.kill()
+            self.remove.append(candidate.name)
+        self.candidates = []
+
+    def _run(self, codes):
+        started = time.monotonic()
+        theirs = []
+        for _ in codes:
+            channel, other = socket.socketpair()
+            output = _shared_memory(8 + 8 * self.half + RAW_OUTPUT)
+            self.candidates.append(_Candidate(channel, self.timeout, self.gate is None, output))
+            theirs += [other.detach(), os.dup(output)]
+        request = {"codes": codes, "names": [c.name for c in self.candidates], "remove": self.remove}
+        self.state.signal(signal.SIGCONT)
+        sent = self.state.send(request, theirs)
+        for descriptor in theirs:
+            os.close(descriptor)
+        self.remove = []
+        if sent:
+            self._listen(started)
+        self._settle(started)
+
+    def _listen(self, started):
+        """Answer the candidates and the gate until all have finished or the time is up."""
+        forks, threads = len(self.candidates), THREADS
+        waiting = {candidate.channel.fileno(): candidate for candidate in self.candidates}
+        poll = select.poll()
+        for descriptor in waiting:
+            poll.register(descriptor, select.POLLIN)
+        if self.gate:
+            poll.register(self.gate, select.POLLIN)
+        while waiting:
+            left = started + self.timeout - time.monotonic()
+            if any(candidate.pid is None for candidate in waiting.values()):
+                left += 0.1  # not begun: a moment more, because the state is lost with an unknown process
+            if left <= 0:
+                return
+            ready = poll.poll(math.ceil(1000 * (left if self.folder is None else min(left, 0.05))))
+            if self.folder is not None:
+                self._weigh(waiting.values())
+            for descriptor, _ in ready:
+                candidate = waiting.get(descriptor)
+                if candidate:
+                    self._hear(candidate)
+                    if not candidate.running:
+                        candidate.observation.seconds = time.monotonic() - started
+                        poll.unregister(descriptor)
+                        del waiting[descriptor]
+                elif question := self.gate.ask():
+                    number, thread, call, arguments = question
+                    if call != "clone":  # a signal
+                        allow = contain.is_own_process(thread, arguments[0])
+                    elif arguments[0] == contain.FORK:
+                        allow = thread == self.state.pid and forks > 0
+                        forks -= allow
+                    else:
+                        allow = threads > 0
+                        threads -= allow
+                    self.gate.answer(number, allow)
+
+    def _weigh(self, candidates):
+        """Where there is no tmpfs to bound the scratch folder: stop a candidate that has written too much."""
+        for candidate in candidates:
+            used = 0
+            with contextlib.suppress(OSError):
+                for _, _, files, folder in os.fwalk(candidate.name, dir_fd=self.folder):
+                    for file in files:
+                        with contextlib.suppress(OSError):
+                            used += max(4096, 512 * os.stat(file, dir_fd=folder, follow_symlinks=False).st_blocks)
+            if used > self.scratch_mb << 20:
+                candidate.signal(signal.SIGKILL)
+
+    def _hear(self, candidate):
+        try:
+            messages = candidate.receive()
+            if messages is None:
+                candidate.finish(kind="killed")
+                return
+            others = [process.pid for process in (self.state, *self.candidates) if process is not candidate]
+            if candidate.pid in others:
+                raise ValueError("it spoke for another")
+            for message in messages:
+                self._heed(candidate, message)
+        except OSError:  # it ended before it could be looked at
+            candidate.finish(kind="killed")
+        except ValueError as error:
+            candidate.kill()
+            candidate.finish(f"the process was stopped: {error}", "killed")
+
+    def _heed(self, candidate, message):
+        if not candidate.running:
+            raise ValueError("it went on after its end")
+        if "final" in message:
+            candidate.observation.is_final, candidate.observation.final_answer = True, message["final"]
+        elif "done" in message:
+            outcome = message["done"] if isinstance(message["done"], dict) else {}
+            result, error, kind = (outcome.get(key) for key in ("result", "error", "kind"))
+            if not all(text is None or isinstance(text, str) for text in (result, error)):
+                raise ValueError("its message was malformed")
+            if error is not None and kind not in ("syntax", "runtime", "memory"):
+                raise ValueError("its message was malformed")
+            candidate.observation.result = result and cut(result, 4 * self.half)
+            candidate.finish(error and cut(error, 4 * self.half), kind if error is not None else None)
+            candidate.signal(signal.SIGSTOP)  # threads it left behind stand still
+        elif "tool" in message:
+            name, args, kwargs = (message.get(key) for key in ("tool", "args", "kwargs"))
+            if candidate.calling or name not in self.tools or type(args) is not list or type(kwargs) is not dict:
+                raise ValueError("its message was malformed")
+            candidate.calling = True
+            threading.Thread(target=self._call, args=(candidate, name, args, kwargs), daemon=True).start()
+        elif "hello" not in message:
+            raise ValueError("its message was malformed")
+
+    def _call(self, candidate, name, args, kwargs):
+        """A tool call, in a thread of its own: if it hangs, run() does not."""
+        try:
+            reply = {"value": self.tools[name](*args, **kwargs)}
+            pack(reply)
+        except BaseException as error:
+            text = error.args[0] if len(error.args) == 1 and isinstance(error.args[0], str) else str(error)
+            reply = {"error": type(error).__name__, "message": text or type(error).__name__}
+        candidate.calling = False
+        candidate.send(reply)
+
+    def _settle(self, started):
+        """Stop what is still running, and complete the observations."""
+        lost = any(candidate.pid is None for candidate in self.candidates)
+        for index, candidate in enumerate(self.candidates):
+            observation = candidate.observation
+            if candidate.running:
+                candidate.kill()
+                limit = f"the code ran longer than {self.timeout:g} s and was stopped"
+                candidate.finish(f"TimeoutError: {limit}; the state is as it was before", "timeout")
+                observation.seconds = time.monotonic() - started
+            elif observation.error_kind == "killed" and not observation.error:
+                self._explain(candidate, None if lost else self._status(index))
+            observation.stdout = read_output(candidate.output, self.half)
+            os.close(candidate.output)
+        self.state.signal(signal.SIGSTOP)
+        if lost:
+            candidates = self.candidates
+            self._lose()
+            self.candidates = candidates
+
+    def _explain(self, candidate, status):
+        candidate.kill()
+        if status == -signal.SIGXCPU:
+            candidate.finish(
+                "TimeoutError: the code used up its processor time; the state is as it was before", "timeout"
+            )
+            return
+        reason = "" if status is None else f" with exit status {status}"
+        if status is not None and status < 0:
+            reason = f" by {signal.Signals(-status).name}"
+        candidate.finish(f"the Python process was ended{reason}; the state is as it was before", "killed")
+
+    def _status(self, index):
+        """How a candidate ended, which its parent knows."""
+        if not self.state.send({"wait": index}) or not _readable(self.state.channel, 0.2):
+            return None
+        try:
+            status = (self.state.receive() or [{}])[0].get("status")
+        except (OSError, ValueError):
+            return None
+        return status if isinstance(status, int) and -64 < status < 256 else None

@@ -1,0 +1,42 @@
+"""Our math equality beside the real math-verify, on pairs made from gold answers of every shape.
+
+pytest tests/test_grade_interop.py     # needs math-verify[antlr4_13_2]; bench/grade.py does the same at full size
+"""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+import math_equal
+from test_grade import GOLDS
+
+pytest.importorskip("math_verify")
+
+SPEC = importlib.util.spec_from_file_location("bench_grade", Path(__file__).parent.parent / "bench" / "grade.py")
+bench = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(bench)
+
+
+@pytest.fixture(scope="module")
+def verdicts():
+    """[(truth, ours, math-verify's, how, prediction, gold)]"""
+    peer = bench.MathVerify()
+    pairs = list(bench.make_pairs(GOLDS, peer))
+    return [(t, math_equal.compare(p, g)[0], peer.equal(p, g), how, p, g) for t, how, p, g in pairs]
+
+
+def test_nothing_unequal_is_called_equal(verdicts):
+    assert sum(not truth for truth, *_ in verdicts) > 700
+    assert [row for row in verdicts if row[1] and not row[0]] == []
+
+
+def test_what_is_equal_by_construction_is_called_equal(verdicts):
+    missed = [row for row in verdicts if row[0] and not row[1]]
+    assert sum(truth for truth, *_ in verdicts) > 800
+    assert missed == []
+
+
+def test_math_verify_agrees(verdicts):
+    agreed = sum(ours == theirs for _, ours, theirs, *_ in verdicts)
+    assert agreed / len(verdicts) > 0.95

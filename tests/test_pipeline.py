@@ -1,0 +1,267 @@
+"""The whole house at a tiny size: world, index, teacher over HTTP, collect, filter, train, evaluate, report.
+
+Nothing is replaced: real searches, really executed code, a really trained (if hardly) student.
+"""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import agent_distill
+import evaluate
+import miniature
+import report
+import retriever
+import train
+from common import InputError, read_jsonl
+from servers import serve
+from tasks import load_tasks
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("miniature")
+    miniature.make_world(miniature.WorldConfig(out=str(folder / "world"), seed=3, train_questions=48, test_questions=2))
+    retriever.build(str(folder / "world" / "passages.jsonl"), str(folder / "index"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(world):
+    server = miniature.open_server(miniature.TeacherConfig(world=str(world / "world")))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+    server.server_close()
+
+
+def collect_config(world, url, out, **more):
+    defaults = {"search": str(world / "index"), "top_k": 2, "concurrency": 8, "quiet": True}
+    return agent_distill.CollectConfig(
+        tasks=[str(world / "world" / "train.jsonl")], url=[url], out=str(out), **{**defaults, **more}
+    )
+
+
+@pytest.fixture(scope="module")
+def trajectories(world, teacher):
+    agent_distill.collect(collect_config(world, teacher, world / "cot.jsonl", method="cot"))
+    agent_distill.collect(
+        collect_config(world, teacher, world / "agent.jsonl", first_thought=True, cot=str(world / "cot.jsonl"))
+    )
+    for name in ("cot", "agent"):
+        agent_distill.filter_trajectories(
+            agent_distill.FilterConfig(
+                trajectories=[str(world / f"{name}.jsonl")], out=str(world / f"{name}.train.jsonl")
+            )
+        )
+    return [row for _, row in read_jsonl(world / "agent.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def student(world, trajectories):
+    base = miniature.BaseConfig(
+        world=str(world / "world"), out=str(world / "base"), size="S", documents=8, warmup=4, quiet=True
+    )
+    miniature.make_base(base)
+    train.fit(
+        train.Config(
+            data=[str(world / "agent.train.jsonl")], model=str(world / "base"), out=str(world / "agent"),
+            tuning="full", epochs=1, batch_tokens=2048, threads=1, quiet=True,
+            system_prompt=str(ROOT / "prompts" / "agent_student_system.txt"),
+        )
+    )  # fmt: skip
+    return world / "agent"
+
+
+def test_collect_writes_whole_trajectories(world, trajectories):
+    tasks = load_tasks([str(world / "world" / "train.jsonl")])
+    assert {(row["task"], row["id"]) for row in trajectories} == {(row["task"], row["id"]) for row in tasks}
+    assert sum(row["correct"] for row in trajectories) >= 40  # the script errs at a few per cent
+    cots = {row["id"]: row for _, row in read_jsonl(world / "cot.jsonl")}
+    for row in trajectories:
+        cot = cots[row["id"]]["messages"][-1]["content"]
+        assert row["cot"] == cot and row["prefix"] == agent_distill.first_step(cot)
+        assert row["messages"][2]["content"].startswith(f"Thought: {row['prefix']}")
+        assert row["messages"][2]["content"].count(row["prefix"]) == 1
+        assert row["usage"]["requests"] == len(row["steps"]) and row["model"] == "scripted-teacher"
+        roles = [m["role"] for m in row["messages"]]
+        assert roles[:3] == ["system", "user", "assistant"] and "assistant" in roles[-2:]
+    facts = [row for row in trajectories if row["kind"] == "fact" and row["correct"]]
+    assert all("[1] " in row["steps"][0]["observation"] for row in facts if not row["steps"][0]["error_kind"])
+
+
+def test_filter_keeps_only_the_right_ones(world, trajectories):
+    kept = {row["id"] for _, row in read_jsonl(world / "agent.train.jsonl")}
+    assert kept == {row["id"] for row in trajectories if not agent_distill.drop_reason(row)}
+
+
+def test_collect_again_asks_nothing(world, trajectories, capsys):
+    before = (world / "agent.jsonl").read_bytes()
+    nobody = "http://127.0.0.1:9/v1"
+    again = collect_config(world, nobody, world / "agent.jsonl", first_thought=True, cot=str(world / "cot.jsonl"))
+    agent_distill.collect(again)
+    again.max_steps = 4
+    with pytest.raises(InputError, match=r"agent.jsonl.run.json: this was made with --max-steps 5, not 4"):
+        agent_distill.collect(again)
+    assert (world / "agent.jsonl").read_bytes() == before
+
+
+def strip_volatile(rows):
+    """Rows in order of their question, without the wall clock and the retries."""
+    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+    for row in rows:
+        row["usage"] = {k: v for k, v in row["usage"].items() if k != "retries"}
+    return sorted(rows, key=lambda row: (row["task"], row["id"]))
+
+
+def test_a_server_full_of_faults_gives_the_same_trajectories(world, teacher, trajectories, monkeypatch):
+    """Every third request meets one of the faults that pass; nothing is lost, nothing is there twice."""
+    import requests
+
+    import client
+
+    monkeypatch.setattr(client, "BACKOFF", 0.01)
+    monkeypatch.setattr(client, "DEAD_SECONDS", 0.01)
+    faults = [("status", 500, {}, ""), ("status", 429, {"Retry-After": "0.05"}, ""), ("reset",), ("cut",),
+              ("raw", b"{"), {"choices": []}, ("reset in body",), ("status", 503, {}, "")]  # fmt: skip
+
+    def behave(path, body, number):
+        if number % 3 == 1:
+            return faults[number // 3 % len(faults)]
+        return requests.post(teacher + path.removeprefix("/v1"), json=body).json()
+
+    with serve(behave) as (url, seen):
+        out = world / "faulty.jsonl"
+        agent_distill.collect(
+            collect_config(world, url, out, first_thought=True, cot=str(world / "cot.jsonl"), model="scripted-teacher")
+        )
+    rows = [row for _, row in read_jsonl(out)]
+    assert sum(row["usage"]["retries"] for row in rows) >= len(seen) // 4
+    assert strip_volatile(rows) == strip_volatile(trajectories)
+
+
+def test_collect_killed_at_random_moments_ends_with_the_same_file(world, teacher, trajectories):
+    out = world / "killed.jsonl"
+    command = [
+        sys.executable, "agent_distill.py", "collect", str(world / "world" / "train.jsonl"), "--url", teacher,
+        "--search", str(world / "index"), "--top-k", "2", "--first-thought", "--cot", str(world / "cot.jsonl"),
+        "--concurrency", "2", "--out", str(out), "--quiet",
+    ]  # fmt: skip
+    sizes = []
+    for _ in range(5):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+        size = out.stat().st_size if out.exists() else 0
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline and process.poll() is None:
+            if out.exists() and out.stat().st_size > size + 3000:
+                break
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        sizes.append(out.stat().st_size)
+    assert sizes == sorted(sizes) and sizes[0] > 0
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    assert strip_volatile([row for _, row in read_jsonl(out)]) == strip_volatile(trajectories)
+
+
+def run_config(world, student, out, **more):
+    tests = sorted(str(path) for path in (world / "world" / "test").glob("*.jsonl"))
+    defaults = {"search": str(world / "index"), "top_k": 2, "max_tokens": 40, "max_steps": 2, "name": "S"}
+    return evaluate.RunConfig(tasks=tests, model=str(student), out=str(world / out), quiet=True, **defaults | more)
+
+
+def test_evaluate_and_report(world, student, capsys):
+    evaluate.run(run_config(world, student, "eval/agent"))
+    evaluate.run(run_config(world, student, "eval/sc", sc=3))
+    evaluate.run(run_config(world, student, "eval/rag", method="cot-rag"))
+    evaluate.write_report(evaluate.ReportConfig(folder=str(world / "eval")))
+    table = capsys.readouterr().out
+    rows = json.loads((world / "eval" / "agent" / "results.json").read_text())
+    assert len(rows) == 8 and {row["n"] for row in rows} == {2}
+    assert {"model", "parameters", "method", "decoding", "task", "kind", "domain", "accuracy", "ci95"} <= set(rows[0])
+    for words in ("| S | ", "agent distill | greedy", "agent distill | sc3", "cot-rag distill | greedy", "bamboogle"):
+        assert words in table
+    assert (world / "eval" / "report.md").read_text() in table
+    sampled = report.transcripts(world / "eval" / "sc")
+    assert all(len(step["candidates"]) == 3 for row in sampled for step in row["steps"])
+
+
+def test_evaluation_continues_and_does_not_depend_on_the_batch(world, student):
+    """Cut after some questions, and gone on with another batch size, it ends with the very same transcripts."""
+    whole = run_config(world, student, "eval/whole", sc=2)
+    evaluate.run(whole)
+    cut = run_config(world, student, "eval/cut", sc=2, batch=5)
+    evaluate.run(cut)
+    journal = world / "eval" / "cut" / "transcripts.0.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[:7]) + lines[7][:50])
+    cut.batch = 3
+    evaluate.run(cut)
+    rows = [report.transcripts(world / "eval" / name) for name in ("whole", "cut")]
+    assert strip_volatile(rows[0]) == strip_volatile(rows[1])
+
+
+def test_shards_share_a_folder(world, student):
+    for shard in ("0/2", "1/2"):
+        evaluate.run(run_config(world, student, "eval/shards", shard=shard))
+    evaluate.run(run_config(world, student, "eval/unsharded"))
+    rows = [report.transcripts(world / "eval" / name) for name in ("shards", "unsharded")]
+    assert len(report.transcript_files(world / "eval" / "shards")) == 2
+    assert strip_volatile(rows[0]) == strip_volatile(rows[1])
+
+
+def test_a_served_model_is_evaluated_like_a_local_one(world, teacher):
+    """The scripted teacher as a student over HTTP: it knows the plans of the test questions, too."""
+    config = run_config(
+        world, "scripted-teacher", "eval/served", url=[teacher], max_steps=5, max_tokens=400, training="none"
+    )
+    evaluate.run(config)
+    rows = report.transcripts(world / "eval" / "served")
+    assert len(rows) == 16 and sum(row["correct"] for row in rows) >= 10
+
+
+def test_regrade_changes_grades_and_nothing_else(world, student, capsys):
+    evaluate.run(run_config(world, student, "eval/regrade"))
+    journal = world / "eval" / "regrade" / "transcripts.0.jsonl"
+    before = [row for _, row in read_jsonl(journal)]
+    wrong = [{**row, "correct": not row["correct"], "why": "?"} for row in before]
+    journal.write_text("".join(json.dumps(row) + "\n" for row in wrong))
+    evaluate.regrade(evaluate.RegradeConfig(folder=str(journal.parent)))
+    assert f"{len(before)} grades changed" in capsys.readouterr().out
+    assert [row for _, row in read_jsonl(journal)] == before
+
+
+def test_ask_prints_the_steps(world, teacher, capsys):
+    question = next(
+        row["question"] for row in load_tasks([str(world / "world" / "train.jsonl")]) if row["kind"] == "math"
+    )
+    evaluate.ask(evaluate.AskConfig(question=question, url=[teacher], training="none"))
+    shown = capsys.readouterr().out
+    assert "Code:\n```py\n" in shown and "Answer: " in shown
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"search": None}, "needs passages"),
+        ({"model": None}, "no student"),
+        ({"shard": "2/2"}, "--shard 2/2"),
+        ({"tasks": ["nowhere.jsonl"]}, "nowhere.jsonl: No such file"),
+        ({"search": "nowhere"}, "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(world, student, change, message):
+    config = run_config(world, student, "eval/bad")
+    for name, value in change.items():
+        setattr(config, name, value)
+    with pytest.raises(InputError, match=message) as caught:
+        evaluate.run(config)
+    assert "\n" not in str(caught.value)
