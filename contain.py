@@ -13,6 +13,7 @@ Each raises OSError where this kernel, or the container around us, does not offe
 landlock(7), seccomp(2), seccomp_unotify(2), namespaces(7), pivot_root(2), and the headers of Linux.
 """
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -179,13 +180,15 @@ def address_space():
         return 0
 
 
+_limits = {}  # name: (for foreign code, for ours, which must work when foreign code has used up its own)
+
+
 def set_limits(memory, cpu_seconds, file_size, open_files):
     """Bytes, seconds, bytes, descriptors. Memory is address space: what is limited is what can be asked for."""
-    limits = {"AS": memory, "CPU": cpu_seconds, "FSIZE": file_size, "NOFILE": open_files, "CORE": 0, "MEMLOCK": 0}
-    for name, value in limits.items():
-        kind = getattr(resource, f"RLIMIT_{name}", None)
-        if kind is None:
-            continue
+    limits = {"CPU": (cpu_seconds, cpu_seconds), "FSIZE": (file_size, file_size), "CORE": (0, 0), "MEMLOCK": (0, 0)}
+    _limits.update(AS=(memory, memory + (64 << 20)), NOFILE=(open_files, open_files + 256))
+    for name, (_, value) in (limits | _limits).items():
+        kind = getattr(resource, f"RLIMIT_{name}")
         hard = resource.getrlimit(kind)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         try:
@@ -193,6 +196,16 @@ def set_limits(memory, cpu_seconds, file_size, open_files):
         except (ValueError, OSError):
             if LINUX:  # macOS refuses a limit on address space
                 raise
+    hold_limits(True)
+
+
+def hold_limits(foreign):
+    """Switch between the limits for foreign code and ours."""
+    for name, (soft, _) in _limits.items():
+        kind = getattr(resource, f"RLIMIT_{name}")
+        hard = resource.getrlimit(kind)[1]
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(kind, (soft if foreign and soft < hard else hard, hard))
 
 
 # Landlock: opening, making, removing and renaming files is denied but beneath the folders named here. It does not

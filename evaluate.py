@@ -316,13 +316,18 @@ def regrade(config):
 @dataclasses.dataclass(kw_only=True)
 class ReportConfig:
     folder: str = option(REQUIRED, "folder with run folders in it", positional=True)
+    episodes: int = option(10, "episodes of each task and run that the page can show")
 
 
 def write_report(config):
-    """Make the tables (Markdown) of all runs below a folder, print them, and write them beside the runs."""
-    text = report.markdown(Path(config.folder))
-    with replace_file(Path(config.folder) / "report.md") as file:
-        file.write(text)
+    """Make the tables of all runs below a folder, print them, and write report.md and report.html there.
+
+    report.html is one self-contained page: tables, charts, and a browser of episodes.
+    """
+    text = report.markdown(config.folder)
+    for name, content in (("report.md", text), ("report.html", report.html(config.folder, config.episodes))):
+        with replace_file(Path(config.folder) / name) as file:
+            file.write(content)
     print(text)
 
 

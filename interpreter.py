@@ -20,7 +20,6 @@ import linecache
 import math
 import mmap
 import os
-import resource
 import select
 import shutil
 import signal
@@ -37,6 +36,7 @@ import contain
 MESSAGE_LIMIT = 8 << 20  # bytes of one message: code, a tool's arguments, a final answer
 RAW_OUTPUT = 16 << 10  # bytes kept of what is written to descriptors 1 and 2 around sys.stdout
 CHANNEL, SCRATCH = 3, 4  # descriptors in the sandbox
+OPEN_FILES = 64
 
 
 def cut(text, limit):
@@ -157,6 +157,7 @@ class _State:
 
     def serve(self):
         while True:
+            contain.hold_limits(False)
             request, descriptors = receive(self.channel)
             if request is None:
                 os._exit(0)
@@ -172,7 +173,8 @@ class _State:
     def fork(self, request, descriptors):
         """One child a candidate. Returns None, and in the child its code and where its output goes."""
         for name in request["remove"]:
-            shutil.rmtree(f"{self.settings['scratch']}/{name}", ignore_errors=True)
+            if not self.scratch.endswith(name):
+                shutil.rmtree(f"{self.settings['scratch']}/{name}", ignore_errors=True)
         self.reap()
         for index, (code, name) in enumerate(zip(request["codes"], request["names"], strict=True)):
             child = os.fork()
@@ -209,6 +211,7 @@ class _State:
             self.move_scratch(name)
             sys.stdout = sys.stderr = sys.__stdout__ = sys.__stderr__ = self.output
             vars(self.main).update(self.given)
+            contain.hold_limits(True)
             outcome = self.execute(code)
         except BaseException as error:  # out of memory in the wrong place
             outcome = {"error": cut(describe(error), 1000), "kind": _kind(error)}
@@ -219,11 +222,15 @@ class _State:
     def move_scratch(self, name):
         """Go on in a folder of this candidate's own, with a copy of what is in the state's folder."""
         old, new = self.scratch, f"{self.settings['scratch']}/{name}"
-        os.mkdir(new, 0o700)
         place = os.path.relpath(_getcwd(), old)
-        if os.listdir(SCRATCH):
-            shutil.copytree(old, new, symlinks=True, dirs_exist_ok=True)
-            _reopen_files(old, new)
+        try:
+            os.mkdir(new, 0o700)
+            if os.listdir(SCRATCH):
+                shutil.copytree(old, new, symlinks=True, dirs_exist_ok=True)
+                _reopen_files(old, new)
+        except OSError:  # no room for a copy: stay in the state's folder
+            shutil.rmtree(new, ignore_errors=True)
+            return
         folder = os.open(new, os.O_RDONLY | os.O_DIRECTORY)
         os.dup2(folder, SCRATCH)
         os.close(folder)
@@ -347,7 +354,7 @@ def describe(error):
 
 def _reopen_files(old, new):
     """Files that the code holds open go on in the copies, each at its place: a fork alone would share the place."""
-    for descriptor in range(SCRATCH + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0]):
+    for descriptor in range(SCRATCH + 1, OPEN_FILES):
         try:
             path = os.readlink(f"/proc/self/fd/{descriptor}")
             if path.startswith(old + "/"):
@@ -507,7 +514,7 @@ class _Warm:
             contain.drop_privileges(user)
         memory = contain.address_space() + (request["memory_mb"] << 20)
         seconds = math.ceil(request["timeout"]) + 1
-        contain.set_limits(memory, seconds, request["scratch_mb"] << 20, 64)
+        contain.set_limits(memory, seconds, request["scratch_mb"] << 20, OPEN_FILES)
         if not self.contained:
             return None
         self.attempt("Landlock", contain.restrict_files, self.libraries, [scratch], self.devices)

@@ -32,7 +32,7 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 import train
 import world
-from common import REQUIRED, InputError, option, read_jsonl, replace_file, run_command_line, write_json
+from common import REQUIRED, InputError, keep_config, option, read_jsonl, replace_file, run_command_line, write_json
 from tasks import Prompts
 
 # ---------------------------------------------------------------------------------------------
@@ -449,10 +449,13 @@ def make_base(config):
 
     It can copy and read a little and knows a few passages by heart; tasks and tools are left to fine-tuning.
     """
+    keep_config(Path(config.out) / "base.json", config, may_change=("quiet",))
+    work = Path(config.out + ".work")  # both trainings continue from their checkpoints after an interruption
+    if (Path(config.out) / "summary.json").exists():
+        return shutil.rmtree(work, ignore_errors=True)
     torch.manual_seed(config.seed)
     rng = random.Random(f"base {config.seed} {config.size}")
     tokenizer = make_tokenizer(Path(config.world), Prompts(config.prompts))
-    work = Path(config.out + ".work")
     new_model(config.size, tokenizer).save_pretrained(work / "new")
     tokenizer.save_pretrained(work / "new")
     warmup = config.warmup if config.warmup is not None else SIZES[config.size][2]

@@ -74,7 +74,7 @@ def join_passages(parts, files, folder, data):
     over the files as if these were one. Raises InputError where an id occurs twice.
     """
     starts = np.cumsum([0] + [file["bytes"] for file in files]).astype(np.uint64)
-    columns = {"offsets": [], "ids": []}
+    columns = {"offsets": [np.empty(0, np.uint64)], "ids": [np.empty(0, "S1")]}
     for part, number in parts:
         offsets, ids = (np.load(part / f"{name}.npy") for name in columns)
         columns["offsets"].append(offsets[: len(ids)] + starts[number])  # a whole index has one more: the end

@@ -153,14 +153,53 @@ def load_systems(folder):
     )
 
 
+def task_order(systems):
+    """The tasks that occur: the paper's in its order, then others."""
+    names = [task for kind in TASKS.values() for task in kind]
+    present = {task for system in systems for task in system.tasks}
+    return [task for task in names if task in present] + sorted(present - set(names))
+
+
 def markdown(folder):
     """The report as Markdown: accuracies, the paper's comparison, errors."""
     systems = load_systems(folder)
-    names = [task for kind in TASKS.values() for task in kind]
-    present = {task for system in systems for task in system.tasks}
-    names = [task for task in names if task in present] + sorted(present - set(names))
-    parts = [_accuracy_table(systems, names), _comparison(systems), _error_table(systems), PAPER]
+    parts = [_accuracy_table(systems, task_order(systems)), _comparison(systems), _error_table(systems), PAPER]
     return "\n".join(part for part in parts if part)
+
+
+def html(folder, per_task=10):
+    """The report as one self-contained page, report.html filled with data: tables, charts, a browser of episodes.
+
+    per_task: episodes kept for each task of a run; the first ones, so that systems show the same questions.
+    """
+    systems = load_systems(folder)
+    places = {(s.model, s.method, s.decoding): i for i, s in enumerate(systems)}
+    episodes = []
+    for path in sorted(Path(folder).rglob("results.json")):
+        first = json.loads(path.read_text(encoding="utf-8"))[0]
+        seen = collections.Counter()
+        for row in sorted(transcripts(path.parent), key=lambda row: (row["task"], row["id"])):
+            seen[row["task"]] += 1
+            if seen[row["task"]] <= per_task:
+                kept = ("task", "question", "answer", "prediction", "correct", "why", "stop", "steps")
+                system = places[first["model"], first["method"], first["decoding"]]
+                episodes.append({name: row[name] for name in kept} | {"system": system})
+    data = {
+        "tasks": task_order(systems),
+        "systems": [_plain(s) for s in systems],
+        "episodes": episodes,
+        "per_task": per_task,
+        "note": "Accuracies are over all questions.",
+    }
+    template = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
+    # A transcript may hold "</script>": escaped, it cannot end the element that carries the data.
+    return template.replace("/*DATA*/", json.dumps(data, ensure_ascii=False).replace("<", "\\u003c"))
+
+
+def _plain(system):
+    averages = {"all": system.average(), "in": system.average("in"), "out": system.average("out")}
+    names = ("model", "method", "decoding", "parameters", "tasks")
+    return {name: getattr(system, name) for name in names} | {"size": _size(system.parameters)} | averages
 
 
 def _accuracy_table(systems, names):

@@ -256,11 +256,12 @@ class Sandbox:
     tools: {name: function}, called in this process with JSON values, perhaps in several threads at once. timeout:
     seconds of wall clock a step. memory_mb: what a step's process may allocate. isolation: "auto" warns once where a
     protection is missing, "require" raises InputError then, "off" has time-outs and rlimits only. output_limit:
-    characters kept of what is printed, and of a result. scratch_mb: the size of the folder the code may write to.
+    characters kept of what is printed, and of a result. scratch_mb: the size of the folder the code may write to,
+    together with the candidates' copies of it (copies that do not fit are not made: the candidates share it then).
     Threads may use different sandboxes at once, and share one by turns.
     """
 
-    def __init__(self, tools=None, timeout=10.0, memory_mb=1024, isolation="auto", output_limit=10_000, scratch_mb=64):
+    def __init__(self, tools=None, timeout=10.0, memory_mb=1024, isolation="auto", output_limit=10_000, scratch_mb=256):
         if isolation not in ("auto", "require", "off"):
             raise ValueError(f'isolation is "auto", "require" or "off", not {isolation!r}')
         if not timeout > 0 or not math.isfinite(timeout) or memory_mb < 1 or output_limit < 2 or scratch_mb < 1:
@@ -496,8 +497,8 @@ class Sandbox:
                 raise ValueError("its message was malformed")
             if error is not None and kind not in ("syntax", "runtime", "memory"):
                 raise ValueError("its message was malformed")
-            candidate.observation.result = result and cut(result, 4 * self.half)
-            candidate.finish(error and cut(error, 4 * self.half), kind if error is not None else None)
+            candidate.observation.result = result and self._cut(result)
+            candidate.finish(error and self._cut(error), kind if error is not None else None)
             candidate.signal(signal.SIGSTOP)  # threads it left behind stand still
         elif "tool" in message:
             name, args, kwargs = (message.get(key) for key in ("tool", "args", "kwargs"))
@@ -507,6 +508,10 @@ class Sandbox:
             threading.Thread(target=self._call, args=(candidate, name, args, kwargs), daemon=True).start()
         elif "hello" not in message:
             raise ValueError("its message was malformed")
+
+    def _cut(self, text):
+        """Only for a candidate that did not cut it itself."""
+        return text if len(text) < 2 * self.half + 100 else cut(text, 2 * self.half)
 
     def _call(self, candidate, name, args, kwargs):
         """A tool call, in a thread of its own: if it hangs, run() does not."""

@@ -522,56 +522,55 @@ class SparseIndex:
             most.insert(0, most[0] + term.most)
         slack = 1 - 1e-5 - 2e-7 * len(terms)  # scores are float32
         floor = 0.0  # a lower bound of the k-th best score
-        seen, touched, fresh, leaders = [np.empty(0, np.intp)], [], [], set()
+        touched, looked_at, leaders = [], 0, set()
         for i, term in enumerate(terms):
-            if most[i] >= floor and term.stop - term.start > WORTHWHILE:
-                for found, after in fresh:
-                    leaders.update(found.take(_greatest(after, LEADERS * k)).tolist())
-                fresh.clear()
+            if most[i] >= floor and touched and term.stop - term.start > WORTHWHILE:
+                for found in touched[looked_at:]:
+                    leaders.update(found.take(_greatest(totals.take(found), LEADERS * k)).tolist())
+                looked_at = len(touched)
                 floor = max(floor, slack * self._kth_total(leaders, terms[i:], k))
             if most[i] < floor:  # a passage without any of the terms so far cannot be among the best
                 break
-            found, before, after = self._add_up(term, totals)
-            touched.append(found)
-            new = before == 0
-            if floor:
-                new &= after >= floor - most[i + 1]
-            seen.append(found.take(np.flatnonzero(new)))
-            fresh.append((found, after))
+            touched.append(self._add_up(term, totals))
         else:
             i = len(terms)
-        docs = np.concatenate(seen)
-        scores = totals.take(docs)
-        if i < len(terms):
-            docs, scores = self._sift(docs, scores, terms[i:], floor)
+        docs = self._once(_reached(totals, touched, floor - most[i], k))
+        docs, scores = self._sift(docs, totals.take(docs), terms[i:], floor)
         for j, term in enumerate(terms[i:], i):
             if len(docs) * LOOK_UP > term.stop - term.start:
                 totals[docs] = scores
-                touched.append(self._add_up(term, totals)[0])
+                touched.append(self._add_up(term, totals))
                 scores = totals.take(docs)
             else:
                 scores = scores + self._look_up(docs, term)
             if len(docs) > k:
                 floor = max(floor, slack * float(np.partition(scores, -k)[-k]))
                 docs, scores = _at_least(docs, scores, floor - most[j + 1])
-        for found in touched:
-            totals[found] = 0
+        if _are_few(touched, totals):
+            for found in touched:
+                totals[found] = 0
+        else:
+            totals.fill(0)
         return best_of(docs, scores, self.rank, k)
 
     def _totals(self):
         """Scores so far, by passage; zero between queries. One array a thread."""
         if not hasattr(self.scratch, "totals"):
             self.scratch.totals = np.zeros(len(self.rank), np.float32)
+            self.scratch.slots = np.empty(len(self.rank), np.int32)
         return self.scratch.totals
 
+    def _once(self, docs):
+        """Each of some passages once."""
+        slots, numbers = self.scratch.slots, np.arange(len(docs), dtype=np.int32)
+        slots[docs] = numbers  # where a passage is twice, the last number stays
+        return docs.take(np.flatnonzero(slots.take(docs) == numbers))
+
     def _add_up(self, term, totals):
-        """Add a term to the totals of all its passages; returns these, and their totals before and after."""
+        """Add a term to the totals of all its passages; returns these."""
         found = self.docs[term.start : term.stop].astype(np.intp)
-        before = totals.take(found)
-        after = self.impacts[term.start : term.stop] * np.float32(term.weight)
-        after += before
-        totals[found] = after
-        return found, before, after
+        np.add.at(totals, found, self.impacts[term.start : term.stop] * np.float32(term.weight))
+        return found
 
     def _look_up(self, docs, term):
         """What a term adds to the scores of some passages, found by binary search."""
@@ -607,6 +606,23 @@ class SparseIndex:
             else:  # the bytes are rounded up: one less is a lower bound
                 scores = scores + (np.maximum(term.row.take(docs), 1) - 1.0) * np.float32(term.most / 255)
         return float(np.partition(scores, -k)[-k])
+
+
+def _are_few(touched, totals):
+    """Whether it is faster to go through the touched passages than through all."""
+    return 6 * sum(map(len, touched)) < len(totals)
+
+
+def _reached(totals, touched, least, k):
+    """The touched passages whose totals are at least `least`; where that is nothing, at least the k best."""
+    least = max(least, np.finfo(np.float32).tiny)
+    if _are_few(touched, totals):
+        docs = np.concatenate([np.empty(0, np.intp), *touched])
+        return docs.take(np.flatnonzero(totals.take(docs) >= least))
+    rows = len(totals) // 64
+    if least < 1e-30 and rows > k:  # the k-th best of the rows' greatest totals is no better than the k-th best of all
+        least = max(least, np.partition(totals[: rows * 64].reshape(64, rows).max(0), -k)[-k])
+    return np.flatnonzero(totals >= least)
 
 
 def _greatest(scores, n):

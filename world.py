@@ -7,16 +7,16 @@ Everything is drawn from one seed. `miniature.py` writes it to disk, teaches it 
 
 Each task mirrors one of the paper's (Sec. 4.1). "in" means: training asks the same kind of question about
 other entities and numbers. "out" means that something in the question is of a kind that training never asks:
-| task            | domain | questions                                         | what training never shows               |
-|-----------------|--------|---------------------------------------------------|-----------------------------------------|
-| hotpotqa        | in     | two hops; which of two has the lower/higher value | the entities                            |
-| 2wikimultihopqa | out    | two hops; comparisons; same value, yes or no      | comparing these relations               |
-| musique         | out    | three hops                                        | these chains of three relations         |
-| bamboogle       | out    | two hops                                          | these pairs of relations, in any chain  |
-| math            | in     | number theory, equations, sums                    | the numbers                             |
-| gsm_hard        | out    | word problems, all numbers of 6 digits            | only such numbers: it mixes 2 to 6      |
-| aime            | out    | how many n up to N meet two conditions            | these pairs of conditions               |
-| olymmath        | out    | how many pairs (x, y) meet a condition            | these pairs of expression and condition |
+| task            | domain | questions                                     | what training never shows             |
+|-----------------|--------|-----------------------------------------------|---------------------------------------|
+| hotpotqa        | in     | two hops; which of two is lower or higher     | the entities                          |
+| 2wikimultihopqa | out    | two hops; lower or higher; the same, or not   | comparisons of these relations        |
+| musique         | out    | three hops                                    | these chains of three relations       |
+| bamboogle       | out    | two hops                                      | these pairs of relations, anywhere    |
+| math            | in     | number theory, equations, sums                | the numbers                           |
+| gsm_hard        | out    | word problems with numbers of six digits      | six digits only: training has 2 to 6  |
+| aime            | out    | how many n up to N meet two conditions        | these pairs of conditions             |
+| olymmath        | out    | how many pairs x < y meet a condition         | these expressions with this condition |
 
 Held out: 30 % of the entities occur in no training question, neither as start nor on the way nor as answer, and
 every test question of facts is about such entities. Of the numbers from 100 on, two in seven are used by test

@@ -1,4 +1,4 @@
-"""The miniature: its world keeps what it promises, its teacher speaks the protocol, its base students are ordinary models.
+"""The miniature: its world keeps its promises, its teacher speaks the protocol, its students are ordinary models.
 
 pytest tests/test_miniature.py
 """

@@ -251,6 +251,10 @@ def attack(sandbox, name, world):
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attack_fails(shared, world, name):
+    if name == "descriptors":  # earlier attacks leave some open
+        with Sandbox() as fresh:
+            assert attack(fresh, name, world).final_answer == "nothing"
+        return
     observation = attack(shared, name, world)
     assert observation.final_answer != "through", observation
     assert Path(world["SECRET"]).read_text() == "the answer is 42\n"
@@ -363,8 +367,10 @@ def test_memory_is_bounded(sandbox):
     assert sandbox.run("x").result == "7"
     assert sandbox.run("import numpy\nnumpy.ones(10**9)").error_kind == "memory"
     assert sandbox.run("a = []\nwhile True: a.append('x' * 10**6)").error_kind == "memory"
+    assert sandbox.run("a[-1][:1]").result == "'x'"  # an exception keeps what ran before it
+    assert sandbox.run("del a").error is None
     assert sandbox.run("import mmap\nmmap.mmap(-1, 10**9)").error is not None
-    assert len(sandbox.run("x = bytearray(3 * 10**8)\nlen(x)").result) == 9  # less than memory_mb is fine
+    assert sandbox.run("x = bytearray(3 * 10**8)\nlen(x)").result == "300000000"  # less than memory_mb is fine
 
 
 def test_memory_of_all_candidates_together_is_bounded(sandbox):
@@ -491,3 +497,384 @@ def test_sandboxes_do_not_see_each_other():
         found = "import os\n[f for root, _, files in os.walk('/') for f in files if f == 'mine'], os.path.exists('mine')"
         assert other.run(found).result == "([], False)"
         assert other.run("x").error_kind == "runtime"
+
+
+# The state: as in a REPL.
+
+
+def test_state_persists(sandbox):
+    assert sandbox.run("import math\nx = [1]\ndef f(n): return n + len(x)") == Observation(seconds=pytest.approx(0, abs=9))
+    assert sandbox.run("x.append(2)\nf(40)").result == "42"
+    assert sandbox.run("y = 1\n1 / 0\ny = 2").error_kind == "runtime"
+    assert sandbox.run("y").result == "1"
+    assert sandbox.run("class A:\n  pass\na = A()\nimport pickle\npickle.loads(pickle.dumps(a)).__class__ is A").result == "True"
+    assert sandbox.run("if __name__ == '__main__': print('main')").stdout == "main\n"
+    assert sandbox.run("from __future__ import annotations").error is None
+    assert sandbox.run("import inspect\ninspect.getsource(f)").result == repr("def f(n): return n + len(x)")
+
+
+@pytest.mark.parametrize(
+    ("code", "result"),
+    [("1 + 1", "2"), ("x = 1", None), ("None", None), ("'a'", "'a'"), ("x = 1\nx;", "1"), ("", None), ("# nothing", None),
+     ("for i in range(3): i", None), ("print('a')", None), ("(lambda: 7)()", "7"), ("'''doc'''", "'doc'"),
+     ("import sympy\nsympy.Rational(1, 2)", "1/2"), ("f'{1}'", "'1'"), ("len(str(2**100000))", "30103"),
+     ("[i async for i in x]", None), ("True", "True")],
+)  # fmt: skip
+def test_result_is_the_repr_of_a_last_expression(shared, code, result):
+    assert shared.run(code).result == result
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "parts"),
+    [("x = (1,", "syntax", ["SyntaxError", "line 1", "x = (1,"]),
+     ("x = 1\nfor i in range(3)\n  pass", "syntax", ["line 2", "for i in range(3)", "expected ':'"]),
+     ("def f():\nreturn 1", "syntax", ["IndentationError", "line 2"]),
+     ("x = 1\0", "syntax", ["null byte"]),
+     ("return 1", "syntax", ["'return' outside function"]),
+     ("(" * 1000, "syntax", ["too many nested"]),
+     ("x = 1\n1 / 0", "runtime", ["ZeroDivisionError: division by zero", "line 2: 1 / 0"]),
+     ("def f(n):\n  return 1 / n\nf(0)", "runtime", ["line 3: f(0)", "in f, line 2: return 1 / n"]),
+     ("undefined", "runtime", ["NameError: name 'undefined' is not defined"]),
+     ("import json\njson.loads('{')", "runtime", ["JSONDecodeError", "line 2"]),
+     ("raise SystemExit(3)", "runtime", ["SystemExit: 3"]),
+     ("exit()", "runtime", ["SystemExit"]),
+     ("raise KeyboardInterrupt", "runtime", ["KeyboardInterrupt"]),
+     ("input()", "runtime", ["EOFError"]),
+     ("import no_such_module", "runtime", ["ModuleNotFoundError"]),
+     ("def f(): f()\nf()", "runtime", ["RecursionError"]),
+     ("class E(Exception):\n  def __str__(self): 1 / 0\nraise E", "runtime", ["E: <exception str() failed>"]),
+     ("class R:\n  def __repr__(self): raise ValueError('no repr')\nR()", "runtime", ["ValueError: no repr"]),
+     ("raise ValueError('x' * 10**6)", "runtime", ["characters not shown"]),
+     ("exec('1 +')", "runtime", ["SyntaxError"]),
+     ("import os\nos._exit(3)", "killed", ["exit status 3"]),
+     ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "killed", ["SIGKILL"]),
+     ("import ctypes\nctypes.string_at(1)", "killed", ["SIGSEGV"]),
+     ("import os\nos.abort()", "killed", ["SIGABRT"]),
+     ("import sys\nsys.setrecursionlimit(10**9)\nimport re\ndef f(x): return sorted([x], key=f)\nf(1)", "killed", ["SIGSEGV"]),
+     ("x = 'a' * 10**12", "memory", ["MemoryError"])],
+)  # fmt: skip
+def test_errors(shared, code, kind, parts):
+    shared.run("kept = 41")
+    observation = shared.run("print('before')\n" + code if kind != "syntax" else code)
+    assert observation.error_kind == kind
+    assert all(part in observation.error for part in parts), observation.error
+    assert observation.stdout == ("" if kind == "syntax" else "before\n")
+    assert not observation.is_final and len(observation.error) < 10_200
+    assert shared.run("kept + 1").result == "42"
+
+
+def test_an_error_in_a_function_of_an_earlier_step_names_both_lines(sandbox):
+    sandbox.run("def f(n):\n  return 1 / n")
+    assert sandbox.run("x = 0\nf(x)").error == "ZeroDivisionError: division by zero (line 2: f(x); in f, step 1, line 2: return 1 / n)"
+
+
+def test_everything_printed_is_kept(sandbox):
+    observation = sandbox.run("import sys, os\nprint('a')\nprint('b', file=sys.stderr)\nsys.stdout.write('c\\n')\n"
+                              "sys.stdout.buffer.write(b'd\\n')\nprint('é', end='')\nos.write(1, b'raw')")  # fmt: skip
+    assert observation.stdout == "a\nb\nc\nd\néraw"
+    sandbox.run("import sys\nold = sys.stdout\nsys.stdout = None")
+    assert sandbox.run("print('x')\nprint('y', file=old)").stdout == "x\ny\n"
+    assert "RuntimeWarning" in sandbox.run("import numpy\nnumpy.float64(1) / 0").stdout
+
+
+@pytest.mark.parametrize(
+    ("expression", "answer"),
+    [("42", 42), ("'a'", "a"), ("None", None), ("True", True), ("0.5", 0.5), ("[1, {'a': [None]}]", [1, {"a": [None]}]),
+     ("(1, 2)", "(1, 2)"), ("{1: 2}", "{1: 2}"), ("float('inf')", "inf"), ("[float('nan')]", "[nan]"), ("{1}", "{1}"),
+     ("__import__('fractions').Fraction(1, 3)", "1/3"), ("__import__('numpy').int64(7)", "7"),
+     ("__import__('numpy').float64(0.5)", "0.5"), ("__import__('sympy').sqrt(8)", "2*sqrt(2)"), ("10**30", 10**30),
+     ("10**5000", "1" + "0" * 5000), ("__import__('numpy').array([1, 2])", "[1 2]"), ("b'x'", "b'x'"), ("''", "")],
+)  # fmt: skip
+def test_final_answer(shared, expression, answer):
+    observation = shared.run(f"print('x')\nfinal_answer({expression})\nprint('y')")
+    assert observation.is_final and observation.error is None and observation.stdout == "x\n"
+    assert observation.final_answer == answer and type(observation.final_answer) is type(answer)
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["try:\n  final_answer(1)\nexcept Exception:\n  print('after')",
+     "try:\n  final_answer(1)\nexcept:\n  print('after')\n  final_answer(2)",
+     "try:\n  final_answer(1)\nfinally:\n  print('after')",
+     "while True:\n  try:\n    final_answer(1)\n  except BaseException:\n    pass\n    print('after')",
+     "def f():\n  try:\n    return final_answer(1)\n  except:\n    return 2\nx = f()\nprint('after')",
+     "import contextlib\nwith contextlib.suppress(BaseException):\n  final_answer(1)\nprint('after')",
+     "class A:\n  def __del__(self): final_answer(1)\na = A()\ndel a\nprint('after')",
+     "list(map(final_answer, [1, 2]))\nprint('after')",
+     "from concurrent.futures import ThreadPoolExecutor\nwith ThreadPoolExecutor() as pool:\n"
+     "  list(pool.map(final_answer, [1]))\nprint('after')",
+     "final_answer(answer=1)\nprint('after')",
+     "final_answer(1)\n1 / 0"],
+)  # fmt: skip
+def test_final_answer_ends_the_action_at_once(sandbox, code):
+    observation = sandbox.run(code)
+    assert (observation.is_final, observation.final_answer, observation.error, observation.stdout[:5]) == (True, 1, None, observation.stdout[:5])
+    assert "after" not in observation.stdout
+    assert sandbox.run("final_answer = 5\n6 * 7").result == "42"
+    assert sandbox.run("final_answer('again')").final_answer == "again"
+
+
+def test_unseeded_draws_repeat_and_seeded_ones_continue():
+    code = "import random, numpy\nrandom.random(), numpy.random.rand()"
+    with Sandbox() as one, Sandbox() as other:
+        assert one.run(code).result == other.run(code).result != one.run(code).result
+        one.run("random.seed(7)")
+        expected = random.Random(7)
+        assert one.run("random.random()").result == repr(expected.random())
+        assert one.run("random.random()").result == repr(expected.random())
+
+
+# Files.
+
+
+def test_files_persist_and_are_each_candidates_own(sandbox):
+    sandbox.run("import os\nopen('a.txt', 'w').write('1')\nos.mkdir('d')\npath = os.path.abspath('a.txt')\nhere = os.getcwd()")
+    first, second = sandbox.run_candidates([
+        "open('a.txt', 'a').write('2')\nopen(path).read(), sorted(os.listdir(here))",
+        "import time\ntime.sleep(0.2)\nopen('d/b.txt', 'w').close()\nopen(path).read(), sorted(os.listdir('.'))"])  # fmt: skip
+    assert (first.result, second.result) == ("('12', ['a.txt', 'd'])", "('1', ['a.txt', 'd'])")
+    sandbox.commit(0)
+    assert sandbox.run("open(path).read(), os.path.exists('d/b.txt'), os.getcwd() == here").result == "('12', False, True)"
+    assert sandbox.run("open('a.txt', 'w').write('x' * 9)\nos._exit(0)").error_kind == "killed"
+    assert sandbox.run("open('a.txt').read()").result == "'12'"
+    assert sandbox.run("import pathlib\np = pathlib.Path('a.txt').resolve()\nos.chdir('d')").error is None
+    assert sandbox.run("p.read_text(), os.path.basename(os.getcwd()), os.listdir('..')").result == "('12', 'd', ['a.txt', 'd'])"
+
+
+def test_open_files_go_on_in_the_copies(sandbox):
+    sandbox.run("f = open('log', 'w+')\nf.write('0')\nf.flush()")
+    sandbox.run_candidates([f"f.write('{i}')\nf.flush()" for i in (1, 2, 3)])
+    sandbox.commit(1)
+    assert sandbox.run("f.write('!')\nf.close()\nopen('log').read()").result == "'02!'"
+
+
+def test_libraries_work(sandbox):
+    code = """
+        import asyncio, csv, decimal, hashlib, io, json, shutil, sqlite3, tempfile, zipfile
+        from concurrent.futures import ThreadPoolExecutor
+        import numpy as np, sympy as sp
+        x = sp.symbols('x')
+        with tempfile.TemporaryDirectory() as folder:
+            open(folder + '/a', 'w').write('hi')
+            shutil.copy2(folder + '/a', folder + '/b')
+            with zipfile.ZipFile('z.zip', 'w') as z: z.write(folder + '/b', 'b')
+        async def two(): await asyncio.sleep(0.01); return 2
+        db = sqlite3.connect('x.db'); db.execute('create table t (a)'); db.execute('insert into t values (3)'); db.commit()
+        with ThreadPoolExecutor(4) as pool: fourth = list(pool.map(lambda n: n * n, range(3)))[2]
+        [sp.solve(x**2 - 1)[1], asyncio.run(two()), db.execute('select a from t').fetchone()[0], fourth, float(np.linalg.det(np.eye(2) * 2)) + 1]
+    """  # noqa: E501
+    assert sandbox.run(textwrap.dedent(code)).result == "[1, 2, 3, 4, 5.0]"
+
+
+# Candidates.
+
+
+def test_candidates_run_at_the_same_time(sandbox):
+    started = time.monotonic()
+    observations = sandbox.run_candidates(["import time\ntime.sleep(0.4)"] * 8)
+    assert time.monotonic() - started < 2.0 and all(observation.error is None for observation in observations)
+
+
+def test_commit(sandbox):
+    sandbox.run("x = 0")
+    assert sandbox.run_candidates([]) == []
+    with pytest.raises(RuntimeError):
+        sandbox.commit(0)
+    sandbox.run_candidates(["x = 1", "x = 2"])
+    assert sandbox.run("x").result == "0"  # not committed: dropped
+    sandbox.run_candidates(["x = 1", "x = 2", "x = 3\n1 / 0", "x = 4\nimport os\nos._exit(0)"])
+    sandbox.commit(2)
+    with pytest.raises(RuntimeError):
+        sandbox.commit(1)
+    assert sandbox.run("x").result == "3"
+    sandbox.run_candidates(["x = 5", "import os\nos._exit(0)"])
+    with pytest.raises(IndexError):
+        sandbox.commit(2)
+    sandbox.commit(1)  # it has no state
+    assert sandbox.run("x").result == "3"
+
+
+def random_program(rng):
+    lines = ["import random", "open('log', 'a').write('.')"]
+    for _ in range(rng.randint(1, 4)):
+        lines.append(rng.choice([
+            "v['n'] = v.get('n', 0) + {0}", "l.append({0})", "print(l, v)", "print(random.random())", "l = l[-{0}:]",
+            "print(open('log').read())", "1 / ({0} - 3)", "def g(): return {0}", "print(g())", "l[{0}]", "v = dict(v)",
+            "random.seed({0})", "open('log', 'w').close()", "(sum(l), v, random.getrandbits(9))", "x =", "final_answer(l)",
+        ]).format(rng.randint(0, 6)))  # fmt: skip
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_candidates_against_replay_in_fresh_sandboxes(seed):
+    """What a fork gives is what running the whole history again in a new sandbox gives."""
+    rng = random.Random(seed)
+    history = ["l, v = [], {}\ndef g(): return 0"]
+
+    def visible(observation):
+        return {**vars(observation), "seconds": None}
+
+    with Sandbox() as sandbox:
+        sandbox.run(history[0])
+        for _ in range(4):
+            codes = [random_program(rng) for _ in range(4)]
+            observations = sandbox.run_candidates(codes)
+            for code, observation in zip(codes, observations, strict=True):
+                with Sandbox() as fresh:
+                    for earlier in history:
+                        fresh.run(earlier)
+                    assert visible(fresh.run(code)) == visible(observation)
+            chosen = rng.randrange(4)
+            sandbox.commit(chosen)
+            history.append(codes[chosen])
+
+
+# Tools.
+
+
+def test_tools():
+    def search(query, k=2):
+        """Search it."""
+        return {"hits": [query] * k}
+
+    def fail(message):
+        raise ValueError(message)
+
+    with Sandbox(tools={"search": search, "fail": fail, "odd": lambda: object(), "quit": sys.exit}, timeout=5) as sandbox:
+        assert sandbox.run("search('é', k=3)").result == "{'hits': ['é', 'é', 'é']}"
+        assert sandbox.run("try: fail('no luck')\nexcept ValueError as e: print(e)").stdout == "no luck\n"
+        assert "no luck" in sandbox.run("fail('no luck')").error
+        assert "not JSON serializable" in sandbox.run("search({1})").error
+        assert "not JSON serializable" in sandbox.run("odd()").error
+        assert sandbox.run("quit()").error_kind == "runtime"
+        assert "missing 1 required" in sandbox.run("search()").error
+        sandbox.run("search = 5")
+        assert sandbox.run("search('a'), search.__doc__").result == "({'hits': ['a', 'a']}, 'Search it.')"
+        many = "from concurrent.futures import ThreadPoolExecutor\nwith ThreadPoolExecutor(8) as p: r = list(p.map(search, 'abcdefgh'))\nlen(r)"
+        assert sandbox.run(many).result == "8"
+        assert len(sandbox.run("len(search('x' * 10**6, 3)['hits'][2])").result) == 7
+
+
+def test_candidates_call_tools_at_the_same_time():
+    barrier = threading.Barrier(4, timeout=5)
+    with Sandbox(tools={"meet": lambda: barrier.wait() >= 0}) as sandbox:
+        assert [o.result for o in sandbox.run_candidates(["meet()"] * 4)] == ["True"] * 4
+
+
+def test_a_tool_that_hangs_counts_as_time():
+    done = threading.Event()
+    with Sandbox(tools={"hang": lambda: done.wait(30)}, timeout=0.5) as sandbox:
+        started = time.monotonic()
+        observation = sandbox.run("x = 1\nprint('before')\nhang()")
+        assert 0.5 <= time.monotonic() - started < 1.0
+        assert (observation.error_kind, observation.stdout) == ("timeout", "before\n")
+        assert sandbox.run("6 * 7").result == "42"
+    done.set()
+
+
+# The host.
+
+
+def test_many_sandboxes_in_many_threads():
+    failures = []
+
+    def work(number):
+        with Sandbox(tools={"add": lambda a, b: a + b}) as sandbox:
+            sandbox.run(f"x = {number}")
+            for step in range(5):
+                sandbox.run_candidates(["x += 100", "x = add(x, 1)"])
+                sandbox.commit(1)
+                if (result := sandbox.run("x").result) != str(number + step + 1):
+                    failures.append((number, step, result))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(64)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert failures == [] and not any(thread.is_alive() for thread in threads)
+
+
+def test_steps_leave_nothing_behind():
+    with Sandbox(timeout=0.3) as sandbox:
+        sandbox.run("open('f', 'w').write('x')")
+    eventually(lambda: len(children(os.getpid())) <= 2)
+    before = len(children(os.getpid())), len(os.listdir("/proc/self/fd")), threading.active_count()
+    with Sandbox(timeout=0.3) as sandbox:
+        for i in range(100):
+            sandbox.run_candidates([f"x = {i}\nopen('f', 'w').write('x')", "1 / 0"])
+            sandbox.commit(0)
+        sandbox.run("while True: pass")
+        sandbox.run("import os\nos._exit(1)")
+        sandbox.run_candidates(["1"] * 4)
+        assert sandbox.run("import os\nx, os.listdir('.')").result == "(99, ['f'])"
+    now = lambda: (len(children(os.getpid())), len(os.listdir("/proc/self/fd")), threading.active_count())  # noqa: E731
+    assert eventually(lambda: now() == before), (before, now())
+
+
+def test_everything_dies_with_the_host(tmp_path):
+    script = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport threading\nfrom sandbox import Sandbox\n"
+        "one, two = Sandbox(), Sandbox(timeout=60)\n"
+        "threading.Thread(target=two.run, args=('import time\\nwhile True: time.sleep(1)',)).start()\n"
+        "import time; time.sleep(0.5); one.run_candidates(['1'] * 3); print('ready', flush=True); time.sleep(60)"
+    )
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        host = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        assert host.stdout.readline() == b"ready\n"
+        descendants = children(host.pid)
+        assert len(descendants) >= 7  # the warm interpreter, two states, three candidates and one at work
+        host.send_signal(number)
+        host.wait()
+        assert eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in descendants))  # noqa: B023
+        host.stdout.close()
+
+
+def test_a_fork_of_the_host_harms_no_sandbox(sandbox):
+    sandbox.run("x = 42")
+    child = os.fork()
+    if child == 0:
+        sandbox.close()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert sandbox.run("x").result == "42"
+
+
+def test_ctrl_c_stops_what_is_running():
+    script = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom sandbox import Sandbox\nwith Sandbox(timeout=60) as s:\n"
+        "  s.run('1'); print('ready', flush=True)\n  try: s.run('while True: pass')\n"
+        "  except KeyboardInterrupt: print(s.run('6 * 7').result, flush=True)"
+    )
+    host = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert host.stdout.readline() == b"ready\n"
+    time.sleep(0.3)
+    host.send_signal(signal.SIGINT)
+    assert host.communicate(timeout=10)[0] == b"42\n"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"timeout": 0}, {"timeout": float("inf")}, {"memory_mb": 0}, {"isolation": "maybe"}, {"tools": {"a b": print}},
+     {"tools": {"final_answer": print}}, {"tools": {"x": 5}}, {"output_limit": 0}, {"scratch_mb": 0}],
+)  # fmt: skip
+def test_wrong_options_are_refused(options):
+    with pytest.raises(ValueError):
+        Sandbox(**options)
+
+
+def test_wrong_use_is_refused(sandbox):
+    with pytest.raises(TypeError):
+        sandbox.run(5)
+    with pytest.raises(ValueError):
+        sandbox.run_candidates(["1"] * 101)
+    with pytest.raises(RuntimeError):
+        sandbox.commit(0)
+    sandbox.close()
+    sandbox.close()
+    with pytest.raises(RuntimeError):
+        sandbox.run("1")
+
+
+def test_long_code(sandbox):
+    assert sandbox.run("x = [" + "1," * 10**6 + "]\nlen(x)").result == "1000000"

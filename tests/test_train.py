@@ -8,6 +8,7 @@ import math
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -495,10 +496,12 @@ def test_another_models_adapter_is_refused(config, tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
-def test_it_overfits_one_batch(config, tmp_path, tuning):
+def test_it_overfits_one_batch(config, tmp_path, tokenizer, tuning):
+    model = make_model(tmp_path / "wide", tokenizer, hidden_size=64)  # 32 are too few under a frozen random head
     rng = random.Random(5)
     path = write_jsonl(tmp_path / "few.jsonl", [{"messages": conversation(rng, 2)} for _ in range(4)])
-    options = {"data": [path], "tuning": tuning, "batch_size": 4, "epochs": 150, "lr": 2e-2, "rank": 32, "alpha": 64}
+    options = {"data": [path], "model": model, "tuning": tuning, "batch_size": 4, "epochs": 150, "lr": 1e-2}
+    options |= {"rank": 32, "alpha": 64}
     options |= {"dropout": 0.0, "schedule": "cosine", "validation": [path], "val_every": 50}
     summary = train.fit(config(**options))
     assert summary["loss"] < 0.1
@@ -583,52 +586,64 @@ def test_killed_at_random_moments_it_ends_bit_for_bit_the_same(config, tmp_path)
 PROCESSES = """
 import sys
 import torch
-import chat, lora, train
-options = eval(sys.argv[1])
-config = train.Config(**options)
-process = train.start_process(config)
-torch.manual_seed(config.seed)
-student, _ = train.build_student(config, process, bf16=False)
-with torch.no_grad():  # B = 0 would leave A without a gradient
-    generator = torch.Generator().manual_seed(1)
-    for _, layer in lora.layers(student.model):
-        layer.b.copy_(torch.randn(layer.b.shape, generator=generator) * 0.1)
-call = train.distribute(student, config, process)
-examples, _ = chat.read_examples(config.data, lora.load_tokenizer(config.model), config, quiet=True)
-batch = examples[:7]
-micro_batches = chat.split_step(batch, config.micro_tokens, process.size)[process.rank]
-loss = train.accumulate(call, micro_batches, sum(len(e.trained) for e in batch), process, False)
-norm = torch.nn.utils.clip_grad_norm_(call.parameters(), 1e9)
-norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-gradients = {name: train.whole(p.grad) for name, p in student.named_parameters() if p.requires_grad}
+import torch.distributed as dist
+from test_train import step_gradients
+import train
+
+options, out = eval(sys.argv[1]), sys.argv[2]
+results = {}
+for tuning in ("lora", "full"):
+    for parallel in ("ddp", "fsdp"):
+        config = train.Config(**options, tuning=tuning, parallel=parallel)
+        process = train.start_process(config)
+        results[tuning, parallel] = step_gradients(config, process)
 if process.first:
-    torch.save({"loss": loss, "norm": norm, "gradients": gradients}, sys.argv[2])
+    torch.save(results, out)
+dist.barrier()
+dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("tuning", ["lora", "full"])
-def test_two_processes_give_the_gradients_of_one(config, tmp_path, tuning):
-    script = tmp_path / "processes.py"
+def step_gradients(config, process):
+    """(loss, gradient norm, gradients) of one step on 7 examples, on however many processes there are."""
+    torch.manual_seed(config.seed)
+    student, _ = train.build_student(config, process, bf16=False)
+    generator = torch.Generator().manual_seed(1)
+    for _, layer in lora.layers(student.model):  # B = 0 would leave A without a gradient
+        layer.b.data = torch.randn(layer.b.shape, generator=generator) * 0.1
+    call = train.distribute(student, config, process)
+    examples, _ = chat.read_examples(config.data, lora.load_tokenizer(config.model), config, quiet=True)
+    micro_batches = chat.split_step(examples[:7], config.micro_tokens, process.size)[process.rank]
+    trained = sum(len(example.trained) for example in examples[:7])
+    loss = train.accumulate(call, micro_batches, trained, process, bf16=False)
+    norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1e9)
+    gradients = {name: train.whole(p.grad) for name, p in student.named_parameters() if p.requires_grad}
+    return loss.item(), train.whole(norm).item(), gradients
+
+
+def test_two_processes_give_the_gradients_of_one(config, tmp_path):
+    script, out = tmp_path / "processes.py", tmp_path / "gradients.pt"
     script.write_text(PROCESSES)
-    results = {}
-    for parallel, size in ((None, 1), ("ddp", 2), ("fsdp", 2)):
-        options = vars(config(tuning=tuning, dropout=0.0, micro_tokens=300, parallel=parallel or "ddp"))
-        start = [sys.executable]
-        if size > 1:
-            start += ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
-        out = tmp_path / f"{parallel}.pt"
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        subprocess.run([*start, str(script), repr(options), str(out)], check=True, env=environment)
-        results[parallel] = torch.load(out)
-    for parallel in ("ddp", "fsdp"):
-        assert results[parallel]["loss"].item() == pytest.approx(results[None]["loss"].item(), rel=1e-6)
-        assert results[parallel]["norm"].item() == pytest.approx(results[None]["norm"].item(), rel=1e-5)
-        assert largest_difference(results[parallel]["gradients"], results[None]["gradients"]) < 1e-6
+    options = vars(config(dropout=0.0, micro_tokens=300))
+    del options["tuning"], options["parallel"]
+    torchrun("2", str(script), repr(options), str(out), check=True)
+    results = torch.load(out)
+    assert len(results) == 4
+    for (tuning, parallel), (loss, norm, gradients) in results.items():
+        expected = step_gradients(train.Config(**options, tuning=tuning), train.Process())
+        assert loss == pytest.approx(expected[0], rel=1e-6), (tuning, parallel)
+        assert norm == pytest.approx(expected[1], rel=1e-5), (tuning, parallel)
+        assert largest_difference(gradients, expected[2]) < 1e-6, (tuning, parallel)
+
+
+def torchrun(processes, *arguments, check=False):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", processes]
+    command += ["--master-port", str(free_port()), *arguments]
+    return subprocess.run(command, check=True, env=environment) if check else subprocess.Popen(command, env=environment)
 
 
 def free_port():
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -641,15 +656,15 @@ def test_a_sharded_run_is_saved_once_and_resumes(config, tmp_path):
     no_dropout = ["--dropout", "0", "--epochs", "1", "--validation", config().data[0]]
     subprocess.run([sys.executable, *command(straight, *no_dropout)], check=True, env=environment)
     sharded = config(out=str(tmp_path / "two"))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    torchrun += ["--master-port", str(free_port()), *command(sharded, *no_dropout, "--parallel", "fsdp")]
-    process = subprocess.Popen(torchrun, env=environment)
+    arguments = ["2", *command(sharded, *no_dropout, "--parallel", "fsdp")]
+    process = torchrun(*arguments)
     checkpoint = Path(sharded.out) / "checkpoint" / "state.pt"
     while process.poll() is None and not checkpoint.exists():
         time.sleep(0.002)
     process.send_signal(signal.SIGTERM)  # torchrun ends its processes
     process.wait()
-    subprocess.run(torchrun, check=True, env=environment)
+    assert not (Path(sharded.out) / "summary.json").exists()
+    torchrun(*arguments, check=True)
     one, two = (json.loads((Path(c.out) / "summary.json").read_text()) for c in (straight, sharded))
     assert (one["processes"], two["processes"]) == (1, 2)
     assert two["validation_loss"] == pytest.approx(one["validation_loss"], abs=1e-3)
