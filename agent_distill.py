@@ -19,7 +19,6 @@ import functools
 import hashlib
 import itertools
 import json
-import math
 import random
 import re
 import time
@@ -35,11 +34,11 @@ from common import (
     option,
     progress,
     read_jsonl,
-    replace_file,
     run_command_line,
 )
 from sandbox import Sandbox
 from tasks import Prompts, load_tasks, open_search
+from trajectories import FilterConfig, GainConfig, filter_trajectories, prefix_gain
 
 # The action format, as in smolagents and in the authors' published trajectories. Prompts, stop
 # strings and parser must agree; tests/test_agent_distill.py holds prompts/ to these constants.
@@ -456,125 +455,6 @@ class Spending:
         cost = f", cost {self.cost():.2f}" if self.cost() else ""
         retries = f", {self.usage['retries']} retries" if self.usage["retries"] else ""
         return f"{self.right / max(self.rows, 1):.1%} right, {tokens}{cost}{retries}"
-
-
-# ---------------------------------------------------------------------------------------------
-# filter, prefix-gain
-# ---------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(kw_only=True)
-class FilterConfig:
-    trajectories: list[str] = option(REQUIRED, "files written by collect", positional=True)
-    out: str = option(REQUIRED, "training file to write")
-    per_question: int = option(1, "trajectories kept a question (paper: 1)")
-    balance: bool = option(False, "as many fact as math trajectories: the larger kind is cut")
-    seed: int = option(0, "which ones --balance drops")
-
-
-def filter_trajectories(config):
-    """Keep what is worth learning from: right answers, reached without a parse error or the step limit.
-
-    Run-time errors that the teacher then mended stay: they teach recovery. Prints what was dropped and why.
-    """
-    rows = [row for path in config.trajectories for row in _read_trajectories(path)]
-    # They lie in the order in which they were finished; training must not depend on that.
-    rows.sort(key=lambda row: (row["task"], str(row["id"]), row.get("sample", 0)))
-    kept, times = [], collections.Counter()
-    table = collections.defaultdict(collections.Counter)
-    for row in rows:
-        question = " ".join(sorted(re.findall(r"\w+", row["question"].lower())))  # word order, case, punctuation
-        reason = drop_reason(row)
-        if not reason and times[question] >= config.per_question:
-            reason = "duplicate"
-        if not reason:
-            times[question] += 1
-            kept.append(row)
-        table[row["task"]].update(["asked", reason or "kept", *(["right"] if row["correct"] else [])])
-    if config.balance:
-        kept = _balanced(kept, random.Random(config.seed), table)
-    if not kept:
-        raise InputError(f"{', '.join(config.trajectories)}: none of {len(rows)} trajectories can be kept")
-    with replace_file(config.out) as file:
-        for row in kept:
-            fields = ("id", "task", "kind", "question", "method", "messages")
-            file.write(json.dumps({name: row.get(name) for name in fields}, ensure_ascii=False) + "\n")
-    print(_counts_table(table))
-
-
-def _read_trajectories(path):
-    for number, row in read_jsonl(path):
-        for field in ("id", "task", "kind", "question", "messages", "steps", "correct", "stop"):
-            if field not in row:
-                raise InputError(f"{path}:{number}: not a trajectory: no {field!r}")
-        yield row
-
-
-def drop_reason(row):
-    """Why a trajectory must not be learned from; None if it may be."""
-    if row["stop"] == "error":
-        return "error"
-    if row["stop"] == "max_steps":
-        return "no answer"
-    if not row["correct"]:
-        return "wrong"
-    if any(step["error_kind"] in ("no_code", "syntax") for step in row["steps"]):
-        return "parse error"
-    return None
-
-
-def _balanced(rows, rng, table):
-    by_kind = {kind: [row for row in rows if row["kind"] == kind] for kind in ("fact", "math")}
-    size = min(map(len, by_kind.values()))
-    chosen = {id(row) for kind in by_kind.values() for row in rng.sample(kind, size)}
-    for row in rows:
-        if id(row) not in chosen:
-            table[row["task"]].update({"kept": -1, "balance": 1})
-    return [row for row in rows if id(row) in chosen]
-
-
-def _counts_table(table):
-    columns = ["asked", "right", "kept", "wrong", "no answer", "parse error", "error", "duplicate", "balance"]
-    columns = [c for c in columns if c in ("asked", "right", "kept") or any(row[c] for row in table.values())]
-    total = sum(table.values(), collections.Counter())
-    lines = ["| task | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
-    for name, row in [*sorted(table.items()), ("all", total)]:
-        lines.append(f"| {name} | " + " | ".join(str(row[c]) for c in columns) + " |")
-    return "\n".join(lines)
-
-
-@dataclasses.dataclass(kw_only=True)
-class GainConfig:
-    plain: str = option(REQUIRED, "trajectories without the prefix", positional=True)
-    prefixed: str = option(REQUIRED, "trajectories with it, on the same questions", positional=True)
-
-
-def prefix_gain(config):
-    """The teacher's accuracy without and with the first-thought prefix, paired by question."""
-    runs = []
-    for path in (config.plain, config.prefixed):
-        rows = {(row["task"], row["id"], row.get("sample", 0)): row["correct"] for _, row in read_jsonl(path)}
-        runs.append(rows)
-    common = sorted(runs[0].keys() & runs[1].keys())
-    if not common:
-        raise InputError(f"{config.plain} and {config.prefixed} have no question in common")
-    print("| task | n | without | with | gain | only without | only with | p (McNemar) |")
-    print("|---|---|---|---|---|---|---|---|")
-    for task in [*sorted({key[0] for key in common}), "all"]:
-        keys = [key for key in common if task in (key[0], "all")]
-        plain, prefixed = ([run[key] for key in keys] for run in runs)
-        lost, won, p = mcnemar(plain, prefixed)
-        a, b = (100 * sum(x) / len(keys) for x in (plain, prefixed))
-        print(f"| {task} | {len(keys)} | {a:.1f} | {b:.1f} | {b - a:+.1f} | {lost} | {won} | {p:.2g} |")
-
-
-def mcnemar(first, second):
-    """Exact McNemar test on paired outcomes: (only first right, only second right, two-sided p)."""
-    lost = sum(bool(a) and not b for a, b in zip(first, second, strict=True))
-    won = sum(bool(b) and not a for a, b in zip(first, second, strict=True))
-    n = lost + won
-    p = 2 * sum(math.comb(n, k) for k in range(min(lost, won) + 1)) / 2**n
-    return lost, won, min(p, 1.0)
 
 
 if __name__ == "__main__":

@@ -229,8 +229,11 @@ def _check_choices(answer):
 
 
 def _text(choice):
-    """What a choice says: /chat/completions keeps it in a message, /completions does not."""
-    return choice.get("text") if "text" in choice else (choice.get("message") or {}).get("content")
+    """What a choice says: /chat/completions keeps it in a message, /completions does not. A refusal says nothing."""
+    if "text" in choice:
+        return choice["text"]
+    message = choice.get("message") or {}
+    return "" if message.get("refusal") else message.get("content")
 
 
 def _retry_after(value):

@@ -174,7 +174,8 @@ def run(config):
 def _run_episodes(config, todo, prompts, search, journal):
     judge = None
     if config.judge_url:
-        judge = grade.Judge(config.judge_url, config.judge_model, config.api_key_env, Path(config.out) / "judge.jsonl")
+        cache = Path(config.out) / f"judge.{_shard(config.shard)[0]}.jsonl"
+        judge = grade.Judge(config.judge_url, config.judge_model, config.api_key_env, cache)
     answerer = ServedStudent(config, prompts) if config.url else LocalStudent(config)
     write_json(Path(config.out) / "model.json", answerer.about)
     start = functools.partial(start_episode, config, prompts, search)
@@ -301,7 +302,7 @@ def regrade(config):
     out, changed = Path(config.folder), 0
     judge = None
     if config.judge_url:
-        judge = grade.Judge(config.judge_url, config.judge_model, config.api_key_env, out / "judge.jsonl")
+        judge = grade.Judge(config.judge_url, config.judge_model, config.api_key_env, out / "judge.0.jsonl")
     for path in report.transcript_files(out):
         with Journal(path) as journal:  # holds the lock while the file is replaced
             verdicts = grade.grade_many(journal.rows, judge)

@@ -12,6 +12,7 @@ holds it is set up in _Warm.become_sandbox, before any of it runs.
 import ast
 import builtins
 import ctypes
+import errno
 import fcntl
 import gc
 import io
@@ -27,6 +28,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 import traceback
 import types
 import warnings
@@ -61,8 +63,14 @@ def pack(message):
 
 def send(channel, message, descriptors=()):
     data = pack(message)
-    if descriptors:
-        data = data[socket.send_fds(channel, [data], descriptors) :]
+    while descriptors:
+        try:
+            data = data[socket.send_fds(channel, [data], descriptors) :]
+            break
+        except OSError as error:  # the kernel bounds a user's descriptors on their way: others will have arrived soon
+            if error.errno != errno.ETOOMANYREFS:
+                raise
+            time.sleep(0.001)
     channel.sendall(data)
 
 
@@ -140,10 +148,6 @@ def read_output(descriptor, half):
     return text.encode("utf-8", "replace").decode() + raw.decode("utf-8", "replace")
 
 
-class _FinalAnswer(BaseException):
-    """Ends the action. Not an Exception, so that `except Exception` lets it through."""
-
-
 class _State:
     """A process that holds a sandbox's state: it waits, forks itself for every candidate, and goes on as one."""
 
@@ -209,6 +213,7 @@ class _State:
             os.close(output)
             send(self.channel, {"hello": os.getpid()})
             self.move_scratch(name)
+            sys.stdin = io.StringIO()
             sys.stdout = sys.stderr = sys.__stdout__ = sys.__stderr__ = self.output
             vars(self.main).update(self.given)
             contain.hold_limits(True)
@@ -252,12 +257,9 @@ class _State:
             value = eval(last, vars(self.main)) if last else None
             return {"result": None if value is None else cut(repr(value), self.settings["limit"])}
         except BaseException as error:
-            sys.settrace(None)
             if self.final:
                 return {}
             return {"error": cut(describe(error), self.settings["limit"]), "kind": _kind(error)}
-        finally:
-            sys.settrace(None)
 
     def final_answer(self, answer=None):
         """End the action with this answer: a JSON value, or anything else as its text."""
@@ -268,16 +270,14 @@ class _State:
         with self.lock:
             self.channel.sendall(message)
         self.final = True
-        # A bare `except:` would swallow it. So raise it again at every line that would still run.
-        frame = sys._getframe(1)
-        while frame and frame.f_code is not _State.execute.__code__:
-            frame.f_trace = _raise_final_answer
-            frame = frame.f_back
-        sys.settrace(lambda *_: None)
-        if threading.current_thread() is not threading.main_thread():
-            main = ctypes.c_ulong(threading.main_thread().ident)
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(main, ctypes.py_object(_FinalAnswer))
-        raise _FinalAnswer
+        if threading.current_thread() is threading.main_thread():
+            # An exception might be swallowed, by a bare `except:` or a callback. So do not go back: wait for the next
+            # step right here.
+            send(self.channel, {"done": {}})
+            self.serve()
+        main = ctypes.c_ulong(threading.main_thread().ident)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(main, ctypes.py_object(SystemExit))
+        raise SystemExit
 
     def make_tool(self, name):
         def tool(*args, **kwargs):
@@ -300,12 +300,6 @@ class _State:
         tool.__name__ = tool.__qualname__ = name
         tool.__doc__ = self.settings["tools"][name]
         return tool
-
-
-def _raise_final_answer(frame, event, argument):
-    if event == "line":
-        raise _FinalAnswer
-    return _raise_final_answer
 
 
 def _is_json(value):
@@ -331,7 +325,8 @@ def _describe_syntax(error):
     if isinstance(error, SyntaxError) and error.lineno:
         text = (error.text or "").strip()
         return f"{type(error).__name__}: {error.msg} (line {error.lineno}: {text})"
-    return f"{type(error).__name__}: {error}"
+    text = str(error) or "the code is too long or too deeply nested"
+    return f"{type(error).__name__}: {text}"
 
 
 def _kind(error):
@@ -491,7 +486,8 @@ class _Warm:
         os.chdir(home)
         # The host weighs what is in the folder where no tmpfs does.
         folder = None if self.rooted else os.open(scratch, os.O_RDONLY | os.O_DIRECTORY)
-        gate = self.contain(request, scratch, home)
+        memory = contain.address_space() + (request["memory_mb"] << 20)
+        gate = self.contain(scratch, home)
         channel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, CHANNEL)
         state = _State(channel, request | {"scratch": scratch, "gated": gate is not None}, home)
         _hide_scratch(state, self.link)
@@ -503,18 +499,16 @@ class _Warm:
         send(channel, {"hello": os.getpid()} | hello, descriptors)
         for descriptor in descriptors:
             os.close(descriptor)
+        contain.set_limits(memory, math.ceil(request["timeout"]) + 1, request["scratch_mb"] << 20, OPEN_FILES)
         state.serve()
 
-    def contain(self, request, scratch, home):
+    def contain(self, scratch, home):
         os.chmod(scratch, 0o300)  # a candidate cannot find the others' folders: names are drawn at random
         if self.contained:
             user = contain.unprivileged_user(self.libraries)
             for folder in [scratch, home] + [self.folder] * self.rooted:
                 os.chown(folder, user, -1)
             contain.drop_privileges(user)
-        memory = contain.address_space() + (request["memory_mb"] << 20)
-        seconds = math.ceil(request["timeout"]) + 1
-        contain.set_limits(memory, seconds, request["scratch_mb"] << 20, OPEN_FILES)
         if not self.contained:
             return None
         self.attempt("Landlock", contain.restrict_files, self.libraries, [scratch], self.devices)

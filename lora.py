@@ -13,6 +13,7 @@ A (r, in) and B (out, r). B starts at zero, so that training starts from the bas
 """
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import Literal
@@ -22,7 +23,7 @@ import transformers
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from common import REQUIRED, InputError, option, parse_object, replace_file, write_json
 
@@ -178,10 +179,20 @@ def is_adapter(path):
 
 
 def load_tokenizer(path):
-    """The tokenizer of a model, or of an adapter: its own if it was saved with one, else its base's."""
+    """The tokenizer of a model, or of an adapter: its own if it was saved with one, else its base's.
+
+    Transformers 5 splits text as the model's type usually does, whatever a folder's tokenizer.json says. Where the
+    two differ, as for a tokenizer of one's own under a Qwen2 model, the file is taken at its word.
+    """
     if is_adapter(path) and not (Path(path) / "tokenizer_config.json").is_file():
         path = read_config(path)["base_model_name_or_path"]
-    return from_pretrained(AutoTokenizer, path)
+    tokenizer, file = from_pretrained(AutoTokenizer, path), Path(path) / "tokenizer.json"
+    if file.is_file():
+        loaded = json.loads(tokenizer.backend_tokenizer.to_str())
+        written = json.loads(file.read_text(encoding="utf-8"))
+        if any(loaded[part] != written[part] for part in ("normalizer", "pre_tokenizer", "decoder")):
+            return from_pretrained(PreTrainedTokenizerFast, path)
+    return tokenizer
 
 
 def load_model(path, device="cpu", dtype=torch.float32, merge=True):

@@ -416,9 +416,9 @@ def teach(config):
 # Base students, from scratch
 # ---------------------------------------------------------------------------------------------
 
-# Three layers of the Qwen2 architecture, head size 32: (hidden size, heads, warm-up steps). Smaller ones learn
-# to copy later. Without embeddings: S 0.33 million parameters, M 0.59, L 1.33.
-SIZES = {"S": (96, 3, 220), "M": (128, 4, 180), "L": (192, 6, 180)}
+# Three layers of the Qwen2 architecture, head size 32: (hidden size, distances of the heads of layer 0, steps of
+# copy warm-up). Smaller ones learn to copy later. Without embeddings: S 0.33 million parameters, M 0.59, L 1.33.
+SIZES = {"S": (96, (1, 2, 0), 300), "M": (128, (1, 2, 3, 0), 250), "L": (192, (1, 2, 3, 0, 4, 5), 250)}
 HEAD_SIZE = 32
 VOCABULARY = 900
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -518,18 +518,19 @@ def rehearse(teacher, question, prompts):
 
 
 def new_model(size, tokenizer):
-    """Random weights, but for the attention of layer 0, whose heads are made by hand to look 1, 2, 3, ... tokens back.
+    """Random weights, but for the attention of layer 0, made by hand: each head looks a fixed distance back.
 
     Copying needs heads that know what came before, and in minutes of training they do not form on their own. Qwen2
     has biases on queries and keys, and rotary positions turn a constant query and key into a function of distance
     alone: with c e^(i f d) for the key and c for the query, the score is the sum of c^2 cos(f (distance - d)) over
-    the frequencies f, with its peak at distance d.
+    the frequencies f, with its peak at distance d. One head looks at its own token (distance 0): without it, copying
+    did not form in the warm-up's time.
     """
-    width, heads, _ = SIZES[size]
+    width, distances, _ = SIZES[size]
     model = Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=len(tokenizer), hidden_size=width, intermediate_size=8 * width // 3, num_hidden_layers=3,
-            num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=2048,
+            num_attention_heads=len(distances), num_key_value_heads=len(distances), max_position_embeddings=2048,
             rope_parameters={"rope_type": "default", "rope_theta": 1e4}, initializer_range=0.03,
             tie_word_embeddings=True, bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
@@ -540,7 +541,7 @@ def new_model(size, tokenizer):
     angles = 1e4 ** (-fast / half)
     attention = model.model.layers[0].self_attn
     with torch.no_grad():
-        for head, distance in enumerate(range(1, heads + 1)):
+        for head, distance in enumerate(distances):
             start = head * HEAD_SIZE
             attention.q_proj.bias[start + fast] = PEAK
             attention.k_proj.bias[start + fast] = PEAK * torch.cos(angles * distance)

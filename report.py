@@ -8,6 +8,7 @@ several transcripts.*.jsonl (one for each shard) and results.json, which is made
 
 import collections
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,21 @@ def interval(counts, draws=10_000, seed=0):
     rng = np.random.default_rng(seed)
     means = np.mean([rng.binomial(n, correct / n, draws) / n for correct, n in counts], axis=0)
     return [round(float(q), 4) for q in np.quantile(means, [0.025, 0.975])]
+
+
+def mcnemar(first, second):
+    """Exact McNemar test on paired outcomes: (only first right, only second right, two-sided p)."""
+    lost = sum(bool(a) and not b for a, b in zip(first, second, strict=True))
+    won = sum(bool(b) and not a for a, b in zip(first, second, strict=True))
+    n = lost + won
+    p = 2 * sum(math.comb(n, k) for k in range(min(lost, won) + 1)) / 2**n
+    return lost, won, min(p, 1.0)
+
+
+def table(head, rows):
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -204,18 +220,16 @@ def _plain(system):
 
 def _accuracy_table(systems, names):
     head = ["student", "parameters", "method", "decoding", *names, "in-domain", "out-of-domain", "average [95 %]"]
-    lines = ["Accuracy, %:\n", _row(head), _row(["---"] * len(head))]
+    rows = []
     for s in systems:
         cells = [f"{100 * s.tasks[t][0] / s.tasks[t][1]:.0f}" if t in s.tasks else "" for t in names]
         domains = [f"{100 * s.average(d)[0]:.1f}" if s.average(d) else "" for d in ("in", "out")]
-        lines.append(_row([s.model, _size(s.parameters), s.method, s.decoding, *cells, *domains, _average(s)]))
+        rows.append([s.model, _size(s.parameters), s.method, s.decoding, *cells, *domains, _average(s)])
     n = sorted({n for s in systems for _, n in s.tasks.values()})
     runs = max(len(s.runs) for s in systems)
     pooled = f", pooled over up to {runs} seeds" if runs > 1 else ""
-    lines.append(
-        f"\n{n[0]} to {n[-1]} questions a task and system{pooled}; the average is over tasks, as in the paper.\n"
-    )
-    return "\n".join(lines)
+    note = f"{n[0]} to {n[-1]} questions a task and system{pooled}; the average is over tasks, as in the paper."
+    return f"Accuracy, %:\n\n{table(head, rows)}\n\n{note}\n"
 
 
 def _comparison(systems):
@@ -228,28 +242,26 @@ def _comparison(systems):
                 best[s.parameters, kind] = s
     sizes = sorted({size for size, _ in best})
     head = ["agent", "average", "against", "average", "difference", "intervals"]
-    lines = ["Agent against CoT, the best of each (average over tasks, %):\n", _row(head), _row(["---"] * len(head))]
+    rows = []
     for i, size in enumerate(sizes):
         for other in sizes[i : i + 2]:
             if (size, "agent") in best and (other, "CoT") in best:
-                lines.append(_compare(best[size, "agent"], best[other, "CoT"]))
-    return "\n".join(lines) + "\n" if len(lines) > 3 else ""
+                rows.append(_compare(best[size, "agent"], best[other, "CoT"]))
+    return f"Agent against CoT, the best of each (average over tasks, %):\n\n{table(head, rows)}\n" if rows else ""
 
 
 def _compare(agent, cot):
     (a, a_low, _), (c, _, c_high) = agent.average(), cot.average()
     names = [f"{s.model}: {s.method}, {s.decoding}" for s in (agent, cot)]
     apart = "apart" if a_low > c_high else "overlap"
-    return _row([names[0], _average(agent), names[1], _average(cot), f"{100 * (a - c):+.1f}", apart])
+    return [names[0], _average(agent), names[1], _average(cot), f"{100 * (a - c):+.1f}", apart]
 
 
 def _error_table(systems):
     names = list(systems[0].errors)
     head = ["student", "method", "decoding", *names]
-    lines = ["Means a question:\n", _row(head), _row(["---"] * len(head))]
-    for s in systems:
-        lines.append(_row([s.model, s.method, s.decoding, *(f"{np.mean(s.errors[name]):.2f}" for name in names)]))
-    return "\n".join(lines) + "\n"
+    rows = [[s.model, s.method, s.decoding, *(f"{np.mean(s.errors[name]):.2f}" for name in names)] for s in systems]
+    return f"Means a question:\n\n{table(head, rows)}\n"
 
 
 def _average(system):
@@ -261,7 +273,3 @@ def _size(parameters):
     if parameters is None:
         return ""
     return f"{parameters / 1e9:.2f}B" if parameters >= 1e8 else f"{parameters / 1e6:.2f}M"
-
-
-def _row(cells):
-    return "| " + " | ".join(str(cell) for cell in cells) + " |"

@@ -403,6 +403,13 @@ def like(value, parameter):
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12}
 
 
+def peak_memory(device):
+    """Bytes: of the GPU's memory, or of this process's main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 class Work:
     """What a run has done since it (re)started: tokens/s, memory, and the share of the GPU's peak that was of use."""
 
@@ -425,13 +432,6 @@ class Work:
                 self.head
             )
 
-    @property
-    def memory(self):
-        """Peak bytes: of this process's GPU, or of its main memory."""
-        if self.process.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.process.device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
     def summary(self):
         seconds, on_gpu = time.monotonic() - self.started, self.process.device.type == "cuda"
         device = torch.cuda.get_device_name(self.process.device) if on_gpu else "cpu"
@@ -443,12 +443,13 @@ class Work:
             "processes": self.process.size,
             "seconds": seconds,
             "tokens_per_second": self.tokens / seconds,
-            "peak_memory_bytes": self.memory,
+            "peak_memory_bytes": peak_memory(self.process.device),
             "share_of_peak": self.flops / seconds / peak / self.process.size if peak else None,
         }
 
     def __str__(self):
-        return f"{self.tokens / (time.monotonic() - self.started):,.0f} tokens/s {self.memory / 2**30:.2f} GiB"
+        rate, memory = self.tokens / (time.monotonic() - self.started), peak_memory(self.process.device)
+        return f"{rate:,.0f} tokens/s {memory / 2**30:.2f} GiB"
 
 
 class Log:
@@ -579,9 +580,9 @@ def run_fit(config):
         dist.destroy_process_group()
 
 
-def main():
+def main(argv=None):
     commands = {"fit": (Config, run_fit), "show": (ShowConfig, show), "merge": (lora.MergeConfig, lora.merge_adapter)}
-    run_command_line(__doc__, commands, default="fit")
+    run_command_line(__doc__, commands, default="fit", argv=argv)
 
 
 if __name__ == "__main__":

@@ -14,22 +14,18 @@ from agent_distill import (
     CODE_CLOSE,
     CODE_OPEN,
     STOP,
-    FilterConfig,
-    GainConfig,
     TurnFailed,
     agent_episode,
     cot_episode,
-    drop_reason,
-    filter_trajectories,
     first_step,
-    mcnemar,
     parse_action,
-    prefix_gain,
 )
 from client import BadRequest
 from common import InputError
+from report import mcnemar
 from sandbox import Sandbox
 from tasks import Prompts
+from trajectories import FilterConfig, GainConfig, drop_reason, filter_trajectories, prefix_gain
 
 PROMPTS = Prompts()
 

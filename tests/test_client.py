@@ -103,6 +103,12 @@ def test_stop_strings_left_in_the_text_are_cut():
     assert cut_at_stop("abc", []) == "abc"
 
 
+def test_a_refusal_is_an_answer_without_text():
+    refusal = {"role": "assistant", "content": None, "refusal": "I cannot help with that."}
+    with serve(lambda *request: {"choices": [{"message": refusal, "finish_reason": "stop"}]}) as (url, seen):
+        assert Client([url]).chat(HELLO).texts == [""] and len(seen) == 1
+
+
 def test_a_dead_endpoint_is_left_out_and_tried_again():
     alive = {"second": False}
 

@@ -19,6 +19,7 @@ import miniature
 import report
 import retriever
 import train
+import trajectories as trajectories_room
 from common import InputError, read_jsonl
 from servers import serve
 from tasks import load_tasks
@@ -57,8 +58,8 @@ def trajectories(world, teacher):
         collect_config(world, teacher, world / "agent.jsonl", first_thought=True, cot=str(world / "cot.jsonl"))
     )
     for name in ("cot", "agent"):
-        agent_distill.filter_trajectories(
-            agent_distill.FilterConfig(
+        trajectories_room.filter_trajectories(
+            trajectories_room.FilterConfig(
                 trajectories=[str(world / f"{name}.jsonl")], out=str(world / f"{name}.train.jsonl")
             )
         )
@@ -100,7 +101,7 @@ def test_collect_writes_whole_trajectories(world, trajectories):
 
 def test_filter_keeps_only_the_right_ones(world, trajectories):
     kept = {row["id"] for _, row in read_jsonl(world / "agent.train.jsonl")}
-    assert kept == {row["id"] for row in trajectories if not agent_distill.drop_reason(row)}
+    assert kept == {row["id"] for row in trajectories if not trajectories_room.drop_reason(row)}
 
 
 def test_collect_again_asks_nothing(world, trajectories, capsys):

@@ -431,6 +431,16 @@ def test_lora_starts_as_its_base_and_wraps_all_linear_layers_but_the_head(config
     )
 
 
+def test_a_tokenizer_of_ones_own_splits_text_as_its_file_says(tmp_path):
+    """AutoTokenizer gives a Qwen2 model Qwen2's splitting, whatever tokenizer.json holds."""
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<|endoftext|>": 0, "ab": 1, "c7": 2}, "<|endoftext|>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    own = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+    path = make_model(tmp_path / "model", own)
+    assert lora.load_tokenizer(path)("ab c7 ab")["input_ids"] == [1, 2, 1]
+    assert lora.load_tokenizer(path).eos_token == "<|endoftext|>"
+
+
 def test_an_adapter_is_saved_loaded_merged_and_continued(config, tmp_path):
     summary = train.fit(config(epochs=1))
     out = Path(config().out)
@@ -555,6 +565,12 @@ def command(config, *options):
     return [str(ROOT / "train.py"), *arguments, *options]
 
 
+def run_here(config, *options):
+    with pytest.raises(SystemExit) as stop:
+        train.main(command(config, *options)[1:])
+    assert not stop.value.code
+
+
 def metrics(folder):
     return (Path(folder) / "metrics.jsonl").read_text()
 
@@ -562,7 +578,7 @@ def metrics(folder):
 def test_killed_at_random_moments_it_ends_bit_for_bit_the_same(config, tmp_path):
     straight, killed = config(out=str(tmp_path / "straight")), config(out=str(tmp_path / "killed"))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, *command(straight)], check=True, env=environment)
+    run_here(straight)
     rng, kills = random.Random(7), 0
     while kills < 3:
         process = subprocess.Popen([sys.executable, *command(killed)], env=environment)
@@ -652,9 +668,8 @@ def free_port():
 def test_a_sharded_run_is_saved_once_and_resumes(config, tmp_path):
     """FSDP on two processes, killed after its checkpoint, continued: what one process would have made."""
     straight = config(out=str(tmp_path / "one"))
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     no_dropout = ["--dropout", "0", "--epochs", "1", "--validation", config().data[0]]
-    subprocess.run([sys.executable, *command(straight, *no_dropout)], check=True, env=environment)
+    run_here(straight, *no_dropout)
     sharded = config(out=str(tmp_path / "two"))
     arguments = ["2", *command(sharded, *no_dropout, "--parallel", "fsdp")]
     process = torchrun(*arguments)
@@ -701,11 +716,14 @@ def test_show_prints_trained_tokens_apart_and_counts(config, tokenizer):
         (["DATA", "--model", "MODEL", "--batch-size", "0"], "batch-size"),
     ],
 )
-def test_a_wrong_command_gets_one_line_and_status_2(config, tmp_path, arguments, reason):
+def test_a_wrong_command_gets_one_line_and_status_2(config, tmp_path, capsys, arguments, reason):
     names = {"DATA": config().data[0], "MODEL": config().model}
-    result = run(*[names.get(argument, argument) for argument in arguments], "--out", str(tmp_path / "out"), "--quiet")
-    assert result.returncode == 2
-    assert reason in result.stderr and len(result.stderr.strip().splitlines()) == 1
+    arguments = [names.get(argument, argument) for argument in arguments]
+    with pytest.raises(SystemExit) as stop:
+        train.main([*arguments, "--out", str(tmp_path / "out"), "--quiet"])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert reason in message and len(message.strip().splitlines()) == 1
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 

@@ -14,7 +14,6 @@ pytest.importorskip("trl")
 peft = pytest.importorskip("peft")
 
 from datasets import Dataset  # noqa: E402
-from test_train import conversation, make_model, make_tokenizer, write_jsonl  # noqa: E402
 from torch.utils.data import SequentialSampler  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 from trl import SFTConfig, SFTTrainer  # noqa: E402
@@ -22,6 +21,7 @@ from trl import SFTConfig, SFTTrainer  # noqa: E402
 import chat  # noqa: E402
 import lora  # noqa: E402
 import train  # noqa: E402
+from test_train import conversation, make_model, make_tokenizer, write_jsonl  # noqa: E402
 
 # ChatML with trl's markers around the content and the end-of-turn token. (trl's own Qwen2.5 template also trains the
 # newlines on both sides, of which the first belongs to the header and the second is never generated.)
