@@ -85,8 +85,8 @@ class TeacherConfig:
     wrong_plan: float = option(0.12, "the agent opens with a wrong plan, and follows it")
     wrong_plan_cot: float = option(0.03, "the same in a chain of thought; a first-thought prefix hands it to the agent")
     syntax_error: float = option(0.01, "the code of a step does not parse; mended in the next step")
-    run_error: float = option(0.03, "the code of a step raises an error; mended in the next step")
-    slip: float = option(0.02, "a wrong name in a query (mended in the next step) or a wrong digit in a number (not)")
+    run_error: float = option(0.02, "the code of a step raises an error; mended in the next step")
+    slip: float = option(0.01, "a wrong name in a query (mended in the next step) or a wrong digit in a number (not)")
     slip_cot: float = option(0.05, "a wrong value in a fact recalled, a wrong digit in a result computed in the head")
     seed: int = option(0, "part of every draw")
     quiet: bool = option(False, "do not print the address")
@@ -131,7 +131,7 @@ class Teacher:
         if wrong:
             others = [r for r in self.facts[plan["entities"][0]] if r != relations[0]]
             relations = relations[:-1] or [rng.choice(others)]
-        return " and ".join(world.possessive(entity, relations) for entity in plan["entities"])
+        return state(plan, *(world.possessive(entity, relations) for entity in plan["entities"]))
 
     def chain_of_thought(self, plan, rng):
         need = self.draw_need(plan, rng, self.config.wrong_plan_cot)
@@ -143,8 +143,7 @@ class Teacher:
             steps = [f"That is {formula}, so {answer}."]
         else:
             steps, values = [], []
-            for part in need.split(" and "):
-                entity, *relations = part.split("'s ")
+            for entity, *relations in read_need(need):
                 for relation in relations:
                     value = self.facts[entity][relation]
                     if rng.random() < self.config.slip_cot:
@@ -179,31 +178,26 @@ class Teacher:
         stated = re.search(r"I need (.+?)\.(?:\s|$)", thought)
         if stated is None or plan["shape"] == "math":
             return stated and stated[1]
-        parts = [part.split("'s ") for part in stated[1].split(" and ")]
+        parts = read_need(stated[1])
         known = all(len(part) > 1 and part[0] in self.facts for part in parts)
         return stated[1] if known and len(parts) == len(plan["entities"]) else None
 
     def search_step(self, plan, need, seen, rng):
         """Follow the plan through what the searches have shown so far, and search for what is missing."""
         shown = read_facts("\n\n".join(seen))
-        news, values = "", []
-        parts = need.split(" and ")
-        for i, part in enumerate(parts):
-            entity, *relations = part.split("'s ")
+        news, values, parts = "", [], read_need(need)
+        for i, (entity, *relations) in enumerate(parts):
             while relations:
                 value = shown.get(entity, {}).get(relations[0])
                 if value is None:
-                    needs = [world.possessive(entity, relations), *parts[i + 1 :]]
-                    return self.ask(entity, relations[0], f"{news}I need {' and '.join(needs)}.", len(seen), rng)
+                    rest = [world.possessive(*parts[j][:1], parts[j][1:]) for j in range(i + 1, len(parts))]
+                    remaining = state(plan, *values, world.possessive(entity, relations), *rest)
+                    return self.ask(entity, relations[0], f"{news}I need {remaining}.", len(seen), rng)
                 news = f"{world.possessive(entity, relations[:1])} is {value}. "
                 entity, relations = value, relations[1:]
             values.append(entity)
-        if len(values) == 1:
-            return f"{news}That is the answer.", f'final_answer("{values[0]}")'
-        found = zip(plan["entities"], values, strict=True)
-        relation = need.rsplit("'s ", 1)[1]
-        told = " and ".join(f"{world.possessive(entity, [relation])} is {value}" for entity, value in found)
-        return f"{told}.", pair_code(plan, values)
+        thought = "That is the answer." if len(values) == 1 else f"I need {state(plan, *values)}."
+        return news + thought, f"final_answer({conclusion(plan, values)})"
 
     def ask(self, entity, relation, thought, searches, rng):
         if searches >= 4:  # the step limit is near, and some answer is better than none
@@ -222,22 +216,32 @@ class Teacher:
         return code
 
 
-CONCLUSIONS = {
-    "lower": "min(values, key=values.get)",
-    "higher": "max(values, key=values.get)",
-    "same": '"yes" if len(set(values.values())) == 1 else "no"',
-}
+def state(plan, *needs):
+    """What is needed, in words: of one thing itself, of two their comparison."""
+    words = {"lower": "the lower of ", "higher": "the higher of ", "same": "the match of "}
+    return words.get(plan["shape"], "") + " and ".join(needs)
 
 
-def pair_code(plan, values):
-    """The code that compares what was found for two entities."""
-    pairs = [f'"{e}": {v if v.isdigit() else json.dumps(v)}' for e, v in zip(plan["entities"], values, strict=True)]
-    return f"values = {{{', '.join(pairs)}}}\nfinal_answer({CONCLUSIONS[plan['shape']]})"
+def read_need(need):
+    """ "the lower of Ada Malbek's birth year and ..." -> [["Ada Malbek", "birth year"], ...]"""
+    return [part.split("'s ") for part in re.sub(r"^the (lower|higher|match) of ", "", need).split(" and ")]
+
+
+def conclusion(plan, values):
+    """The expression that answers: the one value found, or the comparison of two."""
+    quoted = [v if v.isdigit() and plan["shape"] != "chain" else json.dumps(v) for v in values]
+    if len(values) == 1:
+        return quoted[0]
+    if plan["shape"] == "same":
+        return f'"yes" if {quoted[0]} == {quoted[1]} else "no"'
+    sign = "<" if plan["shape"] == "lower" else ">"
+    first, second = map(json.dumps, plan["entities"])
+    return f"{first} if {quoted[0]} {sign} {quoted[1]} else {second}"
 
 
 def conclude(plan, values):
     """The answer that follows from the value, or the two values, found."""
-    return values[0] if len(values) == 1 else world.run_code(pair_code(plan, values))
+    return world.run_code(f"final_answer({conclusion(plan, values)})")
 
 
 def read_facts(text):
@@ -558,7 +562,7 @@ def copy_rows(rng, tokenizer, count):
     rows = []
     for _ in range(count):
         length = round(math.exp(rng.uniform(math.log(4), math.log(40))))
-        ids = rng.choices(digits if rng.random() < 0.2 else words, k=length)
+        ids = rng.choices(digits if rng.random() < 0.35 else words, k=length)
         rows.append({"input_ids": ids + ids, "loss_mask": [0] * (length + 1) + [1] * (length - 1)})
     return rows
 
@@ -581,11 +585,11 @@ def document_rows(rng, tokenizer, folder, count, length=256):
     def document():
         draw = rng.random()
         title = rng.choices(titles, weights)[0]
-        if draw < 0.2:
+        if draw < 0.15:
             return page(title, facts)
-        if draw < 0.35:
+        if draw < 0.25:
             return statement(title, facts)
-        if draw < 0.65:
+        if draw < 0.55:
             first, second = rng.sample(list(other.facts), 2)
             known = [statement(rng.choice([first, first, second]), other.facts) for _ in range(3)]
             return "\n\n".join([page(first, other.facts), page(second, other.facts), *known])

@@ -458,8 +458,8 @@ def write_impacts(data, settings):
 # Search: MaxScore (Turtle and Flood, "Query evaluation", 1995) with whole postings lists as NumPy arrays.
 
 LOOK_UP = 32  # postings that can be added up in the time of one binary search (measured)
-WORTHWHILE = 10_000  # postings that take as long to add up as a better floor takes to find (measured)
-LEADERS = 4  # times k: the passages whose scores make the floor
+WORTHWHILE = 50_000  # postings that take as long to add up as a better floor takes to find (measured)
+LEADERS = 8  # times k: the passages whose scores make the floor
 Term = collections.namedtuple("Term", "most start stop weight row")
 
 
@@ -534,7 +534,7 @@ class SparseIndex:
             touched.append(self._add_up(term, totals))
         else:
             i = len(terms)
-        docs = self._once(_reached(totals, touched, floor - most[i], k))
+        docs = self._reached(totals, touched, floor - most[i], k)
         docs, scores = self._sift(docs, totals.take(docs), terms[i:], floor)
         for j, term in enumerate(terms[i:], i):
             if len(docs) * LOOK_UP > term.stop - term.start:
@@ -560,11 +560,19 @@ class SparseIndex:
             self.scratch.slots = np.empty(len(self.rank), np.int32)
         return self.scratch.totals
 
-    def _once(self, docs):
-        """Each of some passages once."""
-        slots, numbers = self.scratch.slots, np.arange(len(docs), dtype=np.int32)
-        slots[docs] = numbers  # where a passage is twice, the last number stays
-        return docs.take(np.flatnonzero(slots.take(docs) == numbers))
+    def _reached(self, totals, touched, least, k):
+        """The touched passages whose totals are at least `least`; where that is nothing, at least the k best."""
+        least = max(least, np.finfo(np.float32).tiny)
+        if _are_few(touched, totals):
+            docs = np.concatenate([np.empty(0, np.intp), *touched])
+            docs = docs.take(np.flatnonzero(totals.take(docs) >= least))
+            slots, numbers = self.scratch.slots, np.arange(len(docs), dtype=np.int32)
+            slots[docs] = numbers  # of a passage that is there twice, one number stays
+            return docs.take(np.flatnonzero(slots.take(docs) == numbers))
+        rows = len(totals) // 64
+        if least < 1e-30 and rows > k:  # the k-th best of the columns' greatest is no better than the k-th best of all
+            least = max(least, np.partition(totals[: rows * 64].reshape(64, rows).max(0), -k)[-k])
+        return np.flatnonzero(totals >= least)
 
     def _add_up(self, term, totals):
         """Add a term to the totals of all its passages; returns these."""
@@ -611,18 +619,6 @@ class SparseIndex:
 def _are_few(touched, totals):
     """Whether it is faster to go through the touched passages than through all."""
     return 6 * sum(map(len, touched)) < len(totals)
-
-
-def _reached(totals, touched, least, k):
-    """The touched passages whose totals are at least `least`; where that is nothing, at least the k best."""
-    least = max(least, np.finfo(np.float32).tiny)
-    if _are_few(touched, totals):
-        docs = np.concatenate([np.empty(0, np.intp), *touched])
-        return docs.take(np.flatnonzero(totals.take(docs) >= least))
-    rows = len(totals) // 64
-    if least < 1e-30 and rows > k:  # the k-th best of the rows' greatest totals is no better than the k-th best of all
-        least = max(least, np.partition(totals[: rows * 64].reshape(64, rows).max(0), -k)[-k])
-    return np.flatnonzero(totals >= least)
 
 
 def _greatest(scores, n):

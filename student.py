@@ -10,6 +10,7 @@ import dataclasses
 import numpy as np
 import torch
 from transformers import DynamicCache, LogitsProcessor, StoppingCriteria
+from transformers.cache_utils import DynamicLayer
 
 from client import cut_at_stop
 
@@ -96,9 +97,9 @@ class Student:
             draws = np.stack([np.random.default_rng(key).random((self.n, new)) for key in keys])  # (B, n, new)
             draws = torch.tensor(draws.reshape(-1, new), dtype=torch.float32, device=ids.device)
             processors = [SampleByInverse(draws, length, self.temperature, self.top_p)]
-        cache = None
+        cache = roomy_cache(self.model.config, new)
         if self.n > 1:
-            cache = self._prefill(ids, mask)
+            self._prefill(cache, ids, mask)
             ids, mask = ids.repeat_interleave(self.n, 0), mask.repeat_interleave(self.n, 0)  # (B*n, L)
         out = self.model.generate(
             input_ids=ids,
@@ -118,24 +119,67 @@ class Student:
             Answer(texts[i * self.n : (i + 1) * self.n], len(prompt), new_tokens[i]) for i, prompt in enumerate(prompts)
         ]
 
-    def _prefill(self, ids, mask):
-        """Key-value cache of all prompt tokens but the last, computed once and repeated for the n samples.
+    def _prefill(self, cache, ids, mask):
+        """Compute keys and values of all prompt tokens but the last once, and repeat them for the n samples.
 
         generate computes the last token itself: it needs at least one to start from.
         """
-        cache = DynamicCache(config=self.model.config)
-        if ids.shape[1] > 1:
-            positions = (mask.cumsum(1) - 1).clamp(min=0)  # left padding must not shift the positions
-            self.model(
-                input_ids=ids[:, :-1],
-                attention_mask=mask[:, :-1],
-                position_ids=positions[:, :-1],
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            cache.batch_repeat_interleave(self.n)
-        return cache
+        if ids.shape[1] == 1:
+            return
+        positions = (mask.cumsum(1) - 1).clamp(min=0)  # left padding must not shift the positions
+        self.model(
+            input_ids=ids[:, :-1],
+            attention_mask=mask[:, :-1],
+            position_ids=positions[:, :-1],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache.batch_repeat_interleave(self.n)
+
+
+class RoomyLayer(DynamicLayer):
+    """A layer of the key-value cache with room for the new tokens.
+
+    DynamicLayer copies itself to append a token; with many sequences on a CPU that took most of the time.
+    """
+
+    def __init__(self, room):
+        super().__init__()
+        self.room = room
+        self.stores = None  # keys and values, (rows, heads, capacity, head size) each; self.keys is a view of the first
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, new = self.get_seq_length(), key_states.shape[-2]
+        if self.stores is None or start + new > self.stores[0].shape[-2]:
+            old = (self.keys, self.values) if start else (key_states[..., :0, :], value_states[..., :0, :])
+            self._allocate(old, start + new + self.room, 1)
+        for store, states in zip(self.stores, (key_states, value_states), strict=True):
+            store[..., start : start + new, :] = states
+        self.keys, self.values = (store[..., : start + new, :] for store in self.stores)
+        return self.keys, self.values
+
+    def batch_repeat_interleave(self, repeats):
+        length = self.get_seq_length()
+        if length:
+            self._allocate((self.keys, self.values), length + 1 + self.room, repeats)
+            self.keys, self.values = (store[..., :length, :] for store in self.stores)
+
+    def _allocate(self, old, capacity, repeats):
+        """New stores that start with the old states, each row `repeats` times."""
+        rows, heads, length, size = old[0].shape
+        self.stores = [states.new_empty(rows * repeats, heads, capacity, size) for states in old]
+        for store, states in zip(self.stores, old, strict=True):
+            store.view(rows, repeats, heads, capacity, size)[..., :length, :] = states[:, None]
+
+
+def roomy_cache(config, room):
+    """A DynamicCache whose full-attention layers hold `room` new tokens without copying; others stay as they are."""
+    cache = DynamicCache(config=config)
+    cache.layers = [RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
 
 
 # A checkpoint's generation_config.json may bring sampling settings along; decoding here is what is asked for.

@@ -18,10 +18,8 @@ import dataclasses
 import json
 import math
 import os
-import resource
 import shutil
 import sys
-import time
 from pathlib import Path
 from typing import Literal
 
@@ -30,7 +28,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import distribute_tensor
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 import lora
@@ -47,6 +44,7 @@ from common import (
     run_command_line,
     write_json,
 )
+from devices import Work, like, start_process, uses_bf16, whole
 
 load_model = lora.load_model
 __all__ = ["Config", "encode", "fit", "load_model", "render"]
@@ -211,12 +209,6 @@ class Student(nn.Module):
         return HeadLoss.apply(hidden[trained - 1], head.weight, targets, torch.is_grad_enabled())
 
 
-def whole(tensor):
-    """A plain tensor on the CPU, also of one that is sharded over processes (then all of them must call this)."""
-    tensor = tensor.detach()
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu()
-
-
 def save_model(model, tokenizer, config, base, write):
     """The adapter or the model, with tokenizer and chat template. write: False on all processes but one."""
     if config.tuning == "lora":
@@ -233,48 +225,6 @@ def save_model(model, tokenizer, config, base, write):
 # Training
 
 
-@dataclasses.dataclass
-class Process:
-    """Where this process runs: alone, or as one of torchrun's."""
-
-    rank: int = 0
-    size: int = 1
-    device: torch.device = torch.device("cpu")
-
-    @property
-    def first(self):
-        return self.rank == 0
-
-
-def start_process(config):
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    cuda = torch.cuda.is_available()
-    if cuda:
-        # The same seed gives the same weights on the GPU too: atomics in the backward kernels would not.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
-    if "LOCAL_RANK" not in os.environ:
-        return Process(device=torch.device("cuda" if cuda else "cpu"))
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
-    return Process(dist.get_rank(), dist.get_world_size(), device)
-
-
-def uses_bf16(config, device):
-    if config.precision != "auto":
-        return config.precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    # Without these instructions bf16 is emulated, and slower than float32.
-    cpu = Path("/proc/cpuinfo")
-    return cpu.exists() and any(flag in cpu.read_text() for flag in ("avx512_bf16", "amx_bf16"))
-
-
 def build_student(config, process, bf16):
     """The student to train, on its device, and the name of its base model."""
     adapter = lora.is_adapter(config.model)
@@ -288,7 +238,6 @@ def build_student(config, process, bf16):
         lora.load(model, config.model, config.dropout)
     elif config.tuning == "lora":
         lora.add(model, config.rank, config.alpha, config.dropout)
-    model.config.use_cache = False
     if config.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     student = Student(model).train()
@@ -392,66 +341,6 @@ def load_checkpoint(path, student, optimizer, data):
     return checkpoint["step"]
 
 
-def like(value, parameter):
-    """A whole tensor, placed on the parameter's device and sharded as the parameter is."""
-    if hasattr(parameter, "device_mesh"):
-        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
-    return value.to(parameter.device)
-
-
-# Dense bf16 peak in FLOP/s, from NVIDIA's data sheets, by a part of the device's name.
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12}
-
-
-def peak_memory(device):
-    """Bytes: of the GPU's memory, or of this process's main memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-class Work:
-    """What a run has done since it (re)started: tokens/s, memory, and the share of the GPU's peak that was of use."""
-
-    def __init__(self, student, process):
-        self.process, self.started, self.tokens, self.flops = process, time.monotonic(), 0, 0.0
-        self.model, self.head = student.model, student.model.get_output_embeddings().weight
-        self.body = list({id(p): p for p in self.model.get_decoder().layers.parameters()}.values())
-        self.token_flops = sum(map(self.parameter_flops, self.body))
-
-    def parameter_flops(self, parameter):
-        """Of one token: 2 forward, 2 backward, 2 more if it is trained. What is computed again does not count."""
-        return parameter.numel() * (6 if parameter.requires_grad else 4)
-
-    def add(self, examples):
-        attention = 6 * self.model.config.num_hidden_layers * self.model.config.hidden_size  # causal: half of 12
-        for example in examples:
-            n = len(example.ids)
-            self.tokens += n
-            self.flops += n * (self.token_flops + attention * n) + len(example.trained) * self.parameter_flops(
-                self.head
-            )
-
-    def summary(self):
-        seconds, on_gpu = time.monotonic() - self.started, self.process.device.type == "cuda"
-        device = torch.cuda.get_device_name(self.process.device) if on_gpu else "cpu"
-        peak = next((peak for name, peak in PEAKS.items() if name in device), None)
-        return {
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-            "trained_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
-            "device": device,
-            "processes": self.process.size,
-            "seconds": seconds,
-            "tokens_per_second": self.tokens / seconds,
-            "peak_memory_bytes": peak_memory(self.process.device),
-            "share_of_peak": self.flops / seconds / peak / self.process.size if peak else None,
-        }
-
-    def __str__(self):
-        rate, memory = self.tokens / (time.monotonic() - self.started), peak_memory(self.process.device)
-        return f"{rate:,.0f} tokens/s {memory / 2**30:.2f} GiB"
-
-
 class Log:
     """metrics.jsonl, a row a step. A row is written one step late, so that nothing waits for the device."""
 
@@ -503,14 +392,15 @@ def fit(config):
             raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be above 0")
     process = start_process(config)
     out, quiet = Path(config.out), config.quiet or not process.first
-    if process.first:
-        keep_config(out / "run.json", config, may_change=("save_every", "threads", "quiet"))
+    may_change = ("save_every", "threads", "quiet")
+    if (out / "run.json").exists() and process.first:
+        keep_config(out / "run.json", config, may_change)
     if (out / "summary.json").exists():
         summary = parse_object((out / "summary.json").read_bytes(), f"{out}/summary.json")
         if not quiet:
             print(f"{out} is finished", file=sys.stderr)
         return summary
-    config = dataclasses.replace(config)
+    given, config = config, dataclasses.replace(config)
     config.micro_tokens = config.micro_tokens or (16384 if process.device.type == "cuda" else 2048)
     bf16 = uses_bf16(config, process.device)
 
@@ -526,6 +416,8 @@ def fit(config):
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     checkpoint = out / "checkpoint" / "state.pt"
     done = load_checkpoint(checkpoint, student, optimizer, data)
+    if process.first:  # only now that data and model are known to be good
+        keep_config(out / "run.json", given, may_change)
     work = Work(student, process)
     with (
         contextlib.closing(Log(out / "metrics.jsonl", done, process.first)) as log,

@@ -14,7 +14,7 @@ other entities and numbers. "out" means that something in the question is of a k
 | musique         | out    | three hops                                    | these chains of three relations       |
 | bamboogle       | out    | two hops                                      | these pairs of relations, anywhere    |
 | math            | in     | number theory, equations, sums                | the numbers                           |
-| gsm_hard        | out    | word problems with numbers of six digits      | six digits only: training has 2 to 6  |
+| gsm_hard        | out    | word problems with numbers of five digits     | only long numbers: it mixes 2 to 5    |
 | aime            | out    | how many n up to N meet two conditions        | these pairs of conditions             |
 | olymmath        | out    | how many pairs x < y meet a condition         | these expressions with this condition |
 
@@ -364,50 +364,48 @@ def ask_word_problem(rng, split):
     text, need, wrong = rng.choice(WORD_PROBLEMS)
     names = re.findall(r"{(\w+)}", text)[1:]
     while True:
-        values = {name: draw_digits(rng, split, *((2, 6) if split == "train" else (6, 6))) for name in names}
+        values = {name: draw_digits(rng, split, *((2, 5) if split == "train" else (5, 5))) for name in names}
         if eval(need, None, values) > 0:
             break
     return text.format(who=rng.choice(GIVEN), **values), math_plan(need, wrong, values)
 
 
-def draw_condition(rng, name):
-    """One condition on n: (words, code)."""
-    a, d, k = rng.randint(3, 19), rng.randint(0, 9), rng.randint(11, 99)
-    r = rng.randint(1, a - 1)
-    return {
-        "multiple": (f"are divisible by {a}", f"n % {a} == 0"),
-        "no multiple": (f"are not divisible by {a}", f"n % {a} != 0"),
-        "remainder": (f"divided by {a} leave {r}", f"n % {a} == {r}"),
-        "digit": (f"contain the digit {d}", f"'{d}' in str(n)"),
-        "no digit": (f"do not contain the digit {d}", f"'{d}' not in str(n)"),
-        "square": (f"have a square that ends in {d}", f"n * n % 10 == {d}"),
-        "end": (f"end in {d}", f"n % 10 == {d}"),
-        "above": (f"are above {k}", f"n > {k}"),
-        "even": ("are even", "n % 2 == 0"),
-        "odd": ("are odd", "n % 2 == 1"),
-    }[name]
+CONDITIONS = {  # on n; of the numbers a, r < a and k, each takes its own
+    "remainder": "n mod {a} = {r}",
+    "less": "n mod {a} < {r}",
+    "more": "n mod {a} > {r}",
+    "square": "n * n mod {a} = {r}",
+    "product": "n * (n + 1) mod {a} = {r}",
+    "above": "n > {k}",
+    "not": "n mod {a} != {r}",
+}
+# Asked in this order in test questions only: of the seven conditions that may come second, one each.
+AIME_PAIRS = {(first, list(CONDITIONS)[(i + 3) % 7]) for i, first in enumerate(CONDITIONS)}
 
 
-CONDITIONS = ("multiple", "no multiple", "remainder", "digit", "no digit", "square", "end", "above", "even", "odd")
-# Asked in this order in test questions only: of the ten conditions that may come second, one each.
-AIME_PAIRS = {(first, CONDITIONS[(i + 3) % 10]) for i, first in enumerate(CONDITIONS)}
+def as_python(condition):
+    return condition.replace("mod", "%").replace(" = ", " == ")
 
 
 def ask_count(rng, split):
     while True:
-        pair = tuple(rng.choices(CONDITIONS, k=2))
-        (first, first_code), (second, second_code) = (draw_condition(rng, name) for name in pair)
+        pair = tuple(rng.choices(list(CONDITIONS), k=2))
+        conditions = []
+        for name in pair:
+            a = rng.randint(3, 19)
+            conditions.append(CONDITIONS[name].format(a=a, r=rng.randint(1, a - 1), k=rng.randint(11, 99)))
         n = draw_number(rng, split, 200, 999)
-        need, wrong = f"the n up to N with {first_code} and {second_code}", f"the n up to N with {first_code}"
+        first, second = map(as_python, conditions)
+        prefix = "the n up to N with "
         plan = math_plan(
-            need,
-            wrong,
+            f"{prefix}{first} and {second}",
+            f"{prefix}{first}",
             {"N": n},
             "final_answer(sum(1 for n in range(1, N + 1) if {}))",
             rewrite=lambda text: text.removeprefix("the n up to N with "),
         )
         if (pair in AIME_PAIRS) == (split == "test") and first != second and run_code(plan["code"]) != "0":
-            return f"How many integers from 1 to {n} {first} and {second}?", plan
+            return f"How many n from 1 to {n} have {conditions[0]} and {conditions[1]}?", plan
 
 
 EXPRESSIONS = {  # with bounds that some pairs exceed and some do not
@@ -420,7 +418,7 @@ EXPRESSIONS = {  # with bounds that some pairs exceed and some do not
     "2 * x + y": (20, 90),
     "3 * y - x": (20, 90),
 }
-PAIR_CONDITIONS = ("multiple", "no multiple", "below", "above", "end")
+PAIR_CONDITIONS = ("mod {k} = {r}", "mod {k} < {r}", "mod {k} > {r}", "< {bound}", "> {bound}")
 # Asked in test questions only: one condition for each expression.
 OLYMMATH_PAIRS = {(e, PAIR_CONDITIONS[i % 5]) for i, e in enumerate(EXPRESSIONS)}
 
@@ -428,24 +426,20 @@ OLYMMATH_PAIRS = {(e, PAIR_CONDITIONS[i % 5]) for i, e in enumerate(EXPRESSIONS)
 def ask_pairs(rng, split):
     while True:
         expression, condition = rng.choice(list(EXPRESSIONS)), rng.choice(PAIR_CONDITIONS)
-        n, k, d = rng.randint(20, 60), rng.randint(3, 19), rng.randint(0, 9)
+        n, k = rng.randint(20, 60), rng.randint(3, 19)
         bound = draw_number(rng, split, *EXPRESSIONS[expression])
-        words, code, wrong_code = {
-            "multiple": (f"divisible by {k}", f"% {k} == 0", f"% {k} != 0"),
-            "no multiple": (f"not divisible by {k}", f"% {k} != 0", f"% {k} == 0"),
-            "below": (f"below {bound}", f"< {bound}", f"> {bound}"),
-            "above": (f"above {bound}", f"> {bound}", f"< {bound}"),
-            "end": (f"ending in {d}", f"% 10 == {d}", f"% 10 != {d}"),
-        }[condition]
+        said = condition.format(k=k, r=rng.randint(1, k - 1), bound=bound)
+        wrong = said.translate(str.maketrans("<>=", "><<"))
+        prefix = "the x < y up to N with "
         plan = math_plan(
-            f"the x < y up to N with ({expression}) {code}",
-            f"the x < y up to N with ({expression}) {wrong_code}",
+            f"{prefix}({expression}) {as_python(said)}",
+            f"{prefix}({expression}) {as_python(wrong)}",
             {"N": n},
             "final_answer(sum(1 for y in range(1, N + 1) for x in range(1, y) if {}))",
             rewrite=lambda text: text.removeprefix("the x < y up to N with "),
         )
         if ((expression, condition) in OLYMMATH_PAIRS) == (split == "test") and run_code(plan["code"]) != "0":
-            return f"How many pairs with 1 <= x < y <= {n} have {expression} {words}?", plan
+            return f"How many pairs with 1 <= x < y <= {n} have ({expression}) {said}?", plan
 
 
 def ask(world, rng, task, split):

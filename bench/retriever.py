@@ -7,9 +7,9 @@
 
 It needs bm25s, numba, PyStemmer, rank_bm25, scikit-learn and faiss-cpu beside the project's packages; what is
 not installed is left out. QUESTIONS and CORPUS are files as HippoRAG publishes them (data/hotpotqa_train.json,
-data/hotpotqa_train_corpus.json): HotpotQA's rows with supporting_facts, and {title: [sentences]}. Synthetic passages are 100 words of sentences drawn from the corpus. Every
-peer runs in a process of its own on one core; query rounds take turns, so that a busy machine slows all alike,
-and medians are printed.
+data/hotpotqa_train_corpus.json): HotpotQA's rows with supporting_facts, and {title: [sentences]}. Synthetic
+passages are 100 words of sentences drawn from the corpus. Every peer runs in a process of its own on one core;
+query rounds take turns, so that a busy machine slows all alike, and medians are printed.
 """
 
 import dataclasses

@@ -23,6 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import devices
 import train
 from common import option, run_command_line
 from lora import load_tokenizer
@@ -138,9 +139,9 @@ def run_trl(config, folder, mode):
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    watch, process = Stopwatch(), train.Process(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    watch, process = Stopwatch(), devices.Process(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     torch.set_num_threads(config.threads)
-    bf16 = train.uses_bf16(config, process.device)
+    bf16 = devices.uses_bf16(config, process.device)
     dtype = torch.bfloat16 if bf16 and config.tuning == "lora" else torch.float32
     options = TRL_MODES[mode] | {"bf16": bf16, "gradient_checkpointing": config.checkpointing}
     options["gradient_accumulation_steps"] = BATCH // options["per_device_train_batch_size"]
@@ -185,7 +186,7 @@ def run_child(system, folder):
     assert len(stamps) == len(tokens) + 1, (len(stamps), len(tokens))
     seconds = stamps[-1] - stamps[config.warmup]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    memory = train.peak_memory(device)
+    memory = devices.peak_memory(device)
     print(json.dumps({"rate": sum(tokens[config.warmup :]) / seconds, "memory": memory, "tokens": sum(tokens)}))
 
 

@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """The sandbox against hostile and clumsy code. Each attack is judged by its effect, not by an exception's type.
 
     pytest tests/test_sandbox.py
@@ -6,7 +7,6 @@ Every attack here answers "through" where it gets through. The same attacks are 
 there they do get through, so that a test that cannot fail is noticed.
 """
 
-import ctypes
 import gc
 import json
 import os
@@ -114,7 +114,7 @@ def through(proof=True):
     final_answer("through" if proof else "nothing")
 def call(number, *arguments):
     return libc.syscall(ctypes.c_long(number), *[a if isinstance(a, bytes) or a is None else ctypes.c_long(a) for a in arguments])
-"""  # noqa: E501
+"""
 
 # name: code, or (code, "strong") where the attack fails without containment too, for want of rights or of a target
 ATTACKS = {
@@ -182,7 +182,7 @@ ATTACKS = {
     "unix_seqpacket_pair": "socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)\nthrough()",
     "resolve": ("through(socket.getaddrinfo('localhost', 80, proto=6) and socket.create_connection(('localhost', PORT)))",
                 "strong"),
-    "http": "import urllib.request\ntry: urllib.request.urlopen(f'http://127.0.0.1:{PORT}', timeout=0.2)\nexcept TimeoutError: through()",  # noqa: E501
+    "http": "import urllib.request\ntry: urllib.request.urlopen(f'http://127.0.0.1:{PORT}', timeout=0.2)\nexcept TimeoutError: through()",
     "io_uring": ("through(call(425, 4, bytes(120)) >= 0)", "strong"),
     # processes
     "exec": "subprocess.run([PYTHON, '-c', ''], check=True)\nthrough()",
@@ -192,7 +192,7 @@ ATTACKS = {
     "memfd_exec": "through(os.memfd_create('x') >= 0)",
     "fork": "through(os.fork() >= 0)",
     "vfork": "through(call(58) >= 0)",
-    "multiprocessing": "import multiprocessing\np = multiprocessing.get_context('fork').Process(target=int)\np.start()\np.join()\nthrough(p.exitcode == 0)",  # noqa: E501
+    "multiprocessing": "import multiprocessing\np = multiprocessing.get_context('fork').Process(target=int)\np.start()\np.join()\nthrough(p.exitcode == 0)",
     "clone_parent": "through(call(56, 0x8011, 0, 0, 0, 0) >= 0)",
     "clone_namespace": "through(call(56, 0x10000011, 0, 0, 0, 0) >= 0)",
     "clone3": "through(call(435, bytes(32) + (17).to_bytes(8, 'little') + bytes(24), 64) >= 0)",
@@ -216,7 +216,7 @@ ATTACKS = {
     "affinity": "os.sched_setaffinity(VICTIM, {0})\nthrough()",
     "kcmp": ("through(call(312, VICTIM, VICTIM, 2, 0, 0) >= 0)", "strong"),
     "shared_memory": "through(libc.shmget(1234, 4096, 0o1666) >= 0)",
-    "semaphore": "from multiprocessing import shared_memory\nshared_memory.SharedMemory('was_here', True, 9).unlink()\nthrough()",  # noqa: E501
+    "semaphore": "from multiprocessing import shared_memory\nshared_memory.SharedMemory('was_here', True, 9).unlink()\nthrough()",
     "message_queue": "through(libc.msgget(1234, 0o1666) >= 0)",
     # the kernel
     "bpf": ("through(call(321, 0, bytes(64), 64) >= 0)", "strong"),
@@ -233,7 +233,7 @@ ATTACKS = {
     "clock": ("time.clock_settime(time.CLOCK_REALTIME, time.time())\nthrough()", "strong"),
     # what is inherited
     "environment": ("through(len(os.environ))", "strong"),
-    "environment_by_libc": ("libc.getenv.restype = ctypes.c_char_p\nthrough(libc.getenv(b'PATH') or libc.getenv(b'SANDBOX_TEST_KEY'))", "strong"),  # noqa: E501
+    "environment_by_libc": ("libc.getenv.restype = ctypes.c_char_p\nthrough(libc.getenv(b'PATH') or libc.getenv(b'SANDBOX_TEST_KEY'))", "strong"),
     "descriptors": (
         "import stat\nkinds = []\nfor fd in range(256):\n  try: kinds.append((fd, os.fstat(fd).st_mode))\n"
         "  except OSError: pass\n"
@@ -327,7 +327,7 @@ def test_time_out(name):
         elapsed = time.monotonic() - started
         assert observation.stdout.startswith("before\n")
         assert observation.error_kind == ("killed" if name == "channel_flood" else "timeout")
-        assert 0.5 <= elapsed < 1.0 or name == "channel_flood" and elapsed < 1.0
+        assert 0.5 <= elapsed < 1.0 or (name == "channel_flood" and elapsed < 1.0)
         assert sandbox.run("kept + 1").result == "42"
         assert eventually(lambda: len(set(children(os.getpid())) - before) <= 1)  # the new state
 
@@ -491,8 +491,10 @@ def test_the_warm_interpreter_is_not_poisoned():
         one.run(poison)
         assert one.run("import math\nmath.pi").result == "3"
         with Sandbox() as other:
-            assert other.run("import math, sympy, numpy\nsum([1, 1]), math.pi > 3, sympy.pi, numpy.ones(1)[0] == 1").result == (
-                "(2, True, pi, True)" if sys.version_info < (3, 0) else "(2, True, pi, np.True_)")  # fmt: skip
+            assert (
+                other.run("import math, sympy, numpy\nsum([1, 1]), math.pi > 3, sympy.pi, numpy.ones(1)[0] == 1").result
+                == "(2, True, pi, np.True_)"
+            )
 
 
 def test_sandboxes_do_not_see_each_other():
@@ -684,7 +686,7 @@ def test_libraries_work(sandbox):
         db = sqlite3.connect('x.db'); db.execute('create table t (a)'); db.execute('insert into t values (3)'); db.commit()
         with ThreadPoolExecutor(4) as pool: fourth = list(pool.map(lambda n: n * n, range(3)))[2]
         [sp.solve(x**2 - 1)[1], asyncio.run(two()), db.execute('select a from t').fetchone()[0], fourth, float(np.linalg.det(np.eye(2) * 2)) + 1]
-    """  # noqa: E501
+    """
     assert sandbox.run(textwrap.dedent(code)).result == "[1, 2, 3, 4, 5.0]"
 
 

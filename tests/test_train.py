@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, get_scheduler
 
 import chat
+import devices
 import lora
 import train
 from common import InputError
@@ -128,7 +129,7 @@ def config(tmp_path, model_path, data_path):
 
 def make_student(config):
     config.micro_tokens = config.micro_tokens or 2048
-    process = train.Process()
+    process = devices.Process()
     torch.manual_seed(config.seed)
     student, _ = train.build_student(config, process, bf16=False)
     tokenizer = lora.load_tokenizer(config.model)
@@ -140,7 +141,7 @@ def gradients(student, examples, micro_tokens=2048, bf16=False):
     student.zero_grad()
     trained = sum(len(example.trained) for example in examples)
     micro_batches = chat.split_step(examples, micro_tokens, 1)[0]
-    loss = train.accumulate(student, micro_batches, trained, train.Process(), bf16)
+    loss = train.accumulate(student, micro_batches, trained, devices.Process(), bf16)
     return loss.item(), {name: p.grad.clone() for name, p in student.named_parameters() if p.requires_grad}
 
 
@@ -604,6 +605,7 @@ import sys
 import torch
 import torch.distributed as dist
 from test_train import step_gradients
+import devices
 import train
 
 options, out = eval(sys.argv[1]), sys.argv[2]
@@ -611,7 +613,7 @@ results = {}
 for tuning in ("lora", "full"):
     for parallel in ("ddp", "fsdp"):
         config = train.Config(**options, tuning=tuning, parallel=parallel)
-        process = train.start_process(config)
+        process = devices.start_process(config)
         results[tuning, parallel] = step_gradients(config, process)
 if process.first:
     torch.save(results, out)
@@ -633,8 +635,8 @@ def step_gradients(config, process):
     trained = sum(len(example.trained) for example in examples[:7])
     loss = train.accumulate(call, micro_batches, trained, process, bf16=False)
     norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1e9)
-    gradients = {name: train.whole(p.grad) for name, p in student.named_parameters() if p.requires_grad}
-    return loss.item(), train.whole(norm).item(), gradients
+    gradients = {name: devices.whole(p.grad) for name, p in student.named_parameters() if p.requires_grad}
+    return loss.item(), devices.whole(norm).item(), gradients
 
 
 def test_two_processes_give_the_gradients_of_one(config, tmp_path):
@@ -646,7 +648,7 @@ def test_two_processes_give_the_gradients_of_one(config, tmp_path):
     results = torch.load(out)
     assert len(results) == 4
     for (tuning, parallel), (loss, norm, gradients) in results.items():
-        expected = step_gradients(train.Config(**options, tuning=tuning), train.Process())
+        expected = step_gradients(train.Config(**options, tuning=tuning), devices.Process())
         assert loss == pytest.approx(expected[0], rel=1e-6), (tuning, parallel)
         assert norm == pytest.approx(expected[1], rel=1e-5), (tuning, parallel)
         assert largest_difference(gradients, expected[2]) < 1e-6, (tuning, parallel)

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 from trl import SFTConfig, SFTTrainer  # noqa: E402
 
 import chat  # noqa: E402
+import devices  # noqa: E402
 import lora  # noqa: E402
 import train  # noqa: E402
 from test_train import conversation, make_model, make_tokenizer, write_jsonl  # noqa: E402
@@ -123,7 +124,7 @@ def test_lora_has_trls_losses_and_peft_loads_the_result(setting, tmp_path):
     conversations, options = setting
     torch.manual_seed(3)
     start = train.Config(out=str(tmp_path / "unused"), **options)
-    student, base = train.build_student(start, train.Process(), bf16=False)
+    student, base = train.build_student(start, devices.Process(), bf16=False)
     lora.save(student.model, tmp_path / "start", base)  # both begin with the same adapter, which PEFT reads from us
     options = options | {"model": str(tmp_path / "start")}
     train.fit(train.Config(out=str(tmp_path / "ours"), **options))
