@@ -67,7 +67,7 @@ def encode(tokenizer, messages):
         if not whole.startswith(context):
             raise InputError(
                 f"messages[{i}]: the chat template shows the {i} messages before it differently once the conversation "
-                "goes on, so training would not be what inference is; use a template that does not"
+                "goes on, so training would not be what inference is; use a template that shows a turn one way"
             )
         if not whole[len(context) :].lstrip().startswith(messages[i]["content"].strip()):
             raise InputError(
@@ -84,8 +84,8 @@ def encode(tokenizer, messages):
         end = next((n for n in range(start, len(ids)) if ids[n] in ends), None)
         if end is None:
             raise InputError(f"messages[{i}]: the chat template ends the assistant's turn without a special token")
-        if tokenizer.convert_ids_to_tokens(ids[end]) in messages[i]["content"]:
-            raise InputError(f"messages[{i}]: the content contains the special token of a turn's end")
+        if (token := tokenizer.convert_ids_to_tokens(ids[end])) in messages[i]["content"]:
+            raise InputError(f"messages[{i}]: the content contains the special token {token}, which would end the turn")
         mask[start : end + 1] = [1] * (end + 1 - start)
     return ids, mask
 
@@ -120,11 +120,11 @@ def published_messages(messages):
 def encode_row(tokenizer, row, system_prompt=None):
     """(ids, mask) of one row of any kind; InputError, without the place, for what cannot be trained on."""
     if "input_ids" in row:
-        ids, mask = row["input_ids"], row.get("loss_mask")
+        ids, mask, words = row["input_ids"], row.get("loss_mask"), len(tokenizer)
         if not isinstance(mask, list) or len(mask) != len(ids) or not set(mask) <= {0, 1}:
             raise InputError("loss_mask must be a list of 0 and 1, as long as input_ids")
-        if not all(isinstance(id, int) and 0 <= id < len(tokenizer) for id in ids):
-            raise InputError(f"input_ids must be whole numbers below {len(tokenizer)}, the size of the vocabulary")
+        if not all(isinstance(id, int) and 0 <= id < words for id in ids):
+            raise InputError(f"input_ids must be whole numbers below {words}, the size of the vocabulary")
         return ids, mask
     try:
         messages = row["messages"] if "messages" in row else published_messages(row["log_data"]["messages"])

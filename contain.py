@@ -1,13 +1,14 @@
 """The kernel's layers around the sandbox: namespaces, Landlock, seccomp and resource limits, through ctypes.
 
-sandbox.py calls them in this order, and says what each is there for:
+interpreter.py calls them in this order, before any foreign code runs:
 
-    enter_namespaces(visible)          once, for the warm interpreter: a file tree, processes and network of its own
-    mount_scratch(megabytes)           once a sandbox: a writable folder of bounded size that vanishes with it
-    drop_privileges()                  no root, no capabilities, nothing to gain by exec
-    set_limits(...)                    memory, CPU, open files, file size
+    enter_namespaces()                 once, for the warm interpreter: processes, network and mounts of its own
+    build_root(visible, ...)           once: a file tree that holds the interpreter's libraries and nothing else
+    mount_scratch(folder, megabytes)   once a sandbox: a writable folder of bounded size that vanishes with it
+    drop_privileges(user)              no root, no capabilities, nothing to gain by exec
     restrict_files(read, write, ...)   Landlock: which files may be opened, and how
     filter_system_calls()              seccomp: which system calls there are at all; returns the gate
+    set_limits(...)                    memory, processor time, open files, file size
 
 Each raises OSError where this kernel, or the container around us, does not offer it. Sources: the manual pages
 landlock(7), seccomp(2), seccomp_unotify(2), namespaces(7), pivot_root(2), and the headers of Linux.
@@ -183,9 +184,14 @@ def address_space():
 _limits = {}  # name: (for foreign code, for ours, which must work when foreign code has used up its own)
 
 
-def set_limits(memory, cpu_seconds, file_size, open_files):
-    """Bytes, seconds, bytes, descriptors. Memory is address space: what is limited is what can be asked for."""
+def set_limits(memory, cpu_seconds, file_size, open_files, processes=None):
+    """Bytes, seconds, bytes, descriptors. Memory is address space: what is limited is what can be asked for.
+
+    processes: where there is no gate, a rough bound on what this user may have, in and outside of the sandbox.
+    """
     limits = {"CPU": (cpu_seconds, cpu_seconds), "FSIZE": (file_size, file_size), "CORE": (0, 0), "MEMLOCK": (0, 0)}
+    if processes:
+        limits["NPROC"] = (processes, processes)
     _limits.update(AS=(memory, memory + (64 << 20)), NOFILE=(open_files, open_files + 256))
     for name, (_, value) in (limits | _limits).items():
         kind = getattr(resource, f"RLIMIT_{name}")
@@ -245,7 +251,7 @@ def restrict_files(read, write, devices):
 # memfd_create, pidfd_*, process_vm_*, setsid, shmget, userfaultfd...
 
 ALLOWED = """
-read 0 63, write 1 64, open 2 -, close 3 57, stat 4 -, fstat 5 80, lstat 6 -, poll 7 -, lseek 8 62, mmap 9 222,
+read 0 63, write 1 64, close 3 57, stat 4 -, fstat 5 80, lstat 6 -, poll 7 -, lseek 8 62, mmap 9 222,
 mprotect 10 226, brk 12 214, munmap 11 215, rt_sigaction 13 134, rt_sigprocmask 14 135, rt_sigreturn 15 139,
 pread64 17 67, pwrite64 18 68, readv 19 65, writev 20 66, access 21 -, pipe 22 -, select 23 -, sched_yield 24 124,
 mremap 25 216, msync 26 227, mincore 27 232, madvise 28 233, dup 32 23, dup2 33 -, pause 34 -, nanosleep 35 101,
@@ -262,12 +268,12 @@ sync_file_range 277 84, gettid 186 178, futex 202 98, time 201 -, epoll_create 2
 set_tid_address 218 96, restart_syscall 219 128, fadvise64 221 223, timer_create 222 107, timer_settime 223 110,
 timer_gettime 224 108, timer_getoverrun 225 109, timer_delete 226 111, clock_gettime 228 113, clock_getres 229 114,
 clock_nanosleep 230 115, exit_group 231 94, epoll_wait 232 -, epoll_ctl 233 21, epoll_pwait 281 22, waitid 247 95,
-openat 257 56, mkdirat 258 34, newfstatat 262 79, unlinkat 263 35, renameat 264 38, renameat2 316 276, linkat 265 37,
+mkdirat 258 34, newfstatat 262 79, unlinkat 263 35, renameat 264 38, renameat2 316 276, linkat 265 37,
 symlinkat 266 36, readlinkat 267 78, faccessat 269 48, faccessat2 439 439, pselect6 270 72, ppoll 271 73,
 set_robust_list 273 99, get_robust_list 274 100, fallocate 285 47, timerfd_create 283 85, timerfd_settime 286 86,
 timerfd_gettime 287 87, eventfd2 290 19, epoll_create1 291 20, dup3 292 24, pipe2 293 59, preadv 295 69, pwritev 296 70,
 preadv2 327 286, pwritev2 328 287, getcpu 309 168, getrandom 318 278, membarrier 324 283, copy_file_range 326 285,
-statx 332 291, rseq 334 293, close_range 436 436, openat2 437 437, epoll_pwait2 441 441
+statx 332 291, rseq 334 293, close_range 436 436, epoll_pwait2 441 441
 """
 # These answer "done" and do nothing: shutil and zipfile call them in passing, but they reach any file by its path.
 IGNORED = """
@@ -281,6 +287,7 @@ listxattr 194 11, llistxattr 195 12, flistxattr 196 13
 """
 # These depend on an argument, or are used here before the filter is in place.
 OTHERS = """
+open 2 -, openat 257 56,
 clone 56 220, clone3 435 435, kill 62 129, tgkill 234 131, ioctl 16 29, fcntl 72 25, prctl 157 167, prlimit64 302 261,
 socketpair 53 199, setpgid 109 154, seccomp 317 277, capset 126 91, pivot_root 155 41, mount_setattr 442 442,
 landlock_create_ruleset 444 444, landlock_add_rule 445 445, landlock_restrict_self 446 446
@@ -321,6 +328,10 @@ def _filter(gate):
         when(name, verdict(REFUSE | 0))
     for name in _numbers(UNSUPPORTED):
         when(name, verdict(REFUSE | errno.EOPNOTSUPP))
+    # Cutting a file that is opened for reading only: Landlock sees it from Linux 6.2 on.
+    cut = [(0x54, 0, 0, 0x203), skip_unless_equal(0x200, 1), verdict(REFUSE | errno.EPERM), verdict(ALLOW)]
+    when("open", argument(1), *cut)
+    when("openat", argument(2), *cut)
     # New threads and processes pass the gate; namespaces and anything else are refused. clone3 hides its flags in
     # memory: the C library falls back to clone.
     ask = ASK if gate else ALLOW
@@ -329,9 +340,8 @@ def _filter(gate):
     when("clone3", verdict(REFUSE | errno.ENOSYS))
     for name in ("kill", "tgkill"):
         when(name, verdict(ASK if gate else REFUSE | errno.EPERM))
-    when_argument(
-        "ioctl", 1, [0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451]
-    )  # isatty, its size, FIONREAD, FIONBIO, CLOEXEC
+    # isatty, the size of a terminal, FIONREAD, FIONBIO, and closing on exec
+    when_argument("ioctl", 1, [0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451])
     when_argument("fcntl", 1, [8, 10, 15, 1024, 1026], REFUSE | errno.EPERM, ALLOW)  # no signals from files, no leases
     when_argument("prctl", 0, [15, 16, 0x53564D41])  # names of threads and of mappings
     when_argument("prlimit64", 0, [0])  # one's own

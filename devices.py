@@ -4,6 +4,7 @@ A sharded tensor (FSDP2's DTensor) lies on all processes in parts; `whole` and `
 """
 
 import dataclasses
+import gc
 import os
 import resource
 import time
@@ -45,6 +46,14 @@ def start_process(config):
     if not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
     return Process(dist.get_rank(), dist.get_world_size(), device)
+
+
+def stop_process():
+    """Leave torchrun's group, when all processes are done."""
+    if dist.is_initialized():
+        dist.barrier()
+        gc.collect()  # DDP and FSDP hold the group in reference cycles: if it outlived this, the exit could abort
+        dist.destroy_process_group()
 
 
 def uses_bf16(config, device):

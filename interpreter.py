@@ -11,6 +11,7 @@ holds it is set up in _Warm.become_sandbox, before any of it runs.
 
 import ast
 import builtins
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -32,6 +33,7 @@ import time
 import traceback
 import types
 import warnings
+from pathlib import Path
 
 import contain
 
@@ -197,14 +199,13 @@ class _State:
 
     def reap(self):
         self.children = {}
-        try:
+        with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
-        except ChildProcessError:
-            pass
 
     def step(self, code, name, output):
         self.lock, self.final, self.step_number = threading.Lock(), None, self.step_number + 1
+        process = os.getpid()
         try:
             self.output.attach(output, self.settings["half"])
             os.dup2(output, 1)
@@ -218,16 +219,19 @@ class _State:
             vars(self.main).update(self.given)
             contain.hold_limits(True)
             outcome = self.execute(code)
+            if os.getpid() != process:  # the code forked, where it can, and this is its child
+                os._exit(0)
         except BaseException as error:  # out of memory in the wrong place
+            contain.hold_limits(False)
             outcome = {"error": cut(describe(error), 1000), "kind": _kind(error)}
-        finally:
-            code = None
+        signal.alarm(0)
         send(self.channel, {"done": outcome})
 
     def move_scratch(self, name):
         """Go on in a folder of this candidate's own, with a copy of what is in the state's folder."""
-        old, new = self.scratch, f"{self.settings['scratch']}/{name}"
-        place = os.path.relpath(_getcwd(), old)
+        old, new, place = self.scratch, f"{self.settings['scratch']}/{name}", ""
+        with contextlib.suppress(OSError):  # the code may have removed the folder it is in
+            place = os.path.relpath(_getcwd(), old)
         try:
             os.mkdir(new, 0o700)
             if os.listdir(SCRATCH):
@@ -241,11 +245,14 @@ class _State:
         os.close(folder)
         self.scratch = new
         if not place.startswith(".."):
-            os.chdir(f"{new}/{place}")
+            with contextlib.suppress(OSError):
+                os.fchdir(SCRATCH)
+                os.chdir(place)
 
     def execute(self, code):
         filename = f"<step {self.step_number}>"
         linecache.cache[filename] = (len(code), None, code.splitlines(True), filename)
+        linecache.cache.pop(f"<step {self.step_number - 1000}>", None)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -257,9 +264,11 @@ class _State:
             value = eval(last, vars(self.main)) if last else None
             return {"result": None if value is None else cut(repr(value), self.settings["limit"])}
         except BaseException as error:
+            contain.hold_limits(False)  # there may be no memory left to say so
             if self.final:
                 return {}
-            return {"error": cut(describe(error), self.settings["limit"]), "kind": _kind(error)}
+            note = f"; a step may allocate {self.settings['memory_mb']:,} MB" if _kind(error) == "memory" else ""
+            return {"error": cut(describe(error), self.settings["limit"]) + note, "kind": _kind(error)}
 
     def final_answer(self, answer=None):
         """End the action with this answer: a JSON value, or anything else as its text."""
@@ -330,20 +339,24 @@ def _describe_syntax(error):
 
 
 def _kind(error):
-    return "memory" if isinstance(error, MemoryError) else "runtime"
+    memory = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    return "memory" if memory else "runtime"
 
 
 def describe(error):
     """Type, text, and the lines of the code that led there."""
     text = "".join(traceback.format_exception_only(type(error), error)).strip()
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if frame.filename.startswith("<step ")]
+    ours = []  # the first and the last frame of the code: what it did in this step, and where that led
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_filename.startswith("<step "):
+            ours[1:] = [(frame.f_code.co_filename, frame.f_code.co_name, number)] if ours else []
+            ours = ours or [(frame.f_code.co_filename, frame.f_code.co_name, number)]
     places = []
-    for frame in ours[:1] + ours[1:][-1:]:
-        place = f"line {frame.lineno}: {frame.line}"
-        if frame.filename != ours[0].filename:
-            place = f"{frame.filename[1:-1]}, {place}"
-        places.append(place if frame.name == "<module>" else f"in {frame.name}, {place}")
+    for filename, name, number in ours:
+        place = f"line {number}: {linecache.getline(filename, number).strip()}"
+        if filename != ours[0][0]:
+            place = f"{filename[1:-1]}, {place}"
+        places.append(place if name == "<module>" else f"in {name}, {place}")
     return f"{text} ({'; '.join(places)})" if places else text
 
 
@@ -388,10 +401,11 @@ class _Warm:
     def __init__(self, control):
         self.control = control
         self.settings, _ = receive(control)
-        self.contained = self.settings["isolation"] != "off" and contain.SUPPORTED
+        self.contained = self.settings["contained"] and contain.SUPPORTED
         self.missing, self.groups = [], {}
         self.host = os.pidfd_open(os.getppid()) if contain.LINUX else None
-        self.devices = [f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom")]
+        devices = [f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom")]
+        self.devices = list(filter(os.path.exists, devices))
         sys.path[:] = self.settings["path"]
         os.environ.clear()
 
@@ -410,7 +424,7 @@ class _Warm:
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for what ends here
         _import_quietly()
         self.libraries = _library_paths(sys.path)
-        self.folder, links = "/scratch", ("/tmp", "/work", "/sandbox")
+        self.folder, links = "/scratch", ("/work", "/sandbox")
         layout = (self.libraries + self.devices, self.folder, links, SCRATCH)
         self.link = separate and self.attempt("file tree", contain.build_root, *layout)
         self.rooted = bool(self.link)
@@ -452,18 +466,21 @@ class _Warm:
     def end(self, name):
         group = self.groups.pop(name, None)
         if group:
-            try:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(group, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):
-                pass
         if not self.rooted:
-            shutil.rmtree(f"{self.folder}/{name}", ignore_errors=True)
+            _remove(f"{self.folder}/{name}")
 
     def end_all(self):
         for name in list(self.groups):
             self.end(name)
+        with contextlib.suppress(OSError):  # whoever is left: orphans come to us
+            while children := Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+                for child in children:
+                    os.kill(int(child), signal.SIGKILL)
+                time.sleep(0.001)
         if not self.rooted:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            _remove(self.folder)
 
     def become_sandbox(self, request, channel):
         try:
@@ -490,7 +507,8 @@ class _Warm:
         gate = self.contain(scratch, home)
         channel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, CHANNEL)
         state = _State(channel, request | {"scratch": scratch, "gated": gate is not None}, home)
-        _hide_scratch(state, self.link)
+        if contain.LINUX:
+            _hide_scratch(state, self.link)
         sys.argv = [""]
         for name in ("contain", "__mp_main__"):
             sys.modules.pop(name, None)
@@ -499,7 +517,8 @@ class _Warm:
         send(channel, {"hello": os.getpid()} | hello, descriptors)
         for descriptor in descriptors:
             os.close(descriptor)
-        contain.set_limits(memory, math.ceil(request["timeout"]) + 1, request["scratch_mb"] << 20, OPEN_FILES)
+        limits = {"cpu_seconds": math.ceil(request["timeout"]) + 1, "file_size": request["scratch_mb"] << 20}
+        contain.set_limits(memory, **limits, open_files=OPEN_FILES, processes=None if gate is not None else 4096)
         state.serve()
 
     def contain(self, scratch, home):
@@ -516,6 +535,17 @@ class _Warm:
         if gate is True:
             self.missing.append("gate (another one is in its way)")
         return None if gate is True else gate
+
+
+def _remove(folder):
+    """Remove a folder that the code may have closed to us."""
+    folders = [folder]
+    while folders:
+        path = folders.pop()
+        with contextlib.suppress(OSError):
+            os.chmod(path, 0o700)
+            folders += [entry.path for entry in os.scandir(path) if entry.is_dir(follow_symlinks=False)]
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _library_paths(path):

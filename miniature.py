@@ -14,7 +14,6 @@ import hashlib
 import http.server
 import itertools
 import json
-import math
 import os
 import random
 import re
@@ -25,12 +24,6 @@ import time
 from pathlib import Path
 from typing import Literal
 
-import tokenizers
-import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
-from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
-
-import train
 import world
 from common import REQUIRED, InputError, keep_config, option, read_jsonl, replace_file, run_command_line, write_json
 from tasks import Prompts
@@ -420,21 +413,6 @@ def teach(config):
 # Base students, from scratch
 # ---------------------------------------------------------------------------------------------
 
-# Three layers of the Qwen2 architecture, head size 32: (hidden size, distances of the heads of layer 0, steps of
-# copy warm-up). Smaller ones learn to copy later. Without embeddings: S 0.33 million parameters, M 0.59, L 1.33.
-SIZES = {"S": (96, (1, 2, 0), 300), "M": (128, (1, 2, 3, 0), 250), "L": (192, (1, 2, 3, 0, 4, 5), 250)}
-HEAD_SIZE = 32
-VOCABULARY = 900
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-# A name must be the same tokens wherever it stands, so no merge is learned that joins a sign or space to the capital
-# after it. Digits are single tokens in Qwen2's tokenizer already. The result is an ordinary Qwen2 tokenizer: another
-# kind would be replaced by it, with its way to split, when AutoTokenizer loads it for a Qwen2 model.
-OWN_TOKENS = r"\s(?=[A-Z])|[^\s_'A-Za-z](?=[A-Za-z])"
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
 
 @dataclasses.dataclass(kw_only=True)
 class BaseConfig:
@@ -443,7 +421,8 @@ class BaseConfig:
     size: Literal["S", "M", "L"] = option("M", "0.33, 0.59 or 1.33 million parameters besides the embeddings")
     seed: int = option(0, "initial weights and documents")
     documents: int = option(2000, "pretraining documents of 256 tokens")
-    warmup: int | None = option(None, "steps of the copy warm-up (default: by size)")
+    warmup_steps: int = option(200, "steps of the copy warm-up, of 60 rows")
+    warmups: int = option(4, "most times that the warm-up is repeated, as long as it has not led to copying")
     prompts: str = option(str(Prompts.default), "folder of prompts, which the tokenizer is fitted to")
     quiet: bool = option(False, "no progress bar")
 
@@ -457,49 +436,41 @@ def make_base(config):
     work = Path(config.out + ".work")  # both trainings continue from their checkpoints after an interruption
     if (Path(config.out) / "summary.json").exists():
         return shutil.rmtree(work, ignore_errors=True)
+    import torch  # seconds to import, and the other commands do not need them
+
+    import scratch
+    import train
+
     torch.manual_seed(config.seed)
     rng = random.Random(f"base {config.seed} {config.size}")
-    tokenizer = make_tokenizer(Path(config.world), Prompts(config.prompts))
-    new_model(config.size, tokenizer).save_pretrained(work / "new")
+    teacher = Teacher(TeacherConfig(world=config.world))
+    tokenizer = scratch.make_tokenizer(tokenizer_texts(Path(config.world), teacher, Prompts(config.prompts)))
+    scratch.new_model(config.size, tokenizer).save_pretrained(work / "new")
     tokenizer.save_pretrained(work / "new")
-    warmup = config.warmup if config.warmup is not None else SIZES[config.size][2]
-    write_rows(work / "copies.jsonl", copy_rows(rng, tokenizer, 60 * warmup))
-    write_rows(work / "documents.jsonl", document_rows(rng, tokenizer, Path(config.world), config.documents))
-    common = {"tuning": "full", "schedule": "cosine", "warmup_steps": 30, "beta2": 0.98, "weight_decay": 0.05,
-              "epochs": 1, "seed": config.seed, "threads": 1, "quiet": config.quiet}  # fmt: skip
-    stages = [("copies", "new", work / "copier", {"lr": 5e-3, "batch_size": 60}),
-              ("documents", "copier", config.out, {"lr": 3e-3, "batch_size": 8})]  # fmt: skip
-    for data, start, out, options in stages:
-        train.fit(
-            train.Config(data=[str(work / f"{data}.jsonl")], model=str(work / start), out=str(out), **common, **options)
+    options = {"tuning": "full", "schedule": "cosine", "warmup_steps": 30, "beta2": 0.98, "weight_decay": 0.05,
+               "epochs": 1, "seed": config.seed, "threads": 1, "quiet": config.quiet}  # fmt: skip
+    start = work / "new"
+    for attempt in range(config.warmups):  # when copying forms is a matter of luck; then the loss falls from 5 to 0.1
+        data, out = work / f"copies-{attempt}.jsonl", work / f"copier-{attempt}"
+        write_rows(data, scratch.copy_rows(rng, tokenizer, 60 * config.warmup_steps))
+        summary = train.fit(
+            train.Config(data=[str(data)], model=str(start), out=str(out), lr=5e-3, batch_size=60, **options)
         )
+        start = out
+        if summary["loss"] < 1.0:
+            break
+    data = work / "documents.jsonl"
+    write_rows(data, scratch.document_rows(rng, tokenizer, teacher.facts, config.documents))
+    train.fit(train.Config(data=[str(data)], model=str(start), out=config.out, lr=3e-3, batch_size=8, **options))
     shutil.rmtree(work)
 
 
-def make_tokenizer(folder, prompts):
-    """Byte-level BPE on the world's passages and on training chats as they will be rendered: one per world."""
-    teacher = Teacher(TeacherConfig(world=str(folder)))
+def tokenizer_texts(folder, teacher, prompts):
+    """The world's passages and training chats as they will be rendered: students of one world share a tokenizer."""
     passages = [row["contents"] for _, row in read_jsonl(folder / "passages.jsonl")]
     tasks = [row for _, row in itertools.islice(read_jsonl(folder / "train.jsonl"), 1000)]
     chats = [chat for task in tasks for chat in rehearse(teacher, task["question"], prompts)]
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    splits = [tokenizers.Regex(regex) for regex in (PRETOKENIZE_REGEX, OWN_TOKENS)]
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-        [
-            *(tokenizers.pre_tokenizers.Split(split, "isolated") for split in splits),
-            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator(passages + ["\n".join(m["content"] for m in chat) for chat in chats], trainer)
-    model = json.loads(bpe.to_str())["model"]
-    return Qwen2Tokenizer(
-        vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]], eos_token="<|im_end|>",
-        chat_template=CHAT_TEMPLATE, padding_side="left",
-    )  # fmt: skip
+    return passages + ["\n".join(message["content"] for message in chat) for chat in chats]
 
 
 def rehearse(teacher, question, prompts):
@@ -519,95 +490,6 @@ def rehearse(teacher, question, prompts):
             chat.append({"role": "user", "content": prompts.fill("observation", stdout=hit, result=None)})
         chats.append(chat)
     return chats
-
-
-def new_model(size, tokenizer):
-    """Random weights, but for the attention of layer 0, made by hand: each head looks a fixed distance back.
-
-    Copying needs heads that know what came before, and in minutes of training they do not form on their own. Qwen2
-    has biases on queries and keys, and rotary positions turn a constant query and key into a function of distance
-    alone: with c e^(i f d) for the key and c for the query, the score is the sum of c^2 cos(f (distance - d)) over
-    the frequencies f, with its peak at distance d. One head looks at its own token (distance 0): without it, copying
-    did not form in the warm-up's time.
-    """
-    width, distances, _ = SIZES[size]
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=8 * width // 3, num_hidden_layers=3,
-            num_attention_heads=len(distances), num_key_value_heads=len(distances), max_position_embeddings=2048,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e4}, initializer_range=0.03,
-            tie_word_embeddings=True, bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        )
-    )  # fmt: skip
-    half = HEAD_SIZE // 2
-    fast = torch.arange(6)  # the highest of the 16 frequencies: they make the peak sharp
-    angles = 1e4 ** (-fast / half)
-    attention = model.model.layers[0].self_attn
-    with torch.no_grad():
-        for head, distance in enumerate(distances):
-            start = head * HEAD_SIZE
-            attention.q_proj.bias[start + fast] = PEAK
-            attention.k_proj.bias[start + fast] = PEAK * torch.cos(angles * distance)
-            attention.k_proj.bias[start + half + fast] = PEAK * torch.sin(angles * distance)
-    return model
-
-
-PEAK = 7.0  # a distance of one token off the peak then scores 5.9 less after the division by sqrt(32)
-
-
-def copy_rows(rng, tokenizer, count):
-    """Random tokens, or digits, told twice; the loss is on the repetition. Most are short: from those it is learned."""
-    words, digits = range(len(SPECIAL), len(tokenizer)), tokenizer.convert_tokens_to_ids(list("0123456789"))
-    rows = []
-    for _ in range(count):
-        length = round(math.exp(rng.uniform(math.log(4), math.log(40))))
-        ids = rng.choices(digits if rng.random() < 0.35 else words, k=length)
-        rows.append({"input_ids": ids + ids, "loss_mask": [0] * (length + 1) + [1] * (length - 1)})
-    return rows
-
-
-def document_rows(rng, tokenizer, folder, count, length=256):
-    """Pretraining: passages and statements of this world, reading in another world, and named numbers."""
-    facts = read_facts("\n\n".join(row["contents"] for _, row in read_jsonl(folder / "passages.jsonl")))
-    titles = list(facts)
-    weights = [1 / (rank + 10) for rank in range(len(titles))]  # Zipf: some pages are read often, most hardly ever
-    rng.shuffle(titles)
-    other = world.World(f"other {rng.random()}")
-
-    def page(title, source):
-        return f"{title}\n{world.sentence(title, source[title])}"
-
-    def statement(title, source):
-        relation = rng.choice(list(source[title]))
-        return f"{title}'s {relation} is {source[title][relation]}."
-
-    def document():
-        draw = rng.random()
-        title = rng.choices(titles, weights)[0]
-        if draw < 0.15:
-            return page(title, facts)
-        if draw < 0.25:
-            return statement(title, facts)
-        if draw < 0.55:
-            first, second = rng.sample(list(other.facts), 2)
-            known = [statement(rng.choice([first, first, second]), other.facts) for _ in range(3)]
-            return "\n\n".join([page(first, other.facts), page(second, other.facts), *known])
-        names = rng.sample(WORDS, rng.randint(2, 4))
-        numbers = {name: str(rng.randint(1, 10 ** rng.randint(2, 7))) for name in names}
-        told = ", ".join(f"{name} {number}" for name, number in numbers.items())
-        return told + ".\n" + "\n".join(f"{name} = {number}" for name, number in numbers.items())
-
-    rows, ids = [], []
-    while len(rows) < count:
-        ids += [*tokenizer(document())["input_ids"], tokenizer.pad_token_id]
-        while len(ids) >= length:
-            rows.append({"input_ids": ids[:length], "loss_mask": [1] * length})
-            ids = ids[length:]
-    return rows[:count]
-
-
-WORDS = "grows buys loses pays earns finds works fills puts charges takes gives holds sends makes a b c m N".split()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -122,7 +123,7 @@ def plain_file(path, folder):
         try:
             with gzip.open(path) as source, open(aside, "wb") as target:
                 shutil.copyfileobj(source, target, 1 << 20)
-        except (EOFError, gzip.BadGzipFile) as error:
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise InputError(f"{path}: not a whole gzip file: {error}") from None
         os.replace(aside, copy)
     return copy
@@ -157,8 +158,11 @@ class Passages:
         """(id, contents) of one passage."""
         which, start, length = self._place(number)
         line = os.pread(self.files[which].fileno(), length, start).split(b"\n", 1)[0]  # blank lines may follow it
-        row = json.loads(line)
-        return row["id"], row["contents"]
+        try:
+            row = json.loads(line)
+            return row["id"], row["contents"]
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{self.paths[which]}: changed since the index was built; build it again") from None
 
     def where(self, number):
         which, start, _ = self._place(number)

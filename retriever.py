@@ -123,42 +123,59 @@ def read_manifest(folder):
 
 
 def _make_index(out, settings, passages, config, previous):
-    """Build or extend: runs in out/building, merged into out/data-N, which index.json then names in one step."""
+    """Build an index, or extend the previous one: a folder data-N, which index.json names when it is complete."""
     out.mkdir(parents=True, exist_ok=True)
-    path = plain_file(passages, out)
-    file = {"path": os.path.relpath(path, out), **fingerprint(path)}
-    files = (previous["files"] if previous else []) + [file]
-    if previous and file in previous["files"]:
-        raise InputError(f"{passages}: already in {out}")
+    manifest = out / "index.json"
     with Journal(out / "build.jsonl") as history:  # what was built here; while it is open no one else builds here
-        plan = {**settings, "files": files}
-        manifest = out / "index.json"
-        if manifest.exists() and {**read_manifest(out), **plan} == read_manifest(out):
-            return print(f"{out}: already built", file=sys.stderr)
-        work = out / "building"
-        if not history.rows or history.rows[-1] != plan:
-            shutil.rmtree(work, ignore_errors=True)
-            history.append(plan)
-        data = work / "data"
-        shutil.rmtree(data, ignore_errors=True)
-        data.mkdir(parents=True)
-        engine = dense if settings["kind"] == "dense" else sparse
-        with progress(desc="reading", unit="B", quiet=config.quiet) as bar:
-            bar.unit_scale = True
-            runs = engine.build_runs(path, work, settings, getattr(config, "workers", 1), bar)
-        parts = [(run, len(files) - 1) for run in runs]
-        if previous:
-            parts.insert(0, (out / previous["data"], 0))
-        count = join_passages(parts, files, out, data)
-        with progress(desc="merging", quiet=config.quiet) as bar:
-            bar.unit_scale = True
-            engine.merge([part for part, _ in parts], data, settings, bar)
-        name = f"data-{len(history.rows)}"
-        shutil.rmtree(out / name, ignore_errors=True)
-        os.replace(data, out / name)
-        write_json(manifest, {"format": FORMAT, **plan, "passages": count, "data": name})
-        for old in [work, *(folder for folder in out.glob("data-*") if folder.name != name)]:
-            shutil.rmtree(old)
+        path = plain_file(passages, out)
+        file = {"path": os.path.relpath(path, out), **fingerprint(path)}
+        if previous and file in previous["files"]:
+            raise InputError(f"{passages}: already in {out}")
+        if previous and previous != read_manifest(out):
+            raise InputError(f"{out}: was changed by another process just now; add to it again")
+        plan = {**settings, "files": [*previous["files"], file] if previous else [file]}
+        if manifest.exists() and read_manifest(out).items() >= plan.items():
+            print(f"{out}: already built", file=sys.stderr)
+        else:
+            if not history.rows or history.rows[-1] != plan:
+                shutil.rmtree(out / "building", ignore_errors=True)
+                history.append(plan)
+            data, count = _make_data(out, path, plan, config, previous)
+            name = f"data-{len(history.rows)}"
+            shutil.rmtree(out / name, ignore_errors=True)
+            os.replace(data, out / name)
+            write_json(manifest, {"format": FORMAT, **plan, "passages": count, "data": name})
+        _clean(out, read_manifest(out))
+
+
+def _make_data(out, path, plan, config, previous):
+    """Runs of the passages file in out/building, kept if a build is killed, and from these the index's columns."""
+    work, files = out / "building", plan["files"]
+    data = work / "data"
+    shutil.rmtree(data, ignore_errors=True)
+    data.mkdir(parents=True)
+    engine = dense if plan["kind"] == "dense" else sparse
+    with progress(desc="reading", unit="B", quiet=config.quiet) as bar:
+        bar.unit_scale = True
+        runs = engine.build_runs(path, work, plan, config.workers, bar)
+    parts = [(run, len(files) - 1) for run in runs]
+    if previous:
+        parts.insert(0, (out / previous["data"], 0))
+    count = join_passages(parts, files, out, data)
+    with progress(desc="merging", quiet=config.quiet) as bar:
+        bar.unit_scale = True
+        engine.merge([part for part, _ in parts], data, plan, bar)
+    return data, count
+
+
+def _clean(out, manifest):
+    """Remove what earlier builds left behind."""
+    for folder in [out / "building", *out.glob("data-*")]:
+        if folder.name != manifest["data"]:
+            shutil.rmtree(folder, ignore_errors=True)
+    for copy in out.glob("passages-*"):  # unzipped
+        if copy.name not in {file["path"] for file in manifest["files"]}:
+            copy.unlink()
 
 
 # Search
@@ -173,17 +190,18 @@ class Index:
         data = self.folder / self.manifest["data"]
         self.rank = np.load(data / "rank.npy", mmap_mode="r")
         self.passages = Passages(self.folder, self.manifest["files"], np.load(data / "offsets.npy", mmap_mode="r"))
-        self.engine = (dense.DenseIndex if self.manifest["kind"] == "dense" else sparse.SparseIndex)(
-            data, self.manifest
-        )
+        engine = dense.DenseIndex if self.manifest["kind"] == "dense" else sparse.SparseIndex
+        self.engine = engine(data, self.manifest)
 
     def __len__(self):
         return len(self.rank)
 
     def top(self, queries, k):
         """[(passage numbers, scores)] of the k best passages for each query, best first, ties by id."""
-        if isinstance(queries, str) or not isinstance(k, int) or k < 1:
-            raise InputError("search wants a list of queries, and k from 1 up")
+        if isinstance(queries, str) or not all(isinstance(query, str) for query in queries):
+            raise InputError("search wants a list of queries, each of them text")
+        if not isinstance(k, int) or k < 1:
+            raise InputError(f"search wants a whole number k from 1 up, not {k!r}")
         return self.engine.top(queries, k)
 
     def search(self, queries, k=3):
@@ -211,11 +229,9 @@ class Hybrid(Index):
     def top(self, queries, k):
         fused = []
         for tops in zip(*(index.top(queries, max(k, 100)) for index in self.indexes), strict=True):
+            shares = np.concatenate([1 / (61 + np.arange(len(docs))) for docs, _ in tops])
             docs, places = np.unique(np.concatenate([docs for docs, _ in tops]), return_inverse=True)
-            scores = np.bincount(
-                places, np.concatenate([1 / (61 + np.arange(len(docs))) for docs, _ in tops]), len(docs)
-            )
-            fused.append(best_of(docs, scores, self.rank, k))
+            fused.append(best_of(docs, np.bincount(places, shares, len(docs)), self.rank, k))
         return fused
 
 
@@ -340,13 +356,9 @@ class Handler(BaseHTTPRequestHandler):
         except Exception as error:
             print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
             return 500, {"error": f"{type(error).__name__}: {error}"}
-        documents = [[{"id": hit.id, "contents": hit.contents} for hit in found] for found in hits]
         if with_scores:
-            documents = [
-                [{"document": document, "score": hit.score} for document, hit in zip(*pair, strict=True)]
-                for pair in zip(documents, hits, strict=True)
-            ]
-        return 200, {"result": documents}
+            return 200, {"result": [[{"document": document(hit), "score": hit.score} for hit in one] for one in hits]}
+        return 200, {"result": [[document(hit) for hit in one] for one in hits]}
 
     def _answer(self, status, value):
         body = json.dumps(value).encode()
@@ -358,6 +370,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *arguments):
         pass
+
+
+def document(hit):
+    return {"id": hit.id, "contents": hit.contents}
 
 
 def parse_request(body):
@@ -413,7 +429,7 @@ class Serve:
 
 def serve(config):
     """Serve an index over HTTP, with Search-R1's /retrieve protocol."""
-    index = load(config.index, config.hybrid)
+    index = Hybrid([config.index, config.hybrid]) if config.hybrid else Index(config.index)
     try:
         server = Server(index, config.host, config.port)
     except OSError as error:

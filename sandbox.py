@@ -11,17 +11,22 @@
 How it works. A warm interpreter (numpy and sympy imported) is started once a host process, as a program of its own,
 so that nothing of the host is in it. Every sandbox is a fork of it; every candidate is a fork of its sandbox's
 current state, which waits. The chosen candidate goes on as the state, and its ancestor ends. A candidate and the
-host talk over one socket, in JSON; what the candidate sends is data, never code.
+host talk over one socket, in JSON; what the candidate sends is data, never code. interpreter.py is the inside.
+
+What the code finds: the tools and final_answer as functions, given anew every step; an empty current folder, which
+is also its temporary folder; the variables and files of the step before. Threads end with their step. Draws from
+`random` and `numpy.random` without a seed are the same in every new sandbox, so that runs repeat. final_answer(x)
+does not return and raises nothing: what is open then (a `with` block, a `finally`) stays open.
 
 What is covered, on Linux 5.13 and later, as root or not (contain.py sets up each layer; `check` tries them):
   files       only the interpreter's own libraries can be read, and only a private folder written, which vanishes
               (Landlock; where namespaces are allowed also a file tree that holds nothing else, and a bound on the
-              folder's size)
+              folder's size; elsewhere the host weighs the folder every 50 ms and kills)
   network     there is none: no sockets but unnamed pairs (seccomp; an empty network namespace)
   processes   no exec; no fork but the ones that the host asks for and lets through; at most THREADS threads a step;
               no signal, ptrace or memory access to any other process (seccomp with a gate in the host; Landlock)
-  resources   wall clock, by SIGKILL from outside; memory (RLIMIT_AS: what a candidate can allocate on top of the warm
-              interpreter; as it cannot fork, that bounds everything); CPU; open files; file size
+  resources   wall clock, by SIGKILL from outside; memory (RLIMIT_AS: what a process can allocate on top of the warm
+              interpreter; as it cannot fork, N candidates have N times that); CPU; open files; file size
   the host    an empty environment and no inherited descriptors; when the host dies, everything here dies
 What is not covered: bugs of the kernel itself; timing and cache side channels; using the CPU up to the time-out;
 stat() on any path where namespaces are not allowed (existence and size of files, not their contents); a tool that is
@@ -73,7 +78,7 @@ class Observation:
 class _Warmth:
     """The host's handle on the warm interpreter."""
 
-    def __init__(self, isolation):
+    def __init__(self, contained):
         self.lock = threading.Lock()
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if 0 <= soft < 4096:  # 64 sandboxes with 8 candidates each need 1,700 descriptors
@@ -96,16 +101,11 @@ class _Warmth:
         theirs.close()
         own = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
         path = [p for p in sys.path if os.path.basename(p) in ("site-packages", "dist-packages", "lib-dynload")]
-        send(self.control, {"isolation": isolation, "path": list(dict.fromkeys(own + path))})
+        send(self.control, {"contained": contained, "path": list(dict.fromkeys(own + path))})
         ready, _ = receive(self.control)
         if ready is None:
             raise RuntimeError(f"the warm interpreter did not start: {self.process.stderr.read().decode()[-2000:]}")
         self.missing = ready["missing"]
-
-    def close(self):
-        self.control.close()
-        self.process.kill()
-        self.process.wait()
 
 
 _warm = {}
@@ -115,10 +115,11 @@ _warned = set()
 
 
 def _warm_interpreter(isolation):
+    contained = isolation != "off"
     with _warm_lock:
-        if isolation not in _warm or _warm[isolation].process.poll() is not None:
-            _warm[isolation] = _Warmth(isolation)
-        return _warm[isolation]
+        if contained not in _warm or _warm[contained].process.poll() is not None:
+            _warm[contained] = _Warmth(contained)
+        return _warm[contained]
 
 
 class _Process:
@@ -198,6 +199,12 @@ class _Process:
                 self.pidfd = None
 
 
+def _reason(status):
+    if status is None:
+        return ""
+    return f" by {signal.Signals(-status).name}" if status < 0 else f" with exit status {status}"
+
+
 def _readable(descriptor, seconds):
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
@@ -215,7 +222,7 @@ def _parse(data):
 
     try:
         message = json.loads(data.decode(), parse_int=integer, parse_constant=constant)
-        if b"\\ud" in data:  # half a surrogate pair could not be written to a file later
+        if b"\\ud" in data.lower():  # half a surrogate pair could not be written to a file later
             message = json.loads(json.dumps(message, ensure_ascii=False).encode("utf-8", "replace"), parse_int=integer)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"its message was not JSON ({type(error).__name__})") from None
@@ -283,7 +290,7 @@ class Sandbox:
         self.id, self.name = os.urandom(8).hex(), os.urandom(8).hex()
         request = {"id": self.id, "name": self.name, "timeout": self.timeout, "memory_mb": self.memory_mb}
         request |= {"half": self.half, "limit": 2 * self.half, "scratch_mb": self.scratch_mb}
-        request |= {"tools": {name: function.__doc__ for name, function in self.tools.items()}}
+        request |= {"tools": {name: str(function.__doc__ or "") for name, function in self.tools.items()}}
         self.state = _Process(ours, 60.0, grouped=True)  # before its first word: the kernel names who speaks then
         with self.warm.lock:
             send(self.warm.control, request, [theirs.fileno()])
@@ -417,6 +424,9 @@ class Sandbox:
         self.remove = []
         if sent:
             self._listen(started)
+        else:
+            for candidate in self.candidates:
+                candidate.finish(kind="killed")
         self._settle(started)
 
     def _listen(self, started):
@@ -527,16 +537,23 @@ class Sandbox:
 
     def _settle(self, started):
         """Stop what is still running, and complete the observations."""
+        # A process that never said who it is can only be ended together with all the others.
         lost = any(candidate.pid is None for candidate in self.candidates)
+        after = "the state is lost: the next step starts with an empty one" if lost else "the state is as it was before"
         for index, candidate in enumerate(self.candidates):
             observation = candidate.observation
             if candidate.running:
                 candidate.kill()
-                limit = f"the code ran longer than {self.timeout:g} s and was stopped"
-                candidate.finish(f"TimeoutError: {limit}; the state is as it was before", "timeout")
+                text = f"TimeoutError: the code ran longer than {self.timeout:g} s and was stopped; {after}"
+                candidate.finish(text, "timeout")
                 observation.seconds = time.monotonic() - started
             elif observation.error_kind == "killed" and not observation.error:
-                self._explain(candidate, None if lost else self._status(index))
+                candidate.kill()
+                status = None if lost else self._status(index)
+                if status == -signal.SIGXCPU:
+                    candidate.finish(f"TimeoutError: the code used up its processor time; {after}", "timeout")
+                else:
+                    candidate.finish(f"the Python process was ended{_reason(status)}; {after}", "killed")
             observation.stdout = read_output(candidate.output, self.half)
             os.close(candidate.output)
         self.state.signal(signal.SIGSTOP)
@@ -544,18 +561,6 @@ class Sandbox:
             candidates = self.candidates
             self._lose()
             self.candidates = candidates
-
-    def _explain(self, candidate, status):
-        candidate.kill()
-        if status == -signal.SIGXCPU:
-            candidate.finish(
-                "TimeoutError: the code used up its processor time; the state is as it was before", "timeout"
-            )
-            return
-        reason = "" if status is None else f" with exit status {status}"
-        if status is not None and status < 0:
-            reason = f" by {signal.Signals(-status).name}"
-        candidate.finish(f"the Python process was ended{reason}; the state is as it was before", "killed")
 
     def _status(self, index):
         """How a candidate ended, which its parent knows."""
@@ -638,7 +643,11 @@ class CheckConfig:
 
 def repl(config):
     """Type code; an empty line runs it. The state persists."""
-    with Sandbox(timeout=config.timeout, memory_mb=config.memory_mb, isolation=config.isolation) as sandbox:
+    try:
+        sandbox = Sandbox(timeout=config.timeout, memory_mb=config.memory_mb, isolation=config.isolation)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    with sandbox:
         while True:
             lines = []
             try:

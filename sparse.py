@@ -7,192 +7,23 @@ Imported by retriever.py; not run by itself.
 """
 
 import collections
-import concurrent.futures
-import functools
+import concurrent.futures.process
 import multiprocessing
 import os
-import re
+import signal
 import threading
-import unicodedata
 
 import numpy as np
 
+from common import InputError
 from passages import read_chunk, save_run
+from words import WORD, WordTable, blocks, index_term, number_block, split_words
 
 CHUNK = 8 << 20  # bytes of the passages file that one process inverts at once: sets the memory of a build
-BLOCK = 1 << 20  # characters that are split at once: few enough for the processor's cache
 COMMON = 32  # terms in one of so many passages also get a row of bytes, where a passage is found at once
 RANGE = 1 << 21  # postings that are merged at once (or one term's, where it has more)
-WORD = 32  # bytes; a longer run of letters is cut into words of this length, so that none is lost or merged
-
-# Words. A word is a run of letters and digits of any script, case-folded, without accents.
-
-# One table does case and splitting for ASCII; bytes from 128 up are parts of letters once `fold` has seen them.
-SPLIT = bytes(byte if byte >= 128 else ord(chr(byte).lower()) if chr(byte).isalnum() else 32 for byte in range(256))
-NON_ASCII = re.compile(r"[^\x00-\x7f]")
-STOP_WORDS = frozenset(
-    b"a an and are as at be been but by did do does for from had has have he her him his how in into is it its of on "
-    b"or s she that the their them there these they this those to was were what when where which who whom whose why "
-    b"will with".split()
-)
-
-
-@functools.lru_cache(1 << 16)
-def fold_character(character):
-    """A non-ASCII character: compatibility form, case-folded, without accents; a space for what is no letter."""
-    folded = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", character).casefold())
-    kept = "".join(
-        c if c.isalnum() or unicodedata.category(c) == "Mc" else "" if unicodedata.category(c) == "Mn" else " "
-        for c in folded
-    )
-    # Chinese and Japanese put no spaces between words: there each character is a word.
-    apart = unicodedata.name(character, "").startswith(("CJK", "HIRAGANA", "KATAKANA"))
-    return f" {kept} " if apart else kept
-
-
-def fold(text):
-    """Text as UTF-8 in which every byte from 128 up belongs to a letter."""
-    return NON_ASCII.sub(lambda match: fold_character(match[0]), text).encode()
-
-
-def split_words(text):
-    """The words of a text, in order, as bytes. The build splits blocks of text faster, into the same words."""
-    words = fold(text).translate(SPLIT).split()
-    return [word[start : start + WORD] for word in words for start in range(0, len(word), WORD)]
-
-
-def stem_word(word):
-    """Plural to singular: the S stemmer of Harman, "How effective is suffixing?" (JASIS 1991)."""
-    if len(word) < 4 or not word.endswith(b"s") or word.endswith((b"us", b"ss")):
-        return word
-    if word.endswith(b"ies") and not word.endswith((b"eies", b"aies")):
-        return word[:-3] + b"y"
-    return word[:-1]
-
-
-def index_term(word, settings):
-    """What a word is indexed as; b"" when it is not indexed."""
-    if settings["stop_words"] and word in STOP_WORDS:
-        return b""
-    return stem_word(word) if settings["stem"] else word
-
 
 # Build, step 1: each chunk of the passages file becomes a run, an inverted index of its own.
-
-
-class WordTable:
-    """Numbers for words: a hash table with open addressing in NumPy.
-
-    A key is a word's own bytes, in `columns` integers of 8 bytes. Keys are compared whole: the hash
-    only says where to look first, so it cannot merge two words.
-    """
-
-    def __init__(self, columns, bits=16):
-        self.count = 0
-        self.columns = columns
-        self._allocate(bits)
-
-    def _allocate(self, bits):
-        self.bits = bits
-        self.keys = np.zeros((self.columns, 1 << bits), np.uint64)
-        self.numbers = np.full(1 << bits, -1, np.int32)
-        self.claims = np.zeros(1 << bits, np.int64)
-
-    def _slots(self, keys):
-        mixed = keys[0] * np.uint64(0x9E3779B97F4A7C15)
-        for key in keys[1:]:
-            mixed = (mixed ^ (mixed >> np.uint64(29)) ^ key) * np.uint64(0x9E3779B97F4A7C15)
-        return (mixed >> np.uint64(64 - self.bits)).astype(np.int64)
-
-    def number(self, keys):
-        """Number every key [columns, n]; a new word gets the next number."""
-        slots = self._slots(keys)
-        numbers = self.numbers[slots]
-        pending = np.flatnonzero(self._differ(slots, keys) | (numbers < 0))
-        while pending.size:
-            slot = slots[pending]
-            free = self.numbers[slot] < 0
-            new = pending[free]
-            self.claims[slots[new]] = new  # where several words want one slot, the last to claim it has it
-            new = new[self.claims[slots[new]] == new]
-            self.keys[:, slots[new]] = keys[:, new]
-            self.numbers[slots[new]] = np.arange(self.count, self.count + len(new), dtype=np.int32)
-            self.count += len(new)
-            found = ~self._differ(slot, keys[:, pending])
-            numbers[pending[found]] = self.numbers[slot[found]]
-            pending = pending[~found]
-            if 2 * self.count > len(self.numbers):
-                self._grow()
-                slots[pending] = self._slots(keys[:, pending])
-            else:
-                slots[pending] = (slots[pending] + 1) & (len(self.numbers) - 1)
-        return numbers
-
-    def _differ(self, slots, keys):
-        differ = self.keys[0][slots] != keys[0]
-        for column, key in zip(self.keys[1:], keys[1:], strict=True):
-            differ |= column[slots] != key
-        return differ
-
-    def _grow(self):
-        words, count = self.words(), self.count
-        self._allocate(self.bits + 1)
-        self.count = 0
-        renumbered = self.number(words)  # entered all at once they get other numbers; these are put back
-        back = np.empty(count, np.int32)
-        back[renumbered] = np.arange(count, dtype=np.int32)
-        used = self.numbers >= 0
-        self.numbers[used] = back[self.numbers[used]]
-
-    def words(self):
-        """All words' keys [columns, count], by number."""
-        used = np.flatnonzero(self.numbers >= 0)
-        return self.keys[:, used[np.argsort(self.numbers[used])]]
-
-
-MASKS = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)  # keeps the first n bytes of 8
-
-
-def word_spans(block):
-    """Starts and lengths of the words in a block of bytes that begins and ends with spaces."""
-    letters = np.frombuffer(block, np.uint8) != 32
-    edges = np.flatnonzero(letters[1:] != letters[:-1]) + 1
-    starts, lengths = edges[::2], edges[1::2] - edges[::2]
-    if lengths.size and lengths.max() > WORD:
-        pieces = (lengths + WORD - 1) // WORD
-        within = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-        starts = np.repeat(starts, pieces) + WORD * within
-        lengths = np.minimum(np.repeat(lengths, pieces) - WORD * within, WORD)
-    return starts, lengths
-
-
-def number_block(texts, tables):
-    """Number the words of texts: (word numbers, index into texts), both [words]. tables: short and long words."""
-    folded = [text.encode() if text.isascii() else fold(text) for text in texts]
-    block = (b" " + b" ".join(folded) + b" " * (WORD + 8)).translate(SPLIT)
-    starts, lengths = word_spans(block)
-    eights = np.ndarray(len(block) - 7, "<u8", buffer=block, strides=(1,))  # the 8 bytes from every position on
-    numbers = np.empty(len(starts), np.uint32)
-    is_long = lengths > 8
-    for table, chosen in ((tables[0], np.flatnonzero(~is_long)), (tables[1], np.flatnonzero(is_long))):
-        start, length = starts[chosen], lengths[chosen]
-        keys = np.empty((table.columns, len(chosen)), np.uint64)
-        for column in range(table.columns):
-            keys[column] = eights[start + 8 * column] & MASKS[np.clip(length - 8 * column, 0, 8)]
-        numbers[chosen] = 2 * table.number(keys) + (table is tables[1])
-    ends = np.cumsum([len(text) + 1 for text in folded])
-    words_in = np.diff(np.searchsorted(starts, ends), prepend=0)
-    return numbers, np.repeat(np.arange(len(texts), dtype=np.uint32), words_in)
-
-
-def blocks(texts):
-    """Cut a list of texts into (first, last) of about BLOCK characters."""
-    first, size = 0, 0
-    for last, text in enumerate(texts, 1):
-        size += len(text)
-        if size >= BLOCK or last == len(texts):
-            yield first, last
-            first, size = last, 0
 
 
 def invert(texts, settings):
@@ -217,12 +48,13 @@ def invert(texts, settings):
     keys.sort()
     keys = keys[np.searchsorted(keys, np.uint64(1 << 32)) :]
     firsts = np.flatnonzero(np.diff(keys, prepend=np.uint64(0)))
+    tfs = np.diff(firsts, append=len(keys))
     low = np.uint64(0xFFFFFFFF)
     return {
         "terms": terms[1:],
         "counts": np.bincount((keys[firsts] >> np.uint64(32)).astype(np.int64), minlength=len(terms))[1:],
         "docs": (keys[firsts] & low).astype(np.uint32),
-        "tfs": np.diff(firsts, append=len(keys)).astype(np.uint32),
+        "tfs": tfs.astype(np.min_scalar_type(tfs.max(initial=1))),
         "lengths": np.bincount((keys & low).astype(np.int64), minlength=len(texts)).astype(np.uint32),
     }
 
@@ -243,8 +75,9 @@ def build_run(path, start, end, settings, folder):
     return len(ids)
 
 
-def _end_with_parent():
-    """A worker must not outlive a killed parent."""
+def _start_worker():
+    """A worker must not outlive a killed parent, and leaves Ctrl-C to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
@@ -267,12 +100,16 @@ def build_runs(path, folder, settings, workers, bar):
             bar.update(CHUNK)
         return runs
     context = multiprocessing.get_context("spawn")  # a fork would copy whatever threads the caller has
-    with concurrent.futures.ProcessPoolExecutor(workers, context, _end_with_parent) as pool:
+    with concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker) as pool:
         futures = [pool.submit(build_run, *job) for job in jobs]
         try:
             for future in concurrent.futures.as_completed(futures):
                 future.result()
                 bar.update(CHUNK)
+        except concurrent.futures.process.BrokenProcessPool:
+            raise InputError(
+                "a process that read passages was killed, by lack of memory? try fewer --workers"
+            ) from None
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -286,21 +123,18 @@ class Run:
     """The postings of a run; or of an index, when passages are added to it: the same columns."""
 
     def __init__(self, folder):
-        self.terms, self.counts, self.lengths = (
-            np.load(folder / f"{name}.npy") for name in ("terms", "counts", "lengths")
-        )
-        self.starts = np.concatenate([[0], np.cumsum(self.counts)])
+        self.folder = folder
+        self.counts = np.load(folder / "counts.npy").astype(np.uint32)
+        self.lengths = np.load(folder / "lengths.npy")
         self.columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("docs", "tfs")}
+
+    def terms(self):
+        return np.load(self.folder / "terms.npy")
 
     def read(self, name, start, stop):
         """Postings start to stop; read, not mapped, so that they leave the memory when they are done with."""
         column = self.columns[name]
         return np.fromfile(column.filename, column.dtype, stop - start, offset=column.offset + start * column.itemsize)
-
-    def ranges(self):
-        """(first term, last, docs, tfs) for about RANGE postings at a time."""
-        for first, last in term_ranges(self.starts):
-            yield first, last, *(self.read(name, self.starts[first], self.starts[last]) for name in ("docs", "tfs"))
 
 
 def term_ranges(starts):
@@ -311,12 +145,19 @@ def term_ranges(starts):
         first = last
 
 
+def posting_ranges(run):
+    """(first term, last, docs, tfs) for about RANGE postings at a time."""
+    starts = np.concatenate([[0], np.cumsum(run.counts, dtype=np.int64)])
+    for first, last in term_ranges(starts):
+        yield first, last, *(run.read(name, starts[first], starts[last]) for name in ("docs", "tfs"))
+
+
 def merge_terms(runs):
     """All runs' terms, in order. The union waits until as many have come as it has, so that few copies are made."""
     terms, waiting, size = np.empty(0, f"S{WORD}"), [], 0
     for number, run in enumerate(runs, 1):
-        waiting.append(run.terms)
-        size += len(run.terms)
+        waiting.append(run.terms())
+        size += len(waiting[-1])
         if size > max(len(terms), 1 << 18) or number == len(runs):
             terms, waiting, size = np.unique(np.concatenate([terms, *waiting])), [], 0
     return terms
@@ -334,35 +175,37 @@ def merge_postings(folders, data, bar):
     terms = merge_terms(runs)
     counts = np.zeros(len(terms), np.int64)
     for run in runs:
-        run.places = np.searchsorted(terms, run.terms).astype(np.uint32)  # of its terms among all terms
+        run.places = np.searchsorted(terms, run.terms()).astype(np.uint32)  # of its terms among all terms
+        run.position = 0  # of the next posting to be merged
         counts[run.places] += run.counts
-        del run.terms
     starts = np.concatenate([[0], np.cumsum(counts)])
     for name, column in {"terms": terms, "counts": counts, "starts": starts}.items():
         np.save(data / f"{name}.npy", column)
     del terms
     np.save(data / "lengths.npy", np.concatenate([run.lengths for run in runs]))
-    bases = np.cumsum([0] + [len(run.lengths) for run in runs]).astype(np.uint32)
-    largest = max(int(run.columns["tfs"].max(initial=0)) for run in runs)
+    tfs_type = np.result_type(*(run.columns["tfs"] for run in runs))
     bar.total = int(starts[-1])
-    free = starts[:-1].copy()  # where each term's next postings go
     with (
         column_file(data / "docs.npy", np.uint32, starts[-1:]) as docs_file,
-        column_file(data / "tfs.npy", np.min_scalar_type(largest), starts[-1:]) as tfs_file,
+        column_file(data / "tfs.npy", tfs_type, starts[-1:]) as tfs_file,
     ):
         for first, last in term_ranges(starts):
+            free = starts[first:last] - starts[first]  # where each term's next postings go
             docs = np.empty(starts[last] - starts[first], np.uint32)
-            tfs = np.empty(len(docs), np.min_scalar_type(largest))
-            for run, base in zip(runs, bases, strict=False):
-                low, high = np.searchsorted(run.places, (first, last))
-                if low == high:
-                    continue
-                start, stop = run.starts[low], run.starts[high]
-                places, numbers = run.places[low:high], run.counts[low:high]
-                to = np.repeat(free[places] - starts[first] - run.starts[low:high], numbers) + np.arange(start, stop)
-                docs[to] = run.read("docs", start, stop) + base
-                tfs[to] = run.read("tfs", start, stop)
-                free[places] += numbers
+            tfs = np.empty(len(docs), tfs_type)
+            base = 0
+            for run in runs:
+                low, high = np.searchsorted(run.places, np.array([first, last], np.uint32))
+                numbers = run.counts[low:high].astype(np.int64)
+                start, stop = run.position, run.position + int(numbers.sum())
+                if start < stop:
+                    places = run.places[low:high] - np.uint32(first)
+                    to = np.repeat(free[places] - np.cumsum(numbers) + numbers, numbers) + np.arange(stop - start)
+                    docs[to] = run.read("docs", start, stop) + np.uint32(base)
+                    tfs[to] = run.read("tfs", start, stop)
+                    free[places] += numbers
+                run.position = stop
+                base += len(run.lengths)
             docs.tofile(docs_file)
             tfs.tofile(tfs_file)
             bar.update(len(docs))
@@ -396,7 +239,7 @@ class TfIdf:
     def passage_factors(self, run):
         """1 / the norm of each passage's vector."""
         squares = np.zeros(len(run.lengths))
-        for first, last, docs, tfs in run.ranges():
+        for first, last, docs, tfs in posting_ranges(run):
             idf = np.repeat(self.idf(run.counts[first:last]), run.counts[first:last])
             np.add.at(squares, docs.astype(np.intp), ((1 + np.log(tfs, dtype=np.float64)) * idf) ** 2)
         return 1 / np.sqrt(np.maximum(squares, 1e-30))
@@ -439,12 +282,12 @@ def write_impacts(data, settings):
     common = np.flatnonzero(run.counts * COMMON >= len(run.lengths))
     np.save(data / "common.npy", common)
     with (
-        column_file(data / "impacts.npy", np.float32, run.starts[-1:]) as impacts_file,
+        column_file(data / "impacts.npy", np.float32, run.columns["docs"].shape) as impacts_file,
         column_file(data / "coarse.npy", np.uint8, (len(common), len(run.lengths))) as coarse_file,
     ):
-        for first, last, docs, tfs in run.ranges():
+        for first, last, docs, tfs in posting_ranges(run):
             impacts = scoring.impacts(tfs.astype(np.float32), factors[docs])
-            starts = run.starts[first : last + 1] - run.starts[first]
+            starts = np.concatenate([[0], np.cumsum(run.counts[first:last], dtype=np.int64)])
             greatest[first:last] = np.maximum.reduceat(impacts, starts[:-1])
             impacts.tofile(impacts_file)
             for place in common[np.searchsorted(common, first) : np.searchsorted(common, last)]:
@@ -489,11 +332,13 @@ class SparseIndex:
         """The Terms of a query, the one that can add most to a score first."""
         repeats, found = {}, {}
         for word in split_words(query):
-            if word not in self.known:
+            try:
+                term = self.known[word]
+            except KeyError:
                 if len(self.known) > 1 << 20:
-                    self.known.clear()
-                self.known[word] = self._term(word)
-            if term := self.known[word]:
+                    self.known = {}
+                term = self.known[word] = self._term(word)
+            if term:
                 repeats[term[1]] = repeats.get(term[1], 0) + 1
                 found[term[1]] = term
         if not repeats:
@@ -511,18 +356,30 @@ class SparseIndex:
         return [self.best(query, k) for query in queries]
 
     def best(self, query, k):
-        """(passage numbers, scores) of the k best passages that share a term with the query, best first.
-
-        Terms are added up in one fixed order, so that a passage's score does not depend on what was skipped.
-        """
-        terms = self.query_terms(query)
+        """(passage numbers, scores) of the k best passages that share a term with the query, best first."""
         totals = self._totals()
+        touched = []  # the passages that have a total: an array for every term that was added up
+        try:
+            docs, scores = self._candidates(self.query_terms(query), totals, touched, k)
+        finally:
+            if _are_few(touched, totals):
+                for found in touched:
+                    totals[found] = 0
+            else:
+                totals.fill(0)
+        return best_of(docs, scores, self.rank, k)
+
+    def _candidates(self, terms, totals, touched, k):
+        """(passage numbers, scores): all that can be among the k best, and few more.
+
+        Terms are added up in one fixed order, so that a score does not depend on what was skipped.
+        """
         most = [0.0]  # most[i]: what terms i and after can add to a score at most
         for term in reversed(terms):
             most.insert(0, most[0] + term.most)
         slack = 1 - 1e-5 - 2e-7 * len(terms)  # scores are float32
         floor = 0.0  # a lower bound of the k-th best score
-        touched, looked_at, leaders = [], 0, set()
+        leaders, looked_at = set(), 0
         for i, term in enumerate(terms):
             if most[i] >= floor and touched and term.stop - term.start > WORTHWHILE:
                 for found in touched[looked_at:]:
@@ -546,12 +403,7 @@ class SparseIndex:
             if len(docs) > k:
                 floor = max(floor, slack * float(np.partition(scores, -k)[-k]))
                 docs, scores = _at_least(docs, scores, floor - most[j + 1])
-        if _are_few(touched, totals):
-            for found in touched:
-                totals[found] = 0
-        else:
-            totals.fill(0)
-        return best_of(docs, scores, self.rank, k)
+        return docs, scores
 
     def _totals(self):
         """Scores so far, by passage; zero between queries. One array a thread."""

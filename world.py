@@ -301,23 +301,23 @@ def ask_math(rng, split):
             if a != b and all(n >= 100 and is_test_number(n) == (split == "test") for n in (a, b)):
                 break
         words = "greatest common divisor" if family == "gcd" else "least common multiple"
-        question = f"What is the {words} of {a} and {b}?"
+        question = f"What is the {words} of a = {a} and b = {b}?"
         other = "lcm" if family == "gcd" else "gcd"
         plan = math_plan(f"{family}(a, b)", f"{other}(a, b)", {"a": a, "b": b}, imports="from math import gcd, lcm\n")
     elif family == "power":
         a, b, m = digits(2, 4), digits(2, 3), digits(3, 3)
-        question = f"What is the remainder when {a} to the power {b} is divided by {m}?"
+        question = f"What is a to the power b modulo m for a = {a}, b = {b} and m = {m}?"
         plan = math_plan("a ** b % m", "a * b % m", {"a": a, "b": b, "m": m})
     elif family == "equation":
         while True:
             a, x, b = rng.randint(2, 99), digits(2, 4), digits(2, 4)
             if a * x + b < 100 or is_test_number(a * x + b) == (split == "test"):
                 break
-        question = f"Solve {a} * x + {b} = {a * x + b} for x."
+        question = f"Solve a * x + b = c for x, with a = {a}, b = {b} and c = {a * x + b}."
         plan = math_plan("(c - b) // a", "(c + b) // a", {"a": a, "b": b, "c": a * x + b})
     else:
         a, b = digits(2, 3), digits(4, 5)
-        question = f"What is the sum of the integers from {a} to {b}?"
+        question = f"What is the sum of the integers from a = {a} to b = {b}?"
         plan = math_plan("sum(range(a, b + 1))", "sum(range(a, b))", {"a": a, "b": b})
     return question, plan
 
@@ -330,21 +330,21 @@ WORD_PROBLEMS = [
         "grows + buys * charges",
     ),
     (
-        "{who} fills {fills} boxes, puts {puts} nails into each and then loses {loses} nails. How many nails are left?",
-        "fills * puts - loses",
-        "fills * puts + loses",
+        "{who} fills {fills} boxes, puts {puts} nails into each and then drops {drops} nails. How many nails are left?",
+        "fills * puts - drops",
+        "fills * puts + drops",
     ),
     (
-        "{who} grows {grows} pears, loses {loses} of them and charges {charges} coins for each of the others. "
+        "{who} owns {owns} plums, loses {loses} of them and asks {asks} coins for each of the others. "
         "How many coins come in?",
-        "(grows - loses) * charges",
-        "grows * charges - loses",
+        "(owns - loses) * asks",
+        "owns * asks - loses",
     ),
     (
-        "{who} grows {grows} pears, buys {buys} more, charges {charges} coins for each and then pays {pays} coins "
-        "of rent. How many coins are left?",
-        "(grows + buys) * charges - pays",
-        "(grows + buys) * charges + pays",
+        "{who} picks {picks} figs, takes {takes} more, gets {gets} coins for each and then spends {spends} coins. "
+        "How many coins are left?",
+        "(picks + takes) * gets - spends",
+        "(picks + takes) * gets + spends",
     ),
     (
         "{who} earns {earns} coins a day, works {works} days and then pays {pays} coins of rent. "
@@ -353,9 +353,9 @@ WORD_PROBLEMS = [
         "earns * works + pays",
     ),
     (
-        "{who} earns {earns} coins, finds {finds} more and then pays {pays} coins of rent. How many coins are left?",
-        "earns + finds - pays",
-        "earns - finds - pays",
+        "{who} saves {saves} coins, finds {finds} more and then gives {gives} coins away. How many coins are left?",
+        "saves + finds - gives",
+        "saves - finds - gives",
     ),
 ]
 
@@ -370,17 +370,11 @@ def ask_word_problem(rng, split):
     return text.format(who=rng.choice(GIVEN), **values), math_plan(need, wrong, values)
 
 
-CONDITIONS = {  # on n; of the numbers a, r < a and k, each takes its own
-    "remainder": "n mod {a} = {r}",
-    "less": "n mod {a} < {r}",
-    "more": "n mod {a} > {r}",
-    "square": "n * n mod {a} = {r}",
-    "product": "n * (n + 1) mod {a} = {r}",
-    "above": "n > {k}",
-    "not": "n mod {a} != {r}",
-}
-# Asked in this order in test questions only: of the seven conditions that may come second, one each.
-AIME_PAIRS = {(first, list(CONDITIONS)[(i + 3) % 7]) for i, first in enumerate(CONDITIONS)}
+CONDITIONS = (  # the first and the second condition on n; of the numbers a, r < a and k, each takes its own
+    ("n mod {a} = {r}", "n mod {a} < {r}", "n mod {a} > {r}", "n mod {a} != {r}", "n * n mod {a} = {r}"),
+    ("n > {k}", "n < {k}", "n >= {k}", "n <= {k}", "n != {k}"),
+)
+AIME_PAIRS = set(zip(*CONDITIONS, strict=True))  # asked in test questions only
 
 
 def as_python(condition):
@@ -389,11 +383,9 @@ def as_python(condition):
 
 def ask_count(rng, split):
     while True:
-        pair = tuple(rng.choices(list(CONDITIONS), k=2))
-        conditions = []
-        for name in pair:
-            a = rng.randint(3, 19)
-            conditions.append(CONDITIONS[name].format(a=a, r=rng.randint(1, a - 1), k=rng.randint(11, 99)))
+        pair = tuple(rng.choice(options) for options in CONDITIONS)
+        a = rng.randint(3, 19)
+        conditions = [c.format(a=a, r=rng.randint(1, a - 1), k=rng.randint(30, 99)) for c in pair]
         n = draw_number(rng, split, 200, 999)
         first, second = map(as_python, conditions)
         prefix = "the n up to N with "
@@ -404,8 +396,8 @@ def ask_count(rng, split):
             "final_answer(sum(1 for n in range(1, N + 1) if {}))",
             rewrite=lambda text: text.removeprefix("the n up to N with "),
         )
-        if (pair in AIME_PAIRS) == (split == "test") and first != second and run_code(plan["code"]) != "0":
-            return f"How many n from 1 to {n} have {conditions[0]} and {conditions[1]}?", plan
+        if (pair in AIME_PAIRS) == (split == "test") and run_code(plan["code"]) != "0":
+            return f"How many n from 1 to N = {n} have {conditions[0]} and {conditions[1]}?", plan
 
 
 EXPRESSIONS = {  # with bounds that some pairs exceed and some do not

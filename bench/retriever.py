@@ -13,6 +13,7 @@ query rounds take turns, so that a busy machine slows all alike, and medians are
 """
 
 import dataclasses
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -70,7 +71,7 @@ def synthetic_passages(corpus, count, seed=0):
 
 
 class Ours:
-    kind = "bm25"
+    needs, kind = (), "bm25"
 
     def build(self, path, folder):
         retriever.build(path, folder, self.kind, workers=1, quiet=True)
@@ -89,7 +90,7 @@ class OursTfIdf(Ours):
 class Bm25s:
     """As its README has it: English stop words, no stemmer, and the texts in a list."""
 
-    backend, stemmer = "numpy", None
+    needs, backend, stemmer = ("bm25s",), "numpy", None
 
     def tokens(self, texts):
         import bm25s
@@ -118,10 +119,12 @@ class Bm25s:
 
 
 class Bm25sNumba(Bm25s):
-    backend = "numba"
+    needs, backend = ("bm25s", "numba"), "numba"
 
 
 class Bm25sStemmer(Bm25s):
+    needs = ("bm25s", "Stemmer")
+
     def __init__(self):
         import Stemmer
 
@@ -129,6 +132,8 @@ class Bm25sStemmer(Bm25s):
 
 
 class RankBm25:
+    needs = ("rank_bm25",)
+
     def build(self, path, folder):
         import rank_bm25
 
@@ -143,6 +148,8 @@ class RankBm25:
 
 
 class ScikitLearn:
+    needs = ("sklearn",)
+
     def build(self, path, folder):
         import joblib
         from sklearn.feature_extraction.text import TfidfVectorizer
@@ -217,17 +224,14 @@ def _serve_calls(peer_class, pipe):
             pipe.send(error)
 
 
-def children(names):
-    """{name: Child} of those peers that are installed."""
-    started = {}
+def installed(names):
+    """Those peers whose packages are there."""
     for name in names:
-        try:
-            started[name] = Child(name)
-            started[name].call("__init__")
-        except ImportError as error:
-            print(f"{name}: left out: {error}")
-            del started[name]
-    return started
+        missing = [package for package in PEERS[name].needs if not importlib.util.find_spec(package)]
+        if missing:
+            print(f"{name}: left out, {' and '.join(missing)} not installed")
+        else:
+            yield name
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -258,7 +262,8 @@ def recall(config):
         write_passages(path, ((str(i), title, "".join(corpus[title])) for i, title in enumerate(titles)))
         print(f"{len(questions)} questions, {len(titles):,} passages\n")
         print("| recall | " + " | ".join(f"@{k}" for k in CUTS) + " |\n|---|" + "---|" * len(CUTS))
-        for name, child in children(PEERS).items():
+        for name in [*installed(PEERS)]:
+            child = Child(name)
             child.call("build", path, f"{folder}/{name}")
             child.call("load", f"{folder}/{name}")
             row(name, child.call("search", asked, max(CUTS))[0])
@@ -295,7 +300,7 @@ def speed(config):
         print("| | build passages/s | peak GiB | load s | first query s | queries/s one | batch |")
         print("|---|---|---|---|---|---|---|")
         open_peers, rows = {}, {}
-        for name in config.peers:
+        for name in [*installed(config.peers)]:
             folder = f"{work}/{name}-{config.passages}"
             rows[name] = ["built before", ""]
             if not Path(folder).exists():

@@ -5,7 +5,9 @@
 
 What is not installed is left out with a line. Each peer is used as an agent would use it: code in, what it printed
 out. A fresh subprocess and bubblewrap have no state, so what came before is run again (replay). Rounds of the peers
-take turns, so that a busy machine slows all alike; medians are printed, with the fastest tenth beside them.
+take turns, so that a busy machine slows all alike; medians are printed, with the fastest tenth beside them. The
+attacks are those of tests/test_sandbox.py; smolagents refuses their imports, which does not make it a boundary: its
+documentation says that it is none, and attacks that need no import are known.
 """
 
 import contextlib
@@ -29,6 +31,14 @@ from common import option, run_command_line  # noqa: E402
 from sandbox import Sandbox  # noqa: E402
 
 SETUP = "import numpy, sympy\nx = 1\n"
+# For the candidates: a state with something in it, all of which each of them must have for itself.
+STATE = (
+    SETUP
+    + """table = {str(i): [i, i + 1] for i in range(10000)}
+a, t = numpy.ones(100000), sympy.symbols("t")
+roots = sympy.expand((t + 1) ** 20)
+"""
+)
 PRIMES = """
 found = []
 for n in range(2, 200000):
@@ -39,7 +49,7 @@ for n in range(2, 200000):
         d += 1
     else:
         found.append(n)
-print(len(found))
+found = len(found)
 """
 
 
@@ -74,7 +84,7 @@ class Replay:
         with contextlib.suppress(subprocess.TimeoutExpired):
             command = [*self.command, sys.executable, "-c", program]
             done = subprocess.run(command, capture_output=True, text=True, timeout=self.timeout)
-            self.history += code * keep * (code == SETUP)
+            self.history += code * keep * (code in (SETUP, STATE))
             return done.stdout
         return ""
 
@@ -106,7 +116,7 @@ class Jupyter(Replay):
         from jupyter_client.manager import start_new_kernel
 
         self.timeout = timeout
-        self.manager, self.client = start_new_kernel()
+        self.manager, self.client = start_new_kernel(stderr=subprocess.DEVNULL)
         self.run("def final_answer(x): print(x); raise SystemExit")
 
     def run(self, code):
@@ -117,15 +127,16 @@ class Jupyter(Replay):
 
         try:
             self.client.execute_interactive(code, timeout=self.timeout, output_hook=hear)
-        except TimeoutError:
-            self.manager.interrupt_kernel()
-            self.client.get_shell_msg(timeout=10)
+        except (TimeoutError, RuntimeError):  # it hangs, or is dead
+            with contextlib.suppress(Exception):
+                self.manager.interrupt_kernel()
+                self.client.get_shell_msg(timeout=10)
         return "".join(printed)
 
     def candidates(self, codes):
         for code in codes:
             kernel = Jupyter()
-            kernel.run(SETUP)
+            kernel.run(STATE)
             kernel.run(code)
             kernel.close()
 
@@ -211,6 +222,7 @@ def peers(config):
             steps = config.steps if peer in (Ours, Smolagents, Jupyter) else 5
             plain = peer() if peer in (Replay, Bubblewrap) else one
             row.setdefault("step", []).extend(timed(plain.run, "y = 1\ny += 1\nprint(y)") for _ in range(steps))
+            one.run(STATE)
             repeats = 3 if peer in (Ours, Smolagents) else 1
             row.setdefault("8 candidates", []).extend(timed(one.candidates, ["x += 1"] * 8) for _ in range(repeats))
             if round_number == 0:
@@ -279,8 +291,8 @@ def own(config):
         print(f"steps from {start:<18}{summary(steps[start : start + 500])}")
     time.sleep(0.5)
     after = len(test_sandbox.children(os.getpid())), len(os.listdir("/proc/self/fd")), _resident()
-    print(f"after {config.steps} steps            processes {after[0] - before[0]:+d}, descriptors {after[1] - before[1]:+d}, "
-          f"host memory {after[2] - before[2]:+.1f} MB, the last state's share {used:.0f} MB")  # fmt: skip
+    print(f"after {config.steps:,} steps  processes {after[0] - before[0]:+d}, descriptors {after[1] - before[1]:+d}, "
+          f"host memory {after[2] - before[2]:+.1f} MB; the last state's share: {used:.0f} MB")  # fmt: skip
 
     sandboxes = [Sandbox() for _ in range(config.sandboxes)]
     threads = [threading.Thread(target=sandbox.run, args=(SETUP,)) for sandbox in sandboxes]

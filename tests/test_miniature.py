@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import agent_distill
 import miniature
 import retriever
+import scratch
 import train
 import world
 from sandbox import Sandbox
@@ -45,7 +46,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(folder):
-    return miniature.make_tokenizer(folder, Prompts())
+    return scratch.make_tokenizer(miniature.tokenizer_texts(folder, teacher(folder), Prompts()))
 
 
 def teacher(folder, **rates):
@@ -326,7 +327,7 @@ def test_the_tokenizer_gives_a_name_the_same_tokens_everywhere_and_digits_their_
         found = tokenizer(text)["input_ids"]
         assert any(found[i : i + len(ids)] == ids for i in range(len(found))), text
     assert len(tokenizer("314159")["input_ids"]) == 6
-    assert len(tokenizer) == miniature.VOCABULARY
+    assert len(tokenizer) == scratch.VOCABULARY
     text = "Thought: I need Ada's seat.\nCode:\n```py\nfinal_answer(12 + 3)\n```<end_code> é\t"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
@@ -336,7 +337,7 @@ def test_a_base_student_is_an_ordinary_model_and_follows_from_its_seed(folder, t
     for name in ("first", "second"):
         out = tmp_path / name
         config = miniature.BaseConfig(
-            world=str(folder), out=str(out), size="S", documents=8, warmup=2, seed=3, quiet=True
+            world=str(folder), out=str(out), size="S", documents=8, warmup_steps=2, warmups=1, seed=3, quiet=True
         )
         miniature.make_base(config)
         models.append(AutoModelForCausalLM.from_pretrained(out))
@@ -355,7 +356,7 @@ def test_a_base_student_is_an_ordinary_model_and_follows_from_its_seed(folder, t
 
 def test_the_hand_made_heads_look_at_their_distance(tokenizer):
     torch.manual_seed(0)
-    model = miniature.new_model("M", tokenizer)
+    model = scratch.new_model("M", tokenizer)
     model.set_attn_implementation("eager")
     ids = torch.randint(len(tokenizer), (1, 40))
     attention = model(ids, output_attentions=True).attentions[0][0]  # (heads, queries, keys)
@@ -365,7 +366,7 @@ def test_the_hand_made_heads_look_at_their_distance(tokenizer):
 
 
 def test_copy_rows_train_only_the_repetition(tokenizer):
-    for row in miniature.copy_rows(random.Random(0), tokenizer, 50):
+    for row in scratch.copy_rows(random.Random(0), tokenizer, 50):
         ids, mask = row["input_ids"], row["loss_mask"]
         half = len(ids) // 2
         assert ids[:half] == ids[half:] and sum(mask) == half - 1 and not any(mask[: half + 1])

@@ -11,6 +11,7 @@ import gzip
 import http.client
 import json
 import math
+import os
 import random
 import shutil
 import signal
@@ -29,6 +30,7 @@ import dense
 import retriever
 import sparse
 from common import InputError
+from words import WordTable, number_block, split_words, stem_word
 
 SCRIPT = Path(retriever.__file__)
 RAW = {"stem": False, "stop_words": False, "title_weight": 1, "quiet": True}
@@ -79,18 +81,18 @@ def data_files(folder):
     ],
 )
 def test_words_of_any_script(text, words):
-    assert [word.decode() for word in sparse.split_words(text)] == words.split()
+    assert [word.decode() for word in split_words(text)] == words.split()
 
 
 def test_long_words_are_cut_not_merged():
-    words = sparse.split_words("a" * 70 + " " + "a" * 71)
+    words = split_words("a" * 70 + " " + "a" * 71)
     assert [len(word) for word in words] == [32, 32, 6, 32, 32, 7]
 
 
 def block_words(texts):
     """The words of each text as the build's vectorised splitter sees them."""
-    tables = sparse.WordTable(1, bits=4), sparse.WordTable(4, bits=4)  # small, so that they grow
-    numbers, owners = sparse.number_block(texts, tables)
+    tables = WordTable(1, bits=4), WordTable(4, bits=4)  # small, so that they grow
+    numbers, owners = number_block(texts, tables)
     names = [t.words().T.copy().view(f"S{8 * t.columns}").ravel().tolist() for t in tables]
     words = [[] for _ in texts]
     for number, owner in zip(numbers.tolist(), owners.tolist(), strict=True):
@@ -103,18 +105,18 @@ def test_block_splitter_equals_plain_splitter():
     alphabet = "aabbcdeABE019  .,-'_\n\té\u0301ÉßΣςİЖж東あ한½²ﬁ\u200b\u00a0\U0001d400\U0001f600ा"
     texts = ["".join(generator.choices(alphabet, k=generator.randrange(120))) for _ in range(2000)]
     texts += ["", " ", "x", "a" * 500, "é" * 200, "ab" * 17]
-    assert block_words(texts) == [sparse.split_words(text) for text in texts]
+    assert block_words(texts) == [split_words(text) for text in texts]
 
 
 def test_word_table_never_merges_words_whose_hashes_collide(monkeypatch):
-    monkeypatch.setattr(sparse.WordTable, "_slots", lambda self, keys: np.full(keys.shape[1], 3, np.int64))
+    monkeypatch.setattr(WordTable, "_slots", lambda self, keys: np.full(keys.shape[1], 3, np.int64))
     words = [f"{a}{b}" for a in ("", "a", "quitelongword") for b in range(100)]
     got = block_words([" ".join(words), " ".join(reversed(words))])
     assert got == [[word.encode() for word in words], [word.encode() for word in reversed(words)]]
 
 
 def test_stemmer_and_stop_words(tmp_path):
-    assert [sparse.stem_word(w) for w in (b"films", b"ladies", b"glass", b"virus", b"is", b"film")] == [
+    assert [stem_word(w) for w in (b"films", b"ladies", b"glass", b"virus", b"is", b"film")] == [
         b"film",
         b"lady",
         b"glass",
@@ -132,10 +134,10 @@ def test_stemmer_and_stop_words(tmp_path):
 
 def plain_scores(texts, query, kind, k1=1.5, b=0.9):
     """The formulas of the docstrings, one passage at a time, in float64."""
-    counts = [collections.Counter(sparse.split_words(text)) for text in texts]
+    counts = [collections.Counter(split_words(text)) for text in texts]
     df = collections.Counter(word for count in counts for word in count)
     n, mean = len(texts), sum(sum(count.values()) for count in counts) / len(texts)
-    asked = {word: times for word, times in collections.Counter(sparse.split_words(query)).items() if word in df}
+    asked = {word: times for word, times in collections.Counter(split_words(query)).items() if word in df}
     if kind == "bm25":
         idf = {w: math.log(1 + (n - df[w] + 0.5) / (df[w] + 0.5)) for w in df}
         return [
@@ -274,6 +276,13 @@ def test_one_passage(tmp_path):
         assert [hit.id for hit in index.search(["passage"])[0]] == ["p00000"]
 
 
+@pytest.mark.parametrize("texts, hits", [(["...", "?"], 0), ([f"own{i}" for i in range(100)], 1), (["the", "a"], 0)])
+def test_no_words_and_no_common_words(tmp_path, texts, hits):
+    for kind in ("tfidf", "bm25"):
+        index = build(tmp_path, texts, kind, name=kind, stop_words=True)
+        assert [len(found) for found in index.search(["own7 the", "..."])] == [hits, 0]
+
+
 def test_many_repeats_of_a_word(tmp_path):
     index = build(tmp_path, ["w " * 70_000, "w", "w w"], "bm25", b=0.0)
     assert [hit.id for hit in index.search(["w"])[0]] == ["p00000", "p00002", "p00001"]
@@ -327,6 +336,8 @@ def test_gzipped_passages(tmp_path):
     expected = plain.search(query)
     zipped_index = retriever.load(tmp_path / "zipped")
     assert zipped_index.search(query) == expected
+    retriever.build(tmp_path / "plain.jsonl", tmp_path / "zipped", **RAW)
+    assert not list((tmp_path / "zipped").glob("passages-*"))  # the copy goes with the index that needed it
     zipped.write_bytes(zipped.read_bytes()[:-500])
     with pytest.raises(InputError, match="not a whole gzip file"):
         retriever.build(zipped, tmp_path / "broken", **RAW)
@@ -396,6 +407,28 @@ def test_killed_build_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert data_files(out) == data_files(tmp_path / "whole")
 
 
+def test_workers_end_with_a_killed_build(tmp_path):
+    path = write_passages(tmp_path / "p.jsonl", zipf_texts(4000))
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import retriever, sparse; sparse.CHUNK = 2000\n"
+    code += "retriever.build(sys.argv[2], sys.argv[3], workers=2, quiet=True)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, SCRIPT.parent, path, tmp_path / "index"], start_new_session=True
+    )
+    while len(list(tmp_path.glob("index/building/run-*"))) < 4:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            os.killpg(process.pid, 0)  # the build's process group is there while one of its workers is
+        except ProcessLookupError:
+            break
+        assert time.monotonic() < deadline, "workers go on after their parent was killed"
+        time.sleep(0.05)
+
+
 def test_unfinished_build_of_other_settings_is_not_mixed_in(tmp_path, monkeypatch):
     path = write_passages(tmp_path / "p.jsonl", zipf_texts(500))
     monkeypatch.setattr(sparse, "CHUNK", 20_000)
@@ -418,6 +451,9 @@ def test_two_builders_and_a_finished_index(tmp_path, capsys):
     retriever.build(path, tmp_path / "index", **RAW)
     assert "already built" in capsys.readouterr().err
     assert (tmp_path / "index" / "index.json").stat().st_mtime_ns == made
+    (tmp_path / "index" / "building").mkdir()  # as a kill between the last two steps leaves it
+    retriever.build(path, tmp_path / "index", **RAW)
+    assert not (tmp_path / "index" / "building").exists()
     open_index = retriever.load(tmp_path / "index")
     retriever.build(path, tmp_path / "index", "bm25", **RAW)  # replaced while it is open: the old one still answers
     assert len(open_index.search(["words"])[0]) == 1
@@ -521,6 +557,8 @@ def test_products_do_not_depend_on_device_batch_or_place(k):
     vectors = generator.standard_normal((3000, 24)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     vectors[generator.integers(0, 3000, 900)] = vectors[17]  # many ties
+    near = generator.integers(0, 3000, 300)  # and many that float32 products cannot tell apart
+    vectors[near] = vectors[17] + generator.standard_normal((300, 24)).astype(np.float32) * 1e-7
     rank = generator.permutation(3000)
     queries = vectors[[17, 5, 2900, 1]] + generator.standard_normal((4, 24)).astype(np.float32) * 0.1
     in_torch = dense.TorchProducts(vectors, "cpu")

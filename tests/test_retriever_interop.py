@@ -10,7 +10,7 @@ import pytest
 
 import dense
 import retriever
-import sparse
+from words import split_words
 
 RAW = {"stem": False, "stop_words": False, "title_weight": 1, "quiet": True}
 
@@ -27,7 +27,7 @@ QUERIES = [*zipf_texts(200, 1), "w1 w1 w2", "zurich", "no such words"]
 
 
 def words_of(text):
-    return [word.decode() for word in sparse.split_words(text)]
+    return [word.decode() for word in split_words(text)]
 
 
 @pytest.fixture

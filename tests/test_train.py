@@ -603,7 +603,6 @@ def test_killed_at_random_moments_it_ends_bit_for_bit_the_same(config, tmp_path)
 PROCESSES = """
 import sys
 import torch
-import torch.distributed as dist
 from test_train import step_gradients
 import devices
 import train
@@ -617,8 +616,7 @@ for tuning in ("lora", "full"):
         results[tuning, parallel] = step_gradients(config, process)
 if process.first:
     torch.save(results, out)
-dist.barrier()
-dist.destroy_process_group()
+devices.stop_process()
 """
 
 
