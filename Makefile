@@ -54,7 +54,7 @@ reproduce: $(READY)  ## the miniature, offline: world, teacher, students, evalua
 
 SEED ?= 0
 D := $(RUNS)/seed$(SEED)
-EVALUATIONS := base.cot base.agent cot.cot cot.cot-rag agent.greedy prefix.greedy prefix.sc8
+EVALUATIONS := agent.greedy agent.sc8 prefix.greedy prefix.sc8 cot.cot cot.cot-rag base.cot base.agent
 miniature-seed: $(foreach size,$(SIZES),$(EVALUATIONS:%=$(D)/eval/$(size).%/results.json))
 
 # 1. World: passages, training questions, eight test sets.
@@ -82,7 +82,7 @@ $(D)/teacher/prefix.train.jsonl: $(D)/index/.done $(D)/teacher/cot.train.jsonl
 	$(RUN) agent_distill.py filter $(D)/teacher/prefix.jsonl --out $@
 
 # 4. Students: a base from scratch, then fine-tuned on assistant tokens only (Eq. 2 and Eq. 4).
-TRAIN = $(RUN) train.py --tuning full --schedule cosine --lr 2e-3 --warmup-steps 30 --weight-decay 0.05 --beta2 0.98 \
+TRAIN = $(RUN) train.py --tuning full --schedule cosine --lr 3e-3 --warmup-steps 30 --weight-decay 0.05 --beta2 0.98 \
         --batch-tokens 2048 --epochs 1 --seed $(SEED)
 $(D)/%/base/.done: $(D)/world/.done
 	$(RUN) miniature.py base --world $(D)/world --size $* --out $(@D) --seed $(SEED)
@@ -100,7 +100,7 @@ $(D)/%/prefix/.done: $(D)/%/base/.done $(D)/teacher/prefix.train.jsonl
 	touch $@
 
 # 5. Evaluation: eight tasks, greedy and SC-action; the untrained base under the same prompts.
-EVALUATE = $(RUN) evaluate.py $(D)/world/test/*.jsonl --out $(@D) --name $* --max-tokens 200 --seed $(SEED)
+EVALUATE = $(RUN) evaluate.py $(D)/world/test/*.jsonl --out $(@D) --name $* --max-tokens 150 --batch 32 --seed $(SEED)
 SEARCH = --search $(D)/index --top-k 2
 AGENT_PROMPT = --system-prompt prompts/agent_student_system.txt
 $(D)/eval/%.base.cot/results.json: $(D)/%/base/.done
@@ -113,6 +113,8 @@ $(D)/eval/%.cot.cot-rag/results.json: $(D)/%/cot/.done $(D)/index/.done
 	$(EVALUATE) --model $(D)/$*/cot --method cot-rag $(SEARCH)
 $(D)/eval/%.agent.greedy/results.json: $(D)/%/agent/.done $(D)/index/.done
 	$(EVALUATE) --model $(D)/$*/agent --method agent $(SEARCH)
+$(D)/eval/%.agent.sc8/results.json: $(D)/%/agent/.done $(D)/index/.done
+	$(EVALUATE) --model $(D)/$*/agent --method agent $(SEARCH) --sc 8
 $(D)/eval/%.prefix.greedy/results.json: $(D)/%/prefix/.done $(D)/index/.done
 	$(EVALUATE) --model $(D)/$*/prefix --method agent --training distill+prefix $(SEARCH)
 $(D)/eval/%.prefix.sc8/results.json: $(D)/%/prefix/.done $(D)/index/.done

@@ -37,7 +37,7 @@ from tasks import Prompts
 class WorldConfig:
     out: str = option(REQUIRED, "folder to write")
     seed: int = option(0, "another seed is another world")
-    train_questions: int = option(5000, "training questions; different questions teach more than further epochs")
+    train_questions: int = option(9000, "training questions; different questions teach more than further epochs")
     test_questions: int = option(60, "test questions a task")
 
 
@@ -210,14 +210,15 @@ class Teacher:
 
 
 def state(plan, *needs):
-    """What is needed, in words: of one thing itself, of two their comparison."""
+    """What is needed, in words: of one thing itself, of two their comparison. "only": the next answer is the last."""
     words = {"lower": "the lower of ", "higher": "the higher of ", "same": "the match of "}
-    return words.get(plan["shape"], "") + " and ".join(needs)
+    last = len(needs) == 1 and needs[0].count("'s ") == 1
+    return words.get(plan["shape"], "only " if last else "") + " and ".join(needs)
 
 
 def read_need(need):
     """ "the lower of Ada Malbek's birth year and ..." -> [["Ada Malbek", "birth year"], ...]"""
-    return [part.split("'s ") for part in re.sub(r"^the (lower|higher|match) of ", "", need).split(" and ")]
+    return [part.split("'s ") for part in re.sub(r"^(only|the (lower|higher|match) of) ", "", need).split(" and ")]
 
 
 def conclusion(plan, values):

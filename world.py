@@ -10,9 +10,9 @@ other entities and numbers. "out" means that something in the question is of a k
 | task            | domain | questions                                     | what training never shows             |
 |-----------------|--------|-----------------------------------------------|---------------------------------------|
 | hotpotqa        | in     | two hops; which of two is lower or higher     | the entities                          |
-| 2wikimultihopqa | out    | two hops; lower or higher; the same, or not   | comparisons of these relations        |
+| 2wikimultihopqa | out    | two hops; lower or higher; the same, or not   | comparing two of the six relations    |
 | musique         | out    | three hops                                    | these chains of three relations       |
-| bamboogle       | out    | two hops                                      | these pairs of relations, anywhere    |
+| bamboogle       | out    | two hops                                      | these pairs but inside longer chains  |
 | math            | in     | number theory, equations, sums                | the numbers                           |
 | gsm_hard        | out    | word problems with numbers of five digits     | only long numbers: it mixes 2 to 5    |
 | aime            | out    | how many n up to N meet two conditions        | these pairs of conditions             |
@@ -26,7 +26,6 @@ questions only; smaller ones are shared. The passages tell about all entities: t
 import contextlib
 import dataclasses
 import io
-import itertools
 import random
 import re
 
@@ -88,7 +87,7 @@ SYNONYMS = {  # what questions may say; passages, plans and queries keep to the 
     "author": "writer",
     "setting": "scene",
 }
-BAMBOOGLE_PAIRS = {  # compositions that training never shows, not even inside a longer chain
+BAMBOOGLE_PAIRS = {  # two-hop questions that training never asks; inside three-hop chains it does show them
     ("employer", "seat"),
     ("birthplace", "river"),
     ("founder", "rival"),
@@ -97,9 +96,12 @@ BAMBOOGLE_PAIRS = {  # compositions that training never shows, not even inside a
     ("twin", "mayor"),
     ("mentor", "employer"),
 }
-COMPARED = {"train": ("birth year", "population", "length"), "test": ("founding year", "publication year")}
+COMPARED = {
+    "train": ("birth year", "founding year", "population", "length"),
+    "test": ("founding year", "publication year", "length"),
+}
 SAME = {
-    "train": ("birthplace", "employer", "founder", "mayor", "river", "author"),
+    "train": ("birthplace", "employer", "founder", "mayor", "river", "author", "mentor", "seat"),
     "test": ("mentor", "seat", "setting"),
 }
 
@@ -190,7 +192,7 @@ def chains(length, kind=None):
 
 
 def is_bamboogle(relations):
-    return any(pair in BAMBOOGLE_PAIRS for pair in itertools.pairwise(relations))
+    return relations in BAMBOOGLE_PAIRS
 
 
 def chain_set(task, split):
@@ -199,10 +201,9 @@ def chain_set(task, split):
         return chains(1)
     if task == "bamboogle":
         return [chain for chain in chains(2) if is_bamboogle(chain[1])]
-    hops = [chain for chain in chains(3 if task == "musique" else 2) if not is_bamboogle(chain[1])]
     if task == "musique":
-        return [chain for i, chain in enumerate(hops) if (i % 4 == 1) == (split == "test")]
-    return hops
+        return [chain for i, chain in enumerate(chains(3)) if (i % 4 == 1) == (split == "test")]
+    return [chain for chain in chains(2) if not is_bamboogle(chain[1])]
 
 
 def ask_chain(world, rng, task, split):
