@@ -54,8 +54,11 @@ reproduce: $(READY)  ## the miniature, offline: world, teacher, students, evalua
 
 SEED ?= 0
 D := $(RUNS)/seed$(SEED)
-EVALUATIONS := agent.greedy agent.sc8 prefix.greedy prefix.sc8 cot.cot cot.cot-rag base.cot base.agent
-miniature-seed: $(foreach size,$(SIZES),$(EVALUATIONS:%=$(D)/eval/$(size).%/results.json))
+EVALUATIONS := agent.greedy agent.sc8 cot.cot cot.cot-rag base.cot base.agent
+# The first-thought prefix is a second agent student: at one size by default, so that the miniature stays short.
+PREFIX_SIZES ?= S
+miniature-seed: $(foreach size,$(SIZES),$(EVALUATIONS:%=$(D)/eval/$(size).%/results.json)) \
+  $(foreach size,$(filter $(PREFIX_SIZES),$(SIZES)),$(D)/eval/$(size).prefix.greedy/results.json)
 
 # 1. World: passages, training questions, eight test sets.
 $(D)/world/.done:
@@ -68,7 +71,7 @@ $(D)/index/.done: $(D)/world/.done
 	touch $@
 
 # 3. Teacher: CoT traces (Eq. 2), agent trajectories (Eq. 3), and those with first-thought prefix (Eq. 5), over HTTP.
-COLLECT = $(RUN) agent_distill.py collect $(D)/world/train.jsonl --url \$$TEACHER_URL --seed $(SEED)
+COLLECT = $(RUN) agent_distill.py collect $(D)/world/train.jsonl --url \$$TEACHER_URL --seed $(SEED) --concurrency 3
 $(D)/teacher/cot.train.jsonl: $(D)/world/.done
 	$(RUN) miniature.py teacher $(D)/world --then "$(COLLECT) --method cot --out $(D)/teacher/cot.jsonl"
 	$(RUN) agent_distill.py filter $(D)/teacher/cot.jsonl --out $@
@@ -106,7 +109,7 @@ AGENT_PROMPT = --system-prompt prompts/agent_student_system.txt
 $(D)/eval/%.base.cot/results.json: $(D)/%/base/.done
 	$(EVALUATE) --model $(D)/$*/base --method cot --training none
 $(D)/eval/%.base.agent/results.json: $(D)/%/base/.done $(D)/index/.done
-	$(EVALUATE) --model $(D)/$*/base --method agent --training none $(SEARCH) $(AGENT_PROMPT)
+	$(EVALUATE) --model $(D)/$*/base --method agent --training none $(SEARCH) $(AGENT_PROMPT) --max-tokens 60
 $(D)/eval/%.cot.cot/results.json: $(D)/%/cot/.done
 	$(EVALUATE) --model $(D)/$*/cot --method cot
 $(D)/eval/%.cot.cot-rag/results.json: $(D)/%/cot/.done $(D)/index/.done
@@ -117,8 +120,6 @@ $(D)/eval/%.agent.sc8/results.json: $(D)/%/agent/.done $(D)/index/.done
 	$(EVALUATE) --model $(D)/$*/agent --method agent $(SEARCH) --sc 8
 $(D)/eval/%.prefix.greedy/results.json: $(D)/%/prefix/.done $(D)/index/.done
 	$(EVALUATE) --model $(D)/$*/prefix --method agent --training distill+prefix $(SEARCH)
-$(D)/eval/%.prefix.sc8/results.json: $(D)/%/prefix/.done $(D)/index/.done
-	$(EVALUATE) --model $(D)/$*/prefix --method agent --training distill+prefix $(SEARCH) --sc 8
 
 report: $(READY)  ## the tables of what has been run so far
 	@$(RUN) evaluate.py report $(RUNS)
@@ -130,25 +131,40 @@ report: $(READY)  ## the tables of what has been run so far
 test: $(READY)  ## the tests, a few minutes
 	$(RUN) -m pytest tests --ignore-glob='*_interop.py'
 
-# Peers (trl, peft, bm25s, faiss, math-verify, ...) and ruff, in an environment of their own.
-DEV := $(if $(VENV),$(VENV)-dev,)
-DEV_RUN := $(if $(VENV),$(DEV)/bin/python,$(PYTHON))
-$(DEV)/.ready: requirements.txt requirements-dev.txt
+# Peers (trl, peft, bm25s, faiss, math-verify, ...) and ruff, in environments of their own.
+ifneq ($(VENV),)
+DEV := $(VENV)-dev
+DEV_READY := $(DEV)/.ready
+DEV_RUN := $(DEV)/bin/python
+RUFF := $(VENV)-ruff/bin/ruff
+else
+DEV_RUN := $(PYTHON)
+RUFF := ruff
+endif
+$(VENV)-dev/.ready: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv $(DEV)
 	$(DEV_RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
 	touch $@
-
-test-interop: $(if $(VENV),$(DEV)/.ready)  ## the tests against trl, peft, scikit-learn, bm25s, faiss, math-verify
-	$(DEV_RUN) -m pytest tests/*_interop.py
-
-bench: $(if $(VENV),$(DEV)/.ready)  ## speed and memory beside the peers
-	for file in bench/*.py; do $(DEV_RUN) $$file || exit; done
-
-# ruff alone, in a second: it needs nothing of the rest.
-RUFF := $(if $(VENV),$(VENV)-ruff/bin/ruff,ruff)
 $(VENV)-ruff/bin/ruff:
 	$(PYTHON) -m venv $(VENV)-ruff
 	$(VENV)-ruff/bin/python -m pip install --quiet --disable-pip-version-check ruff==0.17.5
+
+test-interop: $(DEV_READY)  ## the tests against trl, peft, scikit-learn, bm25s, faiss, math-verify
+	$(DEV_RUN) -m pytest tests/*_interop.py
+
+bench: $(DEV_READY)  ## speed and memory beside the peers; RETRIEVAL and BENCHMARKS name folders with real questions
+	$(DEV_RUN) bench/sandbox.py own
+	$(DEV_RUN) bench/sandbox.py peers
+	$(DEV_RUN) bench/train.py
+	$(DEV_RUN) bench/retriever.py dense
+ifdef RETRIEVAL
+	for what in recall speed serve; do $(DEV_RUN) bench/retriever.py $$what \
+	  --questions $(RETRIEVAL)/hotpotqa_train.json --corpus $(RETRIEVAL)/hotpotqa_train_corpus.json || exit; done
+endif
+ifdef BENCHMARKS
+	for what in speed agree; do $(DEV_RUN) bench/grade.py $$what --data $(BENCHMARKS) || exit; done
+endif
+
 lint: $(if $(VENV),$(RUFF))  ## ruff, format and rules
 	$(RUFF) check .
 	$(RUFF) format --check .
