@@ -1,6 +1,6 @@
 # Agent distillation, the whole pipeline. `make help` lists the targets; `make reproduce` runs the miniature.
 #
-#   make reproduce                               about 10 minutes on 2 CPU cores, after the set-up
+#   make reproduce                               15 minutes on 2 CPU cores, after the set-up
 #   make reproduce SIZES="S M L" SEEDS="0 1 2"   three sizes, three seeds
 #   make test                                    the tests
 #
@@ -128,7 +128,7 @@ report: $(READY)  ## the tables of what has been run so far
 # Checks
 # ------------------------------------------------------------------------------------------------
 
-test: $(READY)  ## the tests, a few minutes
+test: $(READY)  ## the tests, 3 minutes on 2 CPU cores
 	$(RUN) -m pytest tests --ignore-glob='*_interop.py'
 
 # Peers (trl, peft, bm25s, faiss, math-verify, ...) and ruff, in environments of their own.

@@ -69,7 +69,7 @@ def trajectories(world, teacher):
 @pytest.fixture(scope="module")
 def student(world, trajectories):
     base = miniature.BaseConfig(
-        world=str(world / "world"), out=str(world / "base"), size="S", documents=8, warmup=4, quiet=True
+        world=str(world / "world"), out=str(world / "base"), size="S", documents=8, warmup_steps=4, quiet=True
     )
     miniature.make_base(base)
     train.fit(
