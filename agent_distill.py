@@ -343,7 +343,7 @@ def collect(config):
     if config.method == "agent" and not config.search and any(task["kind"] == "fact" for task in tasks):
         raise InputError("fact questions need web_search: name an index folder or a /retrieve URL with --search")
     with Journal(config.out) as journal:
-        keep_config(f"{config.out}.run.json", config, COLLECT_MAY_CHANGE)
+        keep_config(f"{config.out}.run.json", config, COLLECT_MAY_CHANGE, binding=bool(journal.rows))
         done = {(row["task"], row["id"], row["sample"]) for row in journal.rows}
         items = [(task, sample) for task in tasks for sample in range(config.samples)]
         todo = [item for item in items if (item[0]["task"], item[0]["id"], item[1]) not in done]

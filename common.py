@@ -152,6 +152,12 @@ def read_jsonl(path):
         raise InputError(f"{path}: not a whole gzip file: {error}") from None
 
 
+def write_jsonl(path, rows):
+    """Write a JSONL file that appears under its name only when it is complete."""
+    with replace_file(path) as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def parse_object(line, where):
     """The JSON object in one line of bytes or text; InputError, starting with `where`, if it is none."""
     try:
@@ -233,15 +239,16 @@ class Journal:
         self.close()
 
 
-def keep_config(path, config, may_change=()):
+def keep_config(path, config, may_change=(), binding=True):
     """Write the configuration beside the result; on a restart, refuse another one.
 
     Rows made under two configurations must not meet in one file. may_change: options that do not
-    alter results (how many at once, quiet, ...).
+    alter results (how many at once, quiet, ...). binding: False while nothing has been made yet, so that a
+    mistyped first command does not stand in the way of the right one.
     """
     path = Path(path)
     new = dataclasses.asdict(config)
-    if path.exists():
+    if binding and path.exists():
         old = parse_object(path.read_text(encoding="utf-8"), str(path))
         for name in new:
             if name not in may_change and name in old and old[name] != new[name]:

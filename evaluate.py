@@ -18,7 +18,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import json
 import os
 import random
 from pathlib import Path
@@ -41,6 +40,7 @@ from common import (
     replace_file,
     run_command_line,
     write_json,
+    write_jsonl,
 )
 from sandbox import Sandbox
 from student import Student
@@ -162,8 +162,8 @@ def run(config):
     out = Path(config.out)
     prompts, search = _prompts_and_search(config, tasks)
     with Journal(out / f"transcripts.{shard}.jsonl") as journal:
-        keep_config(out / "run.json", config, RUN_MAY_CHANGE)
         done = {(row["task"], row["id"]) for row in report.transcripts(out)}
+        keep_config(out / "run.json", config, RUN_MAY_CHANGE, binding=bool(done))
         todo = {(task["task"], task["id"]): task for task in tasks[shard::shards]}
         todo = {key: task for key, task in todo.items() if key not in done}
         if todo:
@@ -172,13 +172,10 @@ def run(config):
 
 
 def _run_episodes(config, todo, prompts, search, journal):
-    judge = None
-    if config.judge_url:
-        cache = Path(config.out) / f"judge.{_shard(config.shard)[0]}.jsonl"
-        judge = grade.Judge(config.judge_url, config.judge_model, config.api_key_env, cache)
+    judge = _open_judge(config, Path(config.out) / f"judge.{_shard(config.shard)[0]}.jsonl")
     answerer = ServedStudent(config, prompts) if config.url else LocalStudent(config)
     write_json(Path(config.out) / "model.json", answerer.about)
-    start = functools.partial(start_episode, config, prompts, search)
+    start = functools.partial(start_episode, config, prompts, _system(config, prompts), search)
     right = 0
     with progress(total=len(todo), desc=Path(config.out).name, unit="question", quiet=config.quiet) as bar:
         episodes = ((key, start(task["question"], key)) for key, task in todo.items())
@@ -190,22 +187,29 @@ def _run_episodes(config, todo, prompts, search, journal):
             bar.set_postfix_str(f"{right / done:.1%} right", refresh=False)
 
 
-def start_episode(config, prompts, search, question, key=()):
+def _open_judge(config, cache):
+    if not config.judge_url:
+        return None
+    return grade.Judge(config.judge_url, config.judge_model, config.api_key_env, cache)
+
+
+def start_episode(config, prompts, system, search, question, key=()):
     """The generator for one question, by the configured method."""
     if config.method != "agent":
         rag = search if config.method == "cot-rag" else None
-        return cot_episode(question, prompts, system=_system(config, prompts), search=rag)
+        return cot_episode(question, prompts, system=system, search=rag)
     tools = {"web_search": search} if search else {}
     open_sandbox = functools.partial(Sandbox, tools=tools, timeout=config.timeout)
     rng = random.Random(stable_seed(config.seed, *key))
-    return agent_episode(
-        question, prompts, open_sandbox, system=_system(config, prompts), max_steps=config.max_steps, rng=rng
-    )
+    return agent_episode(question, prompts, open_sandbox, system=system, max_steps=config.max_steps, rng=rng)
 
 
 def _system(config, prompts):
     if config.system_prompt:
-        return Path(config.system_prompt).read_text(encoding="utf-8").removesuffix("\n")
+        try:
+            return Path(config.system_prompt).read_text(encoding="utf-8").removesuffix("\n")
+        except OSError as error:
+            raise InputError(f"{config.system_prompt}: {error.strerror}") from None
     if config.method != "agent":
         return prompts.cot_system
     return prompts.agent_system if config.training == "none" else prompts.agent_student_system
@@ -300,17 +304,14 @@ class RegradeConfig:
 def regrade(config):
     """Grade the saved transcripts of a run again, without generating anything."""
     out, changed = Path(config.folder), 0
-    judge = None
-    if config.judge_url:
-        judge = grade.Judge(config.judge_url, config.judge_model, config.api_key_env, out / "judge.0.jsonl")
+    judge = _open_judge(config, out / "judge.0.jsonl")
     for path in report.transcript_files(out):
         with Journal(path) as journal:  # holds the lock while the file is replaced
             verdicts = grade.grade_many(journal.rows, judge)
             for row, verdict in zip(journal.rows, verdicts, strict=True):
                 changed += row["correct"] != verdict.correct
                 row["correct"], row["why"] = verdict.correct, verdict.why
-            with replace_file(path) as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in journal.rows)
+            write_jsonl(path, journal.rows)
     print(f"{out}: {changed} grades changed; {report.summarise(out)}")
 
 
@@ -340,16 +341,17 @@ class AskConfig(SpeakConfig):
 def ask(config):
     """Ask a student one question and print the steps as they come."""
     prompts, search = _prompts_and_search(config)
+    system = _system(config, prompts)
     answerer = ServedStudent(config, prompts) if config.url else LocalStudent(config)
     questions = [config.question] if config.question else iter(lambda: input("question: ").strip(), "")
     with contextlib.suppress(EOFError):
         for question in questions:
-            episode = _printing(start_episode(config, prompts, search, question), config.method)
+            episode = _printing(start_episode(config, prompts, system, search, question))
             for _, finished, _ in answerer([(("ask", question), episode)]):
                 print(f"Answer: {finished.prediction!r} ({finished.error or finished.stop})")
 
 
-def _printing(episode, method):
+def _printing(episode):
     """The same episode, with each step printed as it passes."""
     shown = 2  # system prompt and question
     try:

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Literal
 
 import world
-from common import REQUIRED, InputError, keep_config, option, read_jsonl, replace_file, run_command_line, write_json
+from client import cut_at_stop
+from common import REQUIRED, InputError, keep_config, option, read_jsonl, run_command_line, write_json, write_jsonl
 from tasks import Prompts
 
 # ---------------------------------------------------------------------------------------------
@@ -45,20 +46,14 @@ def make_world(config):
     """Write passages, training and test questions, and the teacher's script, of one seed."""
     built = world.build(config.seed, config.train_questions, config.test_questions)
     out = Path(config.out)
-    write_rows(out / "passages.jsonl", built.passages)
-    write_rows(out / "train.jsonl", built.train)
+    write_jsonl(out / "passages.jsonl", built.passages)
+    write_jsonl(out / "train.jsonl", built.train)
     for task, rows in built.test.items():
-        write_rows(out / "test" / f"{task}.jsonl", rows)
-    write_rows(out / "plans.jsonl", built.plans)
+        write_jsonl(out / "test" / f"{task}.jsonl", rows)
+    write_jsonl(out / "plans.jsonl", built.plans)
     write_json(out / "run.json", dataclasses.asdict(config))
     tests = sum(map(len, built.test.values()))
     print(f"{out}: {len(built.passages)} passages, {len(built.train)} training and {tests} test questions")
-
-
-def write_rows(path, rows):
-    with replace_file(path) as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -339,8 +334,7 @@ def checked_messages(body):
 
 def cut(text, stop, max_tokens):
     """(text up to the first stop string or the token limit, finish reason, tokens)."""
-    ends = [at for s in stop if (at := text.find(s)) >= 0]
-    text = text[: min(ends)] if ends else text
+    text = cut_at_stop(text, stop)
     tokens = TOKEN.findall(text)
     if len(tokens) > max_tokens:
         return "".join(tokens[:max_tokens]), "length", max_tokens
@@ -455,7 +449,7 @@ def make_base(config):
     start = work / "new"
     for attempt in range(config.warmups):  # when copying forms is a matter of luck; then the loss falls from 5 to 0.1
         data, out = work / f"copies-{attempt}.jsonl", work / f"copier-{attempt}"
-        write_rows(data, scratch.copy_rows(rng, tokenizer, 60 * config.warmup_steps))
+        write_jsonl(data, scratch.copy_rows(rng, tokenizer, 60 * config.warmup_steps))
         summary = train.fit(
             train.Config(data=[str(data)], model=str(start), out=str(out), lr=5e-3, batch_size=60, **options)
         )
@@ -463,7 +457,7 @@ def make_base(config):
         if summary["loss"] < 1.0:
             break
     data = work / "documents.jsonl"
-    write_rows(data, scratch.document_rows(rng, tokenizer, teacher.facts, config.documents))
+    write_jsonl(data, scratch.document_rows(rng, tokenizer, teacher.facts, config.documents))
     train.fit(train.Config(data=[str(data)], model=str(start), out=config.out, lr=3e-3, batch_size=8, **options))
     shutil.rmtree(work)
 

@@ -242,13 +242,15 @@ class RemoteIndex:
         import requests  # only this class needs it
 
         self.url = url.rstrip("/").removesuffix("/retrieve") + "/retrieve"
-        self.post = requests.post
+        self.new_session, self.local = requests.Session, threading.local()  # a connection kept open for each thread
         self.errors = (requests.RequestException, ValueError, KeyError, TypeError)
 
     def search(self, queries, k=3):
         body = {"queries": list(queries), "topk": k, "return_scores": True}
         try:
-            response = self.post(self.url, json=body, timeout=60)
+            if not hasattr(self.local, "session"):
+                self.local.session = self.new_session()
+            response = self.local.session.post(self.url, json=body, timeout=60)
             answer = response.json()
             if response.status_code != 200:
                 raise ValueError(answer.get("error", response.status_code))

@@ -4,10 +4,7 @@ from tasks import Prompts, load_tasks, open_search
 """
 
 import re
-import threading
 from pathlib import Path
-
-import requests
 
 import retriever
 from common import InputError, parse_object, read_jsonl
@@ -74,26 +71,12 @@ def _task_rows(path):
 
 def open_search(where, prompts, k=3):
     """The web_search tool: a function from query to text, over an index folder or a /retrieve URL."""
-    if str(where).startswith(("http://", "https://")):
-        local = threading.local()
-
-        def hits(query):
-            if not hasattr(local, "session"):
-                local.session = requests.Session()
-            body = {"queries": [query], "topk": k, "return_scores": True}
-            response = local.session.post(where, json=body, timeout=30)
-            response.raise_for_status()
-            return [hit["document"]["contents"] for hit in response.json()["result"][0]]
-    else:
-        index = retriever.load(where)
-
-        def hits(query):
-            return [hit.contents for hit in index.search([query], k=k)[0]]
+    index = retriever.load(where)
 
     def web_search(query):
         texts = []
-        for rank, contents in enumerate(hits(str(query)), 1):
-            title, _, text = contents.partition("\n")
+        for rank, hit in enumerate(index.search([str(query)], k=k)[0], 1):
+            title, _, text = hit.contents.partition("\n")
             texts.append(prompts.fill("search_result", rank=rank, title=title.strip('"'), text=text))
         return "\n\n".join(texts) or "No passages found."
 

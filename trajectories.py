@@ -6,11 +6,10 @@ python agent_distill.py prefix-gain plain.jsonl agent.jsonl
 
 import collections
 import dataclasses
-import json
 import random
 import re
 
-from common import REQUIRED, InputError, option, read_jsonl, replace_file
+from common import REQUIRED, InputError, option, read_jsonl, write_jsonl
 from report import mcnemar, table
 
 
@@ -46,10 +45,8 @@ def filter_trajectories(config):
         kept = _balanced(kept, random.Random(config.seed), counts)
     if not kept:
         raise InputError(f"{', '.join(config.trajectories)}: none of {len(rows)} trajectories can be kept")
-    with replace_file(config.out) as file:
-        for row in kept:
-            fields = ("id", "task", "kind", "question", "method", "messages")
-            file.write(json.dumps({name: row.get(name) for name in fields}, ensure_ascii=False) + "\n")
+    fields = ("id", "task", "kind", "question", "method", "messages")
+    write_jsonl(config.out, ({name: row.get(name) for name in fields} for row in kept))
     print(_counts_table(counts))
 
 

@@ -169,3 +169,5 @@ def test_config_of_a_run_is_kept(tmp_path):
     assert json.loads((tmp_path / "run.json").read_text()) == {"seed": 0, "quiet": True}
     with pytest.raises(InputError, match="made with --seed 0, not 1"):
         keep_config(tmp_path / "run.json", Config(seed=1))
+    keep_config(tmp_path / "run.json", Config(seed=1), binding=False)
+    assert json.loads((tmp_path / "run.json").read_text())["seed"] == 1

@@ -22,7 +22,7 @@ import train
 import trajectories as trajectories_room
 from common import InputError, read_jsonl
 from servers import serve
-from tasks import load_tasks
+from tasks import Prompts, load_tasks, open_search
 
 ROOT = Path(__file__).parent.parent
 
@@ -219,6 +219,17 @@ def test_shards_share_a_folder(world, student):
     assert strip_volatile(rows[0]) == strip_volatile(rows[1])
 
 
+def test_web_search_reads_the_same_from_a_folder_and_from_a_server(world):
+    server = retriever.Server(retriever.load(str(world / "index")), "127.0.0.1", 0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_address[1]}/retrieve"
+    title = next(read_jsonl(world / "world" / "passages.jsonl"))[1]["contents"].split("\n")[0].strip('"')
+    folder, remote = (open_search(where, Prompts(), k=2) for where in (str(world / "index"), url))
+    assert folder(title) == remote(title) and folder(title).startswith(f"[1] {title}\n")
+    server.shutdown()
+    server.server_close()
+
+
 def test_a_served_model_is_evaluated_like_a_local_one(world, teacher):
     """The scripted teacher as a student over HTTP: it knows the plans of the test questions, too."""
     config = run_config(
@@ -257,6 +268,7 @@ def test_ask_prints_the_steps(world, teacher, capsys):
         ({"shard": "2/2"}, "--shard 2/2"),
         ({"tasks": ["nowhere.jsonl"]}, "nowhere.jsonl: No such file"),
         ({"search": "nowhere"}, "nowhere"),
+        ({"system_prompt": "nowhere.txt"}, "nowhere.txt: No such file"),
     ],
 )
 def test_bad_input_is_one_line(world, student, change, message):
