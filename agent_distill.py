@@ -296,9 +296,20 @@ def stable_seed(*parts):
 
 
 @dataclasses.dataclass(kw_only=True)
-class CollectConfig:
-    """Defaults are the paper's where it names them."""
+class EpisodeConfig:
+    """What teacher and student have in common. Defaults are the paper's where it names them."""
 
+    search: str | None = option(None, "index folder or /retrieve URL behind web_search")
+    top_k: int = option(3, "passages a search (paper: 3)")
+    max_steps: int = option(5, "steps an episode (paper: 5)")
+    max_tokens: int = option(1024, "new tokens a step (paper: 1,024)")
+    timeout: float = option(10.0, "seconds for one code action")
+    prompts: str = option(str(Prompts.default), "folder of prompts")
+    api_key_env: str = option("OPENAI_API_KEY", "environment variable that holds the key")
+
+
+@dataclasses.dataclass(kw_only=True)
+class CollectConfig(EpisodeConfig):
     tasks: list[str] = option(REQUIRED, "task files: JSONL, or JSON with a list of examples", positional=True)
     out: str = option(REQUIRED, "trajectories are appended to this JSONL file; what is there is not asked again")
     method: Literal["agent", "cot"] = option("agent", "agent (Eq. 3) or plain chain of thought (Eq. 2)")
@@ -306,17 +317,11 @@ class CollectConfig:
     cot: str | None = option(None, "earlier `collect --method cot` file with those CoTs; without it they are asked for")
     url: list[str] = option(REQUIRED, "server, ending in /v1; may be repeated", action="append", nargs=None)
     model: str | None = option(None, "model name for the server; without it, the first one it lists")
-    api_key_env: str = option("OPENAI_API_KEY", "environment variable that holds the key")
-    search: str | None = option(None, "index folder or /retrieve URL behind web_search")
-    top_k: int = option(3, "passages a search (paper: 3)")
     kind: Literal["fact", "math"] | None = option(None, "kind of the tasks, for files that do not state it")
     limit: int | None = option(None, "only the first n tasks of each file")
     samples: int = option(1, "trajectories a question (paper: 1); more need a temperature")
     temperature: float = option(0.0, "0 is greedy")
     top_p: float = option(1.0, "nucleus sampling")
-    max_steps: int = option(5, "steps an episode (paper: 5)")
-    max_tokens: int = option(1024, "new tokens a step (paper: 1,024)")
-    timeout: float = option(10.0, "seconds for one code action")
     prefix_mode: Literal["auto", "continue", "completions", "instruct"] = option(
         "auto", "how the server continues a prefix; auto: probe for continue_final_message, as vLLM has it"
     )
@@ -327,7 +332,6 @@ class CollectConfig:
     price_in: float = option(0.0, "price of a million prompt tokens")
     price_out: float = option(0.0, "price of a million completion tokens")
     budget: float | None = option(None, "stop, cleanly, when this much is spent")
-    prompts: str = option(str(Prompts.default), "folder of prompts")
     seed: int = option(0, "seeds every request")
     quiet: bool = option(False, "no progress bar")
 

@@ -28,7 +28,7 @@ import torch
 import grade
 import report
 import train
-from agent_distill import STOP, TurnFailed, agent_episode, cot_episode, drive, stable_seed, trajectory
+from agent_distill import STOP, EpisodeConfig, TurnFailed, agent_episode, cot_episode, drive, stable_seed, trajectory
 from client import Client, Speaker, in_parallel
 from common import (
     REQUIRED,
@@ -103,30 +103,23 @@ def _advance(state, answer):
 
 
 @dataclasses.dataclass(kw_only=True)
-class SpeakConfig:
+class SpeakConfig(EpisodeConfig):
     """Who answers and how: what `run` and `ask` have in common. Defaults are the paper's."""
 
     model: str | None = option(
         None, "Hugging Face name or folder, or a LoRA adapter; with --url, the server's name for it"
     )
     url: list[str] = option([], "evaluate a served model instead; may be repeated", action="append", nargs=None)
-    api_key_env: str = option("OPENAI_API_KEY", "environment variable that holds the server's key")
     method: Literal["agent", "cot", "cot-rag"] = option(
         "agent", "agent, chain of thought, or CoT with retrieved passages"
     )
     training: Literal["none", "distill", "distill+prefix"] = option(
         "distill", "how the student was made: names the row, and 'none' means the teacher's long prompt with examples"
     )
-    search: str | None = option(None, "index folder or /retrieve URL behind web_search")
-    top_k: int = option(3, "passages a search (paper: 3)")
     sc: int = option(1, "candidates a step; 1 is greedy; 8 is the paper's SC-action (for cot: self-consistency)")
     temperature: float = option(0.4, "of the candidates if there are several (paper: 0.4)")
     top_p: float = option(0.8, "of the candidates if there are several (paper: 0.8)")
-    max_steps: int = option(5, "steps an episode (paper: 5)")
-    max_tokens: int = option(1024, "new tokens a step (paper: 1,024)")
-    timeout: float = option(10.0, "seconds for one code action")
     system_prompt: str | None = option(None, "file with another system prompt")
-    prompts: str = option(str(Prompts.default), "folder of prompts")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "auto: bfloat16 on a GPU, float32 on a CPU"
