@@ -383,8 +383,7 @@ class Collector:
             client, self.prompts, config.prefix_mode, config.tokenizer or client.model,
             temperature=config.temperature, top_p=config.top_p, max_tokens=config.max_tokens,
         )  # fmt: skip
-        if config.first_thought and config.prefix_mode == "auto":
-            self.speaker.mode = self.speaker.find_mode()
+        self.speaker.probe(opening=config.first_thought)
 
     def __call__(self, item):
         task, sample = item
@@ -410,7 +409,7 @@ class Collector:
                 first_thought=prefix,
             )
         row = trajectory(task, self.config.method, drive(episode, answer))
-        row |= {"sample": sample, "model": self.speaker.client.model, "prefix": prefix, "cot": cot}
+        row |= {"sample": sample, "model": self.speaker.served, "prefix": prefix, "cot": cot}
         return row | {"usage": dict(usage), "seconds": round(time.perf_counter() - start, 3)}
 
     def _cot(self, task, answer):

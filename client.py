@@ -15,6 +15,7 @@ import json
 import os
 import queue
 import random
+import sys
 import threading
 import time
 
@@ -158,14 +159,13 @@ class Client:
 
     def _request(self, method, url, body=None):
         """One attempt. Returns the parsed body; see the class for what is raised."""
-        session = getattr(self._local, "session", None)
-        if session is None:
-            session = self._local.session = requests.Session()
-            if self.key:
-                session.headers["Authorization"] = f"Bearer {self.key}"
+        session, prepared, settings = self._prepare(method, url)
+        request = prepared.copy()
+        if body is not None:
+            request.prepare_body(None, None, json=body)
         deadline = time.monotonic() + self.timeout
         try:
-            with session.request(method, url, json=body, timeout=(10.0, self.timeout), stream=True) as response:
+            with session.send(request, timeout=(10.0, self.timeout), **settings) as response:
                 content = b""
                 # Read as it comes: requests' own time-out starts anew with every byte that trickles in.
                 while chunk := response.raw.read1(65536, decode_content=True):
@@ -184,6 +184,22 @@ class Client:
         if method == "POST":
             _check_choices(answer)
         return answer
+
+    def _prepare(self, method, url):
+        """This thread's session, the request but for its body, and its proxies and certificates.
+
+        Made once for each thread and URL: requests takes longer to find them out than to send the request.
+        """
+        made = self._local.__dict__
+        if "session" not in made:
+            made["session"] = requests.Session()
+            if self.key:
+                made["session"].headers["Authorization"] = f"Bearer {self.key}"
+        session = made["session"]
+        if url not in made:
+            request = session.prepare_request(requests.Request(method, url))
+            made[url] = request, session.merge_environment_settings(request.url, {}, True, None, None)
+        return session, *made[url]
 
     def _check_status(self, url, response, content):
         status = response.status_code
@@ -216,7 +232,7 @@ class Client:
                     self._wait(attempt, error.after or BACKOFF)
             except (KeyError, IndexError, TypeError):
                 raise InputError(f"{url}/models lists no model: name one with --model") from None
-        raise ServerError(f"{url}: {reason}; gave up after {self.retries + 1} attempts")
+        raise ServerError(f"{url}/models: {reason}; gave up after {self.retries + 1} attempts (or name a --model)")
 
 
 def _check_choices(answer):
@@ -257,24 +273,27 @@ def cut_at_stop(text, stop):
 
 
 class Speaker:
-    """A served model that answers turns. mode: how it is made to continue an opening; see find_mode()."""
+    """A served model that answers turns.
+
+    mode: how it is made to continue an opening; "auto" until probe() has found out. tokenizer: its name, or itself,
+    for the mode "completions". served: the model's name as the server last reported it.
+    """
 
     def __init__(self, client, prompts, mode="auto", tokenizer=None, **sampling):
         self.client, self.prompts, self.sampling = client, prompts, sampling
         self.mode, self.tokenizer = mode, tokenizer
+        self.extra, self.served = {}, client.model
 
     def answer(self, turn, usage, n=1, **sampling):
         """n candidates for a turn; token counts are added to the Counter `usage`."""
-        sampling = {**self.sampling, **sampling, "n": n}
-        continues = {"continue_final_message": True, "add_generation_prompt": False}
+        sampling = {**self.sampling, **sampling, "n": n, "extra": self.extra}
         opened = [*turn.messages, {"role": "assistant", "content": turn.opening}]
         if not turn.opening:
             reply = self.client.chat(turn.messages, **sampling)
         elif self.mode == "continue":
-            reply = self.client.chat(opened, extra=continues, **sampling)
+            reply = self.client.chat(opened, **sampling | {"extra": self.extra | _CONTINUE})
         elif self.mode == "completions":
-            text = self._tokenizer().apply_chat_template(opened, continue_final_message=True, tokenize=False)
-            reply = self.client.complete(text, **sampling)
+            reply = self.client.complete(self._render(opened), **sampling)
         else:  # "instruct": the model is asked to repeat the opening; what it repeats is cut off again
             *before, last = turn.messages
             instruction = self.prompts.fill("continue_instruction", prefix=turn.opening)
@@ -282,7 +301,24 @@ class Speaker:
             reply = self.client.chat([*before, {**last, "content": content}], **sampling)
             reply.texts = [text.lstrip().removeprefix(turn.opening) for text in reply.texts]
         usage.update(reply.usage)
+        self.served = reply.model
         return reply.texts
+
+    def probe(self, opening=False):
+        """Ask a little before much is asked: what would fail in every episode is refused before the first.
+
+        opening: whether turns will have one to continue.
+        """
+        try:
+            self.client.chat(_HELLO, max_tokens=1)
+            if opening and self.mode == "completions":
+                self.client.complete(self._render(_OPENED), max_tokens=1)
+        except BadRequest as error:
+            raise InputError(f"the server refuses even a short request ({error})") from None
+        if opening and self.mode == "auto":
+            self.mode = self.find_mode()
+        if self.sampling.get("temperature"):
+            self.extra = self.find_sampling()
 
     def find_mode(self):
         """Whether this server really continues an assistant message, as vLLM does.
@@ -291,28 +327,56 @@ class Speaker:
         close the assistant's turn and open another. The prompt is then as long as without the fields,
         and that is what the probe compares: no model, however small, can mislead it.
         """
-        chat = [{"role": "user", "content": "Say hello."}, {"role": "assistant", "content": "Hel"}]
-        fields = {"continue_final_message": True, "add_generation_prompt": False}
         try:
-            continued = self.client.chat(chat, extra=fields, max_tokens=1).usage["prompt_tokens"]
+            continued = self.client.chat(_OPENED, extra=_CONTINUE, max_tokens=1).usage["prompt_tokens"]
         except BadRequest as error:
             raise InputError(f"the server does not continue a message ({error}): {_OTHER_MODES}") from None
         try:
-            closed = self.client.chat(chat, max_tokens=1).usage["prompt_tokens"]
+            closed = self.client.chat(_OPENED, max_tokens=1).usage["prompt_tokens"]
         except BadRequest:  # it insists on a user turn at the end, unless told to continue
             return "continue"
         if continued >= closed:
             raise InputError(f"the server ignores continue_final_message: {_OTHER_MODES}")
         return "continue"
 
-    def _tokenizer(self):
+    def find_sampling(self):
+        """The fields, besides the temperature, that this server needs to sample; {} for most.
+
+        `transformers serve` stays greedy unless the model's own generation_config, or a field of the request, says
+        do_sample. One that says the same three times at temperature 1 is told so; if it goes on, the user is.
+        """
+        for extra in ({}, {"generation_config": json.dumps({"do_sample": True})}):
+            try:
+                reply = self.client.chat(_HELLO, n=3, seed=0, temperature=1.0, max_tokens=32, extra=extra)
+            except BadRequest:
+                break
+            if len(set(reply.texts)) > 1:
+                return extra
+        print("warning: the server says the same whatever the seed: it may ignore the temperature", file=sys.stderr)
+        return {}
+
+    def _render(self, opened):
+        """A chat as the text that its last message ends in, by the model's own template."""
         if isinstance(self.tokenizer, str):
             from transformers import AutoTokenizer  # seconds to import, and only this mode needs it
 
-            self.tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
-        return self.tokenizer
+            try:
+                self.tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
+            except (OSError, ValueError) as error:
+                reason = str(error).split("\n")[0]
+                raise InputError(f"--tokenizer {self.tokenizer}: cannot be loaded: {reason}") from None
+        tokenizer = self.tokenizer
+        if not tokenizer.chat_template:
+            raise InputError(f"--tokenizer {tokenizer.name_or_path}: it has no chat template")
+        text = tokenizer.apply_chat_template(opened, continue_final_message=True, tokenize=False)
+        # Where the tokenizer itself begins a text with <bos>, the server's will do so again.
+        own = tokenizer.bos_token and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
+        return text.removeprefix(tokenizer.bos_token) if own else text
 
 
+_HELLO = [{"role": "user", "content": "Say hello."}]
+_OPENED = [*_HELLO, {"role": "assistant", "content": "Hel"}]
+_CONTINUE = {"continue_final_message": True, "add_generation_prompt": False}
 _OTHER_MODES = (
     "name --prefix-mode completions (the chat is rendered here and sent to /v1/completions) "
     "or --prefix-mode instruct (the model is told how to begin)"

@@ -254,6 +254,7 @@ class ServedStudent:
         sampling = {"temperature": config.temperature, "top_p": config.top_p} if config.sc > 1 else {"temperature": 0.0}
         stop = STOP if config.method == "agent" else None
         self.speaker = Speaker(client, prompts, max_tokens=config.max_tokens, stop=stop, **sampling)
+        self.speaker.probe()
         self.config = config
         self.about = {"model": client.model, "parameters": None}
 

@@ -1,10 +1,14 @@
 """The client against a server that misbehaves in every way that servers do."""
 
+import collections
+import copy
 import time
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 import client as client_module
+from agent_distill import Turn
 from client import BadRequest, Client, ServerError, Speaker, cut_at_stop, in_parallel
 from common import InputError
 from servers import completion, serve
@@ -172,6 +176,60 @@ def test_the_probe_tells_a_server_that_continues_from_those_that_do_not():
     with serve(lambda path, body, n: ("status", 422, {}, "unknown field")) as (url, _):
         with pytest.raises(InputError, match="does not continue.*unknown field.*--prefix-mode"):
             Speaker(Client([url]), Prompts()).find_mode()
+
+
+def sampler(path, body, number):
+    """As `transformers serve`: one choice, and another one for another seed only if do_sample is said."""
+    told = body.get("temperature") and "do_sample" in body.get("generation_config", "")
+    return completion(f"seed {body['seed']}" if told else "greedy")
+
+
+def test_the_probe_makes_a_server_sample(capsys):
+    with serve(sampler) as (url, _):
+        speaker = Speaker(Client([url]), Prompts(), temperature=0.5)
+        speaker.probe()
+        answers = speaker.answer(Turn(HELLO), collections.Counter(), n=2, seed=7)
+        assert answers == ["seed 7", "seed 8"] and not capsys.readouterr().err
+    with serve(lambda path, body, number: completion(f"number {number}")) as (url, seen):
+        speaker = Speaker(Client([url]), Prompts(), temperature=0.5)
+        speaker.probe()
+        assert speaker.extra == {} and not any("generation_config" in body for _, body, _ in seen)
+    with serve(lambda *request: completion("ever the same")) as (url, _):
+        Speaker(Client([url]), Prompts(), temperature=0.5).probe()
+        assert "may ignore the temperature" in capsys.readouterr().err
+
+
+def test_a_server_that_refuses_everything_is_refused():
+    with serve(lambda *request: ("status", 400, {}, "no such model: m")) as (url, seen):
+        with pytest.raises(InputError, match="refuses even a short request .400: no such model: m"):
+            Speaker(Client([url], model="m"), Prompts()).probe()
+        assert len(seen) == 1
+
+
+@pytest.mark.parametrize("own_bos", [False, True])
+def test_a_rendered_chat_begins_once(tiny_tokenizer, own_bos):
+    """The template writes <bos>; where the server's tokenizer does so too, the text is sent without."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.bos_token = "<|endoftext|>"
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    if own_bos:
+        ids = [("<|endoftext|>", tokenizer.bos_token_id)]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<|endoftext|> $A", None, ids)
+    with serve(lambda *request: {"choices": [{"text": "lo"}]}) as (url, seen):
+        speaker = Speaker(Client([url]), Prompts(), "completions", tokenizer)
+        assert speaker.answer(Turn(HELLO, "Hel"), collections.Counter()) == ["lo"]
+    ids = tokenizer(seen[0][1]["prompt"]).input_ids
+    assert tokenizer.decode(ids) == ("<|endoftext|><|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nHel")
+
+
+@pytest.mark.parametrize("name", ["nowhere", "no template"])
+def test_a_tokenizer_that_cannot_render_is_one_line(tiny_tokenizer, tmp_path, name):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "no template")
+    with serve(lambda *request: completion("hello")) as (url, _):
+        with pytest.raises(InputError, match=r"^--tokenizer \S*(nowhere|no template): [^\n]*$"):
+            Speaker(Client([url]), Prompts(), "completions", str(tmp_path / name)).probe(opening=True)
 
 
 def test_in_parallel_gives_every_result_and_raises_the_first_error():
