@@ -88,7 +88,6 @@ class Client:
         self.api_key_env = api_key_env
         self.timeout = timeout
         self.retries = retries
-        self.counts = {"requests": 0, "retries": 0}  # over the client's life
         self._one_choice = False  # this server answers n > 1 with one choice
         self._lock = threading.Lock()
         self._local = threading.local()
@@ -135,7 +134,6 @@ class Client:
                 endpoint.dead_until = time.monotonic() + DEAD_SECONDS
                 if attempt == self.retries:
                     raise ServerError(f"{endpoint.url}: {error}; gave up after {attempt + 1} attempts") from None
-                self.counts["retries"] += 1
                 self._wait(attempt, error.after)
             finally:
                 with self._lock:
@@ -147,7 +145,6 @@ class Client:
             now = time.monotonic()
             endpoint = min(self.endpoints, key=lambda e: (max(e.dead_until - now, 0.0), e.busy))
             endpoint.busy += 1
-            self.counts["requests"] += 1
             return endpoint
 
     def _wait(self, attempt, after):
@@ -310,7 +307,7 @@ class Speaker:
         opening: whether turns will have one to continue.
         """
         try:
-            self.client.chat(_HELLO, max_tokens=1)
+            self.served = self.client.chat(_HELLO, max_tokens=1).model
             if opening and self.mode == "completions":
                 self.client.complete(self._render(_OPENED), max_tokens=1)
         except BadRequest as error:

@@ -4,11 +4,7 @@ Nothing is replaced: real searches, really executed code, a really trained (if h
 """
 
 import json
-import signal
-import subprocess
-import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -21,7 +17,6 @@ import retriever
 import train
 import trajectories as trajectories_room
 from common import InputError, read_jsonl
-from servers import serve
 from tasks import Prompts, load_tasks, open_search
 
 ROOT = Path(__file__).parent.parent
@@ -121,56 +116,6 @@ def strip_volatile(rows):
     for row in rows:
         row["usage"] = {k: v for k, v in row["usage"].items() if k != "retries"}
     return sorted(rows, key=lambda row: (row["task"], row["id"]))
-
-
-def test_a_server_full_of_faults_gives_the_same_trajectories(world, teacher, trajectories, monkeypatch):
-    """Every third request meets one of the faults that pass; nothing is lost, nothing is there twice."""
-    import requests
-
-    import client
-
-    monkeypatch.setattr(client, "BACKOFF", 0.01)
-    monkeypatch.setattr(client, "DEAD_SECONDS", 0.01)
-    faults = [("status", 500, {}, ""), ("status", 429, {"Retry-After": "0.05"}, ""), ("reset",), ("cut",),
-              ("raw", b"{"), {"choices": []}, ("reset in body",), ("status", 503, {}, "")]  # fmt: skip
-
-    def behave(path, body, number):
-        if number % 3 == 1:
-            return faults[number // 3 % len(faults)]
-        return requests.post(teacher + path.removeprefix("/v1"), json=body).json()
-
-    with serve(behave) as (url, seen):
-        out = world / "faulty.jsonl"
-        agent_distill.collect(
-            collect_config(world, url, out, first_thought=True, cot=str(world / "cot.jsonl"), model="scripted-teacher")
-        )
-    rows = [row for _, row in read_jsonl(out)]
-    assert sum(row["usage"]["retries"] for row in rows) >= len(seen) // 4
-    assert strip_volatile(rows) == strip_volatile(trajectories)
-
-
-def test_collect_killed_at_random_moments_ends_with_the_same_file(world, teacher, trajectories):
-    out = world / "killed.jsonl"
-    command = [
-        sys.executable, "agent_distill.py", "collect", str(world / "world" / "train.jsonl"), "--url", teacher,
-        "--search", str(world / "index"), "--top-k", "2", "--first-thought", "--cot", str(world / "cot.jsonl"),
-        "--concurrency", "2", "--out", str(out), "--quiet",
-    ]  # fmt: skip
-    sizes = []
-    for _ in range(5):
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-        size = out.stat().st_size if out.exists() else 0
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline and process.poll() is None:
-            if out.exists() and out.stat().st_size > size + 3000:
-                break
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        sizes.append(out.stat().st_size)
-    assert sizes == sorted(sizes) and sizes[0] > 0
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    assert strip_volatile([row for _, row in read_jsonl(out)]) == strip_volatile(trajectories)
 
 
 def run_config(world, student, out, **more):

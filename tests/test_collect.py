@@ -1,0 +1,288 @@
+"""`collect` through everything that can happen to it: faults by the thousand, kills, Ctrl-C, an empty purse.
+
+The teacher is the miniature's script behind a server that misbehaves as told; searches and sandboxes are real.
+"""
+
+import collections
+import json
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import agent_distill
+import client
+import miniature
+import retriever
+from agent_distill import stable_seed
+from common import InputError, read_jsonl
+from servers import serve
+from test_client import PASSING
+from test_pipeline import collect_config, strip_volatile
+
+ROOT = Path(__file__).parent.parent
+
+
+def make_world(folder, questions):
+    """World and index; returns the script that teaches it."""
+    miniature.make_world(
+        miniature.WorldConfig(out=str(folder / "world"), seed=5, train_questions=questions, test_questions=1)
+    )
+    retriever.build(str(folder / "world" / "passages.jsonl"), str(folder / "index"), quiet=True)
+    return miniature.Teacher(miniature.TeacherConfig(world=str(folder / "world")))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("collect")
+    return folder, make_world(folder, 1200)
+
+
+def question_of(body):
+    """What a request is about; None for the client's probes."""
+    question = body["messages"][1]["content"] if body["messages"][0]["role"] == "system" else None
+    return question and question.removeprefix("New task:").strip()
+
+
+def teach(teacher, body):
+    """A quiet server's answer. One question in 20 is too long for it, one in 20 it answers at length."""
+    draw = stable_seed("length", question_of(body)) % 20
+    if draw == 0 and question_of(body):
+        return "status", 400, {}, "This model's maximum context length is 4096 tokens."
+    answer = miniature.complete(teacher, {**body, "model": miniature.MODEL})
+    answer["choices"][0]["finish_reason"] = "length" if draw == 1 else "stop"
+    return answer
+
+
+def rows_of(path):
+    return [row for _, row in read_jsonl(path)]
+
+
+# Faults -------------------------------------------------------------------------------------------
+
+
+class Faulty:
+    """Each request fails 0 to 3 times, in ways drawn from its own content, before it is answered."""
+
+    slow = {"hang": ("hang", 4.0), "drip": ("drip", 0.3), "429 retry-after": PASSING["429 retry-after"]}  # noqa: RUF012
+
+    def __init__(self, teacher):
+        self.teacher, self.lock = teacher, threading.Lock()
+        self.attempts, self.faults, self.answered = (collections.Counter() for _ in range(3))
+        self.retried = 0  # attempts before an answer that went into a trajectory
+
+    def __call__(self, path, body, number):
+        key = json.dumps([path, body], sort_keys=True)
+        rng = random.Random(key)
+        quick = [name for name in PASSING if name not in self.slow]
+        times = rng.choice([0, 0, 1, 2, 3]) if question_of(body) else 0
+        plan = [rng.choice(list(self.slow) if rng.random() < 0.03 else quick) for _ in range(times)]
+        answer = teach(self.teacher, body)
+        with self.lock:
+            attempt = self.attempts[key]
+            self.attempts[key] += 1
+            if attempt < len(plan):
+                self.faults[plan[attempt]] += 1
+                return self.slow.get(plan[attempt]) or PASSING[plan[attempt]]
+            self.answered[key] += 1
+            self.retried += attempt if isinstance(answer, dict) else 0
+        return answer
+
+
+@pytest.mark.parametrize("method, limit", [("cot", None), ("agent", 25)])
+def test_a_server_full_of_faults_gives_the_same_file(world, method, limit, monkeypatch):
+    """Nothing is lost, nothing is there twice, and nothing that was answered is asked again."""
+    monkeypatch.setattr(client, "BACKOFF", 0.01)
+    monkeypatch.setattr(client, "DEAD_SECONDS", 0.01)
+    folder, teacher = world
+    faulty = Faulty(teacher)
+    quiet, stormy = folder / f"{method}.quiet.jsonl", folder / f"{method}.stormy.jsonl"
+    options = {"method": method, "limit": limit, "request_timeout": 1.5, "first_thought": method == "agent"}
+    options["prefix_mode"] = "continue"  # the probe has tests of its own
+    with serve(lambda path, body, number: teach(teacher, body)) as (url, _):
+        agent_distill.collect(collect_config(folder, url, quiet, **options))
+    with serve(faulty) as (url, seen):
+        config = collect_config(folder, url, stormy, **options | {"concurrency": 16})
+        config.url = [url, url + "/"]  # two endpoints, as far as the client knows
+        agent_distill.collect(config)
+    rows = rows_of(stormy)
+    assert strip_volatile(rows) == strip_volatile(rows_of(quiet))
+    assert set(faulty.answered.values()) == {1} and len(seen) == sum(faulty.attempts.values())
+    assert sum(row["usage"].get("retries", 0) for row in rows) == faulty.retried > len(seen) // 3
+    errors = {row["error"] for row in rows if row["stop"] == "error"}
+    assert len(errors) == 1 and "400: This model's maximum context length" in errors.pop()
+    if method == "cot":
+        assert len(seen) > 2500 and set(faulty.faults) == set(PASSING)
+
+
+# Kills --------------------------------------------------------------------------------------------
+
+
+def command_line(folder, url, out, *options):
+    return [
+        sys.executable, "agent_distill.py", "collect", str(folder / "world" / "train.jsonl"), "--url", url,
+        "--search", str(folder / "index"), "--top-k", "2", "--concurrency", "4", "--out", str(out), "--quiet", *options,
+    ]  # fmt: skip
+
+
+def wait_for_request(seen, before, process, seconds=60):
+    deadline = time.monotonic() + seconds
+    while len(seen) <= before and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
+def killed_again_and_again(folder, teacher, kills, limit, seed=0):
+    """Kill one collection at random moments, let it end, and compare it with one that nobody disturbed.
+
+    Returns counts: kills, kills before the first request of a start, rows, requests, requests of the quiet run, and
+    requests about what was finished (which there must be none of).
+    """
+    out, quiet, rng = folder / "killed.jsonl", folder / "undisturbed.jsonl", random.Random(seed)
+    counts = collections.Counter()
+
+    def behave(path, body, number):
+        time.sleep(0.03)
+        return teach(teacher, body)
+
+    with serve(behave) as (url, seen):
+        options = ("--first-thought", "--limit", str(limit))
+        subprocess.run(command_line(folder, url, quiet, *options), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        counts["quiet requests"] = len(seen)
+        while True:
+            finished = {row["question"] for row in journal_of(out)}
+            before = len(seen)
+            process = subprocess.Popen(command_line(folder, url, out, *options), cwd=ROOT, stdout=subprocess.DEVNULL)
+            if counts["kills"] < kills:
+                if rng.random() < 0.8:
+                    wait_for_request(seen, before, process)
+                time.sleep(rng.uniform(0, 0.25))
+                process.send_signal(signal.SIGKILL)
+            status = process.wait()
+            asked = [question_of(body) for _, body, _ in seen[before:]]
+            counts["asked again"] += sum(question in finished for question in asked)
+            if status != -signal.SIGKILL:
+                break
+            counts["kills"] += 1
+            counts["early kills"] += not asked
+        counts["requests"] = len(seen) - counts["quiet requests"]
+    assert status == 0, status
+    assert out.read_bytes().endswith(b"\n")
+    counts["rows"] = len(rows_of(out))
+    assert strip_volatile(rows_of(out)) == strip_volatile(rows_of(quiet))
+    return counts
+
+
+def journal_of(path):
+    """The rows of a file that a kill may have torn: whole lines are JSON, and only the last may not be whole."""
+    *lines, rest = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    return [json.loads(line) for line in lines]
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_file(world):
+    folder, teacher = world
+    counts = killed_again_and_again(folder, teacher, kills=6, limit=30)
+    assert counts["kills"] == 6 and counts["rows"] == 30 and counts["asked again"] == 0
+    assert counts["requests"] > counts["quiet requests"]  # what was under way was asked anew
+
+
+def test_ctrl_c_leaves_whole_lines_and_says_how_to_go_on(world):
+    folder, teacher = world
+    out = folder / "interrupted.jsonl"
+    with serve(lambda path, body, number: time.sleep(0.02) or teach(teacher, body)) as (url, seen):
+        command = command_line(folder, url, out, "--limit", "40")
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        while len(seen) < 40:
+            time.sleep(0.005)
+        started = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        stderr = process.communicate(timeout=20)[1]
+        assert (process.returncode, stderr) == (130, "interrupted; the same command continues from here\n")
+        assert time.monotonic() - started < 5
+        finished = [row["id"] for row in journal_of(out)]
+        assert 0 < len(finished) < 40
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    ids = [row["id"] for row in rows_of(out)]
+    assert ids[: len(finished)] == finished and len(set(ids)) == len(ids) == 40
+
+
+# The rest -----------------------------------------------------------------------------------------
+
+
+def test_a_budget_stops_cleanly_and_a_larger_one_goes_on(world, capsys):
+    folder, teacher = world
+    out = folder / "budget.jsonl"
+    with serve(lambda path, body, number: teach(teacher, body)) as (url, seen):
+        options = {"method": "cot", "limit": 60, "price_in": 1000.0, "price_out": 4000.0, "concurrency": 2}
+        with pytest.raises(InputError, match="budget of 3 is spent; a larger --budget continues"):
+            agent_distill.collect(collect_config(folder, url, out, budget=3.0, **options))
+        rows = rows_of(out)
+        usage = sum((collections.Counter(row["usage"]) for row in rows), collections.Counter())
+        cost = (1000 * usage["prompt_tokens"] + 4000 * usage["completion_tokens"]) / 1e6
+        assert 3 <= cost < 3 + 3 * cost / len(rows) and f"cost {cost:.2f}" in capsys.readouterr().out
+        asked = len(seen)
+        with pytest.raises(InputError, match="budget"):
+            agent_distill.collect(collect_config(folder, url, out, budget=3.0, **options))
+        assert len(seen) <= asked + 1  # the probe at most
+        agent_distill.collect(collect_config(folder, url, out, budget=1000.0, **options))
+    ids = [row["id"] for row in rows_of(out)]
+    assert ids[: len(rows)] == [row["id"] for row in rows] and len(set(ids)) == len(ids) == 60
+
+
+def test_samples_differ_and_each_is_asked_once(world):
+    folder, teacher = world
+    out = folder / "samples.jsonl"
+    with serve(lambda path, body, number: teach(teacher, body)) as (url, seen):
+        config = collect_config(folder, url, out, method="cot", limit=12, samples=5, temperature=0.7)
+        agent_distill.collect(config)
+        before = len(seen)
+        agent_distill.collect(config)
+        assert len(seen) == before
+        config.temperature = 0.0
+        with pytest.raises(InputError, match="give a --temperature"):
+            agent_distill.collect(config)
+    rows = rows_of(out)
+    assert {(row["id"], row["sample"]) for row in rows} == {(row["id"], n) for row in rows for n in range(5)}
+    assert len(rows) == 60 and len({json.dumps([row["id"], row["messages"]]) for row in rows}) > 12
+
+
+def test_a_search_that_fails_is_an_observation(world):
+    folder, teacher = world
+    down = ("status", 500, {}, '{"error": "the index is on fire"}')
+    with serve(lambda *request: down) as (index, _), serve(lambda p, body, n: teach(teacher, body)) as (url, _):
+        search = index.removesuffix("/v1") + "/retrieve"
+        agent_distill.collect(collect_config(folder, url, folder / "no-search.jsonl", limit=12, search=search))
+    rows = rows_of(folder / "no-search.jsonl")
+    searched = [step for row in rows for step in row["steps"] if "web_search" in step["code"]]
+    assert len(rows) == 12 and searched
+    assert all("the index is on fire" in step["observation"] for step in searched if "show(" not in step["code"])
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_hopeless_server_stops_the_run_at_once(world, status, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    folder, _ = world
+    out = folder / f"hopeless.{status}.jsonl"
+    with serve(lambda *request: ("status", status, {}, "wrong key sk-very-secret")) as (url, seen):
+        done = subprocess.run(command_line(folder, url, out), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and len(seen) == 1 and out.read_bytes() == b""
+    assert done.stderr.count("\n") == 1 and str(status) in done.stderr and "secret" not in done.stderr + done.stdout
+
+
+def test_a_full_disk_is_one_line_and_what_is_there_is_whole(world):
+    """A limit on the file's size stands for the disk, as in test_common.py."""
+    folder, teacher = world
+    out = folder / "full.jsonl"
+    with serve(lambda path, body, number: teach(teacher, body)) as (url, _):
+        command = command_line(folder, url, out, "--method", "cot", "--limit", "60")
+        limited = ["bash", "-c", 'ulimit -f 16; trap "" XFSZ; exec "$@"', "bash", *command]
+        done = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "cannot write" in done.stderr
+        rows = journal_of(out)
+        assert rows and out.read_bytes().endswith(b"\n")
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    assert len(rows_of(out)) == 60 and rows_of(out)[: len(rows)] == rows
