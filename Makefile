@@ -125,13 +125,168 @@ report: $(READY)  ## the tables of what has been run so far
 	@$(RUN) evaluate.py report $(RUNS)
 
 # ------------------------------------------------------------------------------------------------
+# The paper: its models, data and tasks, on one GPU and with a network. `make paper` prints what it
+# will take and asks (YES=1: does not); each stage is a target, kept when done, continued when cut off.
+# `make rehearse` runs these same lines offline, on stand-ins, in minutes.
+#
+#   make paper STUDENT=Qwen/Qwen2.5-0.5B-Instruct               the authors' published trajectories
+#   make paper PASSAGES=e5                                      their retriever: 65 GB of RAM or GPU memory
+#   make paper TEACHER_URL=http://... TEACHER_MODEL=...         trajectories of your own teacher
+# ------------------------------------------------------------------------------------------------
+
+STUDENT ?= Qwen/Qwen2.5-0.5B-Instruct
+# wiki: Wikipedia 2018, its sparse index built here; e5: the published vectors; or a JSONL file; or a /retrieve URL.
+PASSAGES ?= wiki
+TEACHER_URL ?=
+TEACHER_MODEL ?=
+# An LLM judge for factual answers, as in the paper; without it, exact match. The key: $OPENAI_API_KEY.
+JUDGE_URL ?=
+JUDGE_MODEL ?= gpt-4o-mini
+GPUS ?= 1
+PAPER ?= runs/paper
+# Another table of sources; hub=https://... or github=https://..., tried before the host. The Hub's key: $HF_TOKEN.
+SOURCES ?=
+MIRRORS ?=
+MAX_TOKENS ?= 1024
+PAPER_ROWS ?= base.cot base.agent base.agent.sc8 cot.cot cot.cot-rag agent.greedy agent.sc8 prefix.greedy prefix.sc8
+
+.PHONY: paper paper-plan paper-data paper-passages paper-trajectories paper-train paper-evaluate \
+  paper-authors paper-report rehearse
+FETCH_OPTIONS = --to $(PAPER) $(SOURCES:%=--sources %) $(MIRRORS:%=--mirror %)
+# Models are found by their names in what was downloaded, and nowhere else.
+OFFLINE = HF_HUB_CACHE=$(abspath $(PAPER))/hub HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$(shell getconf _NPROCESSORS_ONLN)
+TORCHRUN = $(if $(filter-out 1,$(GPUS)),-m torch.distributed.run --standalone --nproc-per-node $(GPUS))
+SERVED := $(filter http://% https://%,$(PASSAGES))
+PASSAGES_NAME := $(if $(SERVED),served,$(basename $(notdir $(PASSAGES))))
+TEACHER := $(if $(TEACHER_URL),$(or $(notdir $(TEACHER_MODEL)),teacher)-$(PASSAGES_NAME),published)
+PLAN := $(PAPER)/plan/$(notdir $(STUDENT)).$(PASSAGES_NAME).json
+INDEX := $(PAPER)/index/$(PASSAGES_NAME)
+INDEX_DONE := $(if $(SERVED),,$(INDEX)/.done)
+SEARCH_PASSAGES = --search $(or $(SERVED),$(INDEX)) --top-k 3
+TRAJECTORIES := $(PAPER)/trajectories/$(TEACHER)
+TRAINED := $(PAPER)/students/$(TEACHER)/$(notdir $(STUDENT))
+RESULTS := $(PAPER)/results/$(TEACHER).$(PASSAGES_NAME)
+
+paper: paper-report  ## the paper's experiment: asks first, then everything below, on one GPU
+
+paper-plan: $(PLAN)  ## hours, disk, memory and download here, for each kind of passages
+$(PLAN): | $(READY)
+	$(RUN) paper.py plan --student $(STUDENT) --passages $(PASSAGES) --out $@ --gpus $(GPUS) $(if $(YES),--yes) \
+	  $(if $(TEACHER_URL),--teacher) $(FETCH_OPTIONS)
+
+paper-data: $(PAPER)/tasks/.done $(PAPER)/hub/$(notdir $(STUDENT)).done  ## download the questions and the student
+$(PAPER)/tasks/.done: | $(PLAN)
+	$(RUN) sources.py download benchmarks $(FETCH_OPTIONS)
+	$(RUN) paper.py tasks $(PAPER)/download/Nardien/agent-distillation --out $(@D)
+	touch $@
+$(PAPER)/hub/$(notdir $(STUDENT)).done: | $(PLAN)
+	$(RUN) sources.py download $(STUDENT) $(FETCH_OPTIONS)
+	mkdir -p $(@D) && touch $@
+
+paper-passages: $(INDEX_DONE)  ## download and index the passages
+$(PAPER)/passages.jsonl: | $(PLAN)
+	$(RUN) sources.py download wiki-18 $(FETCH_OPTIONS)
+	$(RUN) paper.py unpack $(PAPER)/download/PeterJinGo/wiki-18-corpus/wiki-18.jsonl.gz --out $@
+$(PAPER)/index/wiki/.done: $(PAPER)/passages.jsonl
+	$(RUN) retriever.py build $< $(@D) --kind bm25
+	touch $@
+$(PAPER)/index/e5/.done: $(PAPER)/passages.jsonl
+	$(RUN) sources.py download e5-index intfloat/e5-base-v2 $(FETCH_OPTIONS)
+	$(OFFLINE) $(RUN) retriever.py build $< $(@D) --kind dense --encoder intfloat/e5-base-v2 \
+	  --vectors $(abspath $(PAPER))/download/PeterJinGo/wiki-18-e5-index/e5_Flat.index
+	touch $@
+ifeq ($(filter wiki e5,$(PASSAGES))$(SERVED),)
+$(INDEX)/.done: $(PASSAGES) | $(PLAN)
+	$(RUN) retriever.py build $< $(@D) --kind bm25
+	touch $@
+endif
+
+# One trajectory a question, right answers only: as published, or asked of a teacher (Eq. 2, Eq. 3, Eq. 5).
+paper-trajectories: $(foreach kind,cot agent prefix,$(TRAJECTORIES)/$(kind).train.jsonl)  ## download or generate them
+TEACHER_DATA = $(PAPER)/download/agent-distillation/Qwen2.5-32B-Instruct_
+PUBLISHED_cot = cot_trajectories_2k
+PUBLISHED_agent = agent_trajectories_2k
+PUBLISHED_prefix = agent_trajectories_2k_prefix
+$(PAPER)/trajectories/published/%.train.jsonl: | $(PLAN)
+	$(RUN) sources.py download $*-trajectories $(FETCH_OPTIONS)
+	$(RUN) paper.py trajectories $(TEACHER_DATA)$(PUBLISHED_$*) --out $@
+ifneq ($(TEACHER_URL),)
+COLLECT_PAPER = $(RUN) agent_distill.py collect $(PAPER)/tasks/train/*.jsonl --url $(TEACHER_URL) \
+  $(TEACHER_MODEL:%=--model %) --max-steps 5 --max-tokens 1024
+$(TRAJECTORIES)/cot.train.jsonl: $(PAPER)/tasks/.done
+	$(COLLECT_PAPER) --method cot --out $(@D)/cot.jsonl
+	$(RUN) agent_distill.py filter $(@D)/cot.jsonl --out $@
+$(TRAJECTORIES)/agent.train.jsonl: $(PAPER)/tasks/.done $(INDEX_DONE)
+	$(OFFLINE) $(COLLECT_PAPER) $(SEARCH_PASSAGES) --out $(@D)/agent.jsonl
+	$(RUN) agent_distill.py filter $(@D)/agent.jsonl --out $@
+$(TRAJECTORIES)/prefix.train.jsonl: $(TRAJECTORIES)/cot.train.jsonl $(INDEX_DONE)
+	$(OFFLINE) $(COLLECT_PAPER) $(SEARCH_PASSAGES) --first-thought --cot $(@D)/cot.jsonl --out $(@D)/prefix.jsonl
+	$(RUN) agent_distill.py filter $(@D)/prefix.jsonl --out $@
+endif
+
+# LoRA on all linear layers, loss on assistant tokens only (Eq. 2 and Eq. 4).
+paper-train: $(foreach kind,cot agent prefix,$(TRAINED)/$(kind)/summary.json)  ## fine-tune the student, three times
+TRAIN_PAPER = $(OFFLINE) $(RUN) $(TORCHRUN) train.py $< --model $(STUDENT) --out $(@D) $(TRAIN_OPTIONS) \
+  --tuning lora --rank 64 --alpha 128 --dropout 0.05 --lr 2e-4 --batch-size 8 --epochs 2 --precision bf16
+$(TRAINED)/cot/summary.json: $(TRAJECTORIES)/cot.train.jsonl $(PAPER)/hub/$(notdir $(STUDENT)).done
+	$(TRAIN_PAPER) --max-length 4096 --system-prompt prompts/cot_system.txt
+$(TRAINED)/%/summary.json: $(TRAJECTORIES)/%.train.jsonl $(PAPER)/hub/$(notdir $(STUDENT)).done
+	$(TRAIN_PAPER) --max-length 10240 --system-prompt prompts/agent_student_system.txt
+
+paper-evaluate: $(PAPER_ROWS:%=$(RESULTS)/$(notdir $(STUDENT)).%/.done)  ## all rows of the table, on all eight tasks
+EVALUATE_PAPER = $(OFFLINE) $(RUN) $(TORCHRUN) evaluate.py $(PAPER)/tasks/test/*.jsonl --out $(@D) \
+  --name $(notdir $(STUDENT)) --max-steps 5 --max-tokens $(MAX_TOKENS) \
+  $(if $(JUDGE_URL),--judge-url $(JUDGE_URL) --judge-model $(JUDGE_MODEL)) $(EVALUATE_OPTIONS)
+SC_ACTION = --sc 8 --temperature 0.4 --top-p 0.8
+ROW := $(RESULTS)/$(notdir $(STUDENT))
+$(ROW).base.%/.done: $(PAPER)/tasks/.done $(PAPER)/hub/$(notdir $(STUDENT)).done $(INDEX_DONE)
+	$(EVALUATE_PAPER) --model $(STUDENT) --training none --method $(basename $*) $(SEARCH_PASSAGES) \
+	  $(if $(filter %.sc8,$*),$(SC_ACTION))
+	touch $@
+$(ROW).cot.%/.done: $(TRAINED)/cot/summary.json $(PAPER)/tasks/.done $(INDEX_DONE)
+	$(EVALUATE_PAPER) --model $(TRAINED)/cot --method $* $(SEARCH_PASSAGES)
+	touch $@
+$(ROW).agent.%/.done: $(TRAINED)/agent/summary.json $(PAPER)/tasks/.done $(INDEX_DONE)
+	$(EVALUATE_PAPER) --model $(TRAINED)/agent --method agent $(SEARCH_PASSAGES) $(if $(filter sc8,$*),$(SC_ACTION))
+	touch $@
+$(ROW).prefix.%/.done: $(TRAINED)/prefix/summary.json $(PAPER)/tasks/.done $(INDEX_DONE)
+	$(EVALUATE_PAPER) --model $(TRAINED)/prefix --method agent --training distill+prefix $(SEARCH_PASSAGES) \
+	  $(if $(filter sc8,$*),$(SC_ACTION))
+	touch $@
+
+# The authors' own student, as an adapter that names its base; it knows search results in their wording.
+AUTHORS := agent-distillation/agent_distilled_Qwen2.5-1.5B-Instruct
+AUTHORS_FOLDER := $(PAPER)/hub/models--$(subst /,--,$(AUTHORS))/snapshots
+paper-authors: $(foreach row,greedy sc8,$(RESULTS)/authors-1.5B.$(row)/.done)  ## evaluate the authors' 1.5B student
+$(RESULTS)/authors-1.5B.%/.done: $(PAPER)/tasks/.done $(INDEX_DONE)
+	$(RUN) sources.py download $(AUTHORS) Qwen/Qwen2.5-1.5B-Instruct $(FETCH_OPTIONS)
+	mkdir -p $(PAPER)/prompts-authors && cp prompts/*.txt $(PAPER)/prompts-authors
+	cp prompts/authors/*.txt $(PAPER)/prompts-authors
+	$(EVALUATE_PAPER) --name authors-1.5B --model $$(echo $(AUTHORS_FOLDER)/*) --method agent \
+	  --prompts $(PAPER)/prompts-authors $(SEARCH_PASSAGES) $(if $(filter sc8,$*),$(SC_ACTION))
+	touch $@
+
+paper-report: paper-evaluate  ## the table and the page, beside the paper's figures
+	@$(RUN) evaluate.py report $(RESULTS)
+
+REHEARSAL ?= runs/rehearsal
+REHEARSED = $(MAKE) --no-print-directory YES=1 MAX_TOKENS=12 PAPER=$(REHEARSAL)/paper \
+  SOURCES=$(REHEARSAL)/stand-ins/sources.json
+rehearse: $(READY)  ## make paper on small stand-ins, offline: every stage, both indexes, a teacher
+	$(RUN) rehearsal.py $(REHEARSAL)/stand-ins --then '$(REHEARSED) paper && \
+	  $(REHEARSED) paper PASSAGES=e5 PAPER_ROWS=agent.greedy && \
+	  $(REHEARSED) paper-passages PASSAGES=$(REHEARSAL)/stand-ins/world/passages.jsonl && \
+	  $(REHEARSED) paper-authors && $(RUN) miniature.py teacher $(REHEARSAL)/stand-ins/world \
+	  --then "$(REHEARSED) paper-trajectories TEACHER_URL=\$$TEACHER_URL"'
+
+# ------------------------------------------------------------------------------------------------
 # Checks
 # ------------------------------------------------------------------------------------------------
 
 test: $(READY)  ## the tests, 3 minutes on 2 CPU cores
 	$(RUN) -m pytest tests --ignore-glob='*_interop.py'
 
-# Peers (trl, peft, bm25s, faiss, math-verify, ...) and ruff, in environments of their own.
+# Peers (trl, peft, bm25s, faiss, math-verify, transformers serve, ...) and ruff, in environments of their own.
 ifneq ($(VENV),)
 DEV := $(VENV)-dev
 DEV_READY := $(DEV)/.ready
@@ -149,13 +304,15 @@ $(VENV)-ruff/bin/ruff:
 	$(PYTHON) -m venv $(VENV)-ruff
 	$(VENV)-ruff/bin/python -m pip install --quiet --disable-pip-version-check ruff==0.17.5
 
-test-interop: $(DEV_READY)  ## the tests against trl, peft, scikit-learn, bm25s, faiss, math-verify
+test-interop: $(DEV_READY)  ## the tests against trl, peft, scikit-learn, bm25s, faiss, math-verify, transformers serve
 	$(DEV_RUN) -m pytest tests/*_interop.py
 
 bench: $(DEV_READY)  ## speed and memory beside the peers; RETRIEVAL and BENCHMARKS name folders with real questions
 	$(DEV_RUN) bench/sandbox.py own
 	$(DEV_RUN) bench/sandbox.py peers
 	$(DEV_RUN) bench/train.py
+	$(DEV_RUN) bench/collect.py rate
+	$(DEV_RUN) bench/collect.py kills
 	$(DEV_RUN) bench/retriever.py dense
 ifdef RETRIEVAL
 	for what in recall speed serve; do $(DEV_RUN) bench/retriever.py $$what \

@@ -70,14 +70,20 @@ def _task_rows(path):
 
 
 def open_search(where, prompts, k=3):
-    """The web_search tool: a function from query to text, over an index folder or a /retrieve URL."""
+    """The web_search tool: a function from query to text, over an index folder or a /retrieve URL.
+
+    Threads may share it. Queries to a dense index that wait at the same moment are one batch: it is read once for all.
+    """
     index = retriever.load(where)
+    if isinstance(index, retriever.Index) and index.manifest["kind"] == "dense":
+        index = retriever.Batcher(index)
 
     def web_search(query):
         texts = []
         for rank, hit in enumerate(index.search([str(query)], k=k)[0], 1):
             title, _, text = hit.contents.partition("\n")
-            texts.append(prompts.fill("search_result", rank=rank, title=title.strip('"'), text=text))
+            about = {"rank": rank, "place": rank - 1, "score": f"{hit.score:.2f}"}
+            texts.append(prompts.fill("search_result", title=title.strip('"'), text=text, **about))
         return "\n\n".join(texts) or "No passages found."
 
     return web_search
