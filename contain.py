@@ -18,10 +18,12 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import gc
 import os
 import platform
 import resource
 import struct
+import sys
 from pathlib import Path
 
 LINUX = os.uname().sysname == "Linux"
@@ -57,19 +59,51 @@ def adopt_orphans():
     _prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
 
 
-# Memory: fork copies page tables, so 2 MiB pages make it several times faster.
+# Memory: fork copies page tables, and what a child writes to is copied page by page. Both are cheap as long as most
+# of the memory is in 2 MiB pages that no child writes to.
+
+
+def _own_memory():
+    """[(start, end, is it the heap?)] of this process's anonymous memory."""
+    areas = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        fields = line.split()
+        if fields[1] == "rw-p" and fields[4] == "0" and (len(fields) == 5 or fields[5] == "[heap]"):
+            start, end = (int(side, 16) for side in fields[0].split("-"))
+            areas.append((start, end, len(fields) > 5))
+    return areas
+
+
+def fill_holes():
+    """Take the free places between living objects for good, so that new objects go to new pages.
+
+    Returns what keeps them taken. Python's own allocator has places of 16 to 512 bytes; glibc's are of any size.
+    """
+    areas, taken = _own_memory(), []
+    is_new = lambda address: not any(start <= address < end for start, end, _ in areas)  # noqa: E731
+    gc.collect()  # empties the lists of freed objects that Python keeps for reuse
+    for size in range(512, 0, -16):
+        while not taken or not is_new(id(taken[-1])):
+            taken.append(bytes(size - sys.getsizeof(b"")) if size > 33 else object())
+        taken.append(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+        libc.free.argtypes = [ctypes.c_void_p]
+        libc.malloc_trim(0)
+        top = max((end for _, end, heap in _own_memory() if heap), default=0) - 4096
+        for size in range(1 << 16, 0, -16):
+            while (place := libc.malloc(size)) < top:
+                pass
+            libc.free(place)
+    return taken
 
 
 def collapse_heap():
     """Put this process's anonymous memory on huge pages (MADV_COLLAPSE, Linux 6.1; elsewhere nothing happens)."""
     huge = 2 << 20
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        fields = line.split()
-        start, end = (int(side, 16) for side in fields[0].split("-"))
-        if fields[1] == "rw-p" and fields[4] == "0" and (len(fields) == 5 or fields[5] == "[heap]"):
-            first, last = -(-start // huge) * huge, end // huge * huge
-            for address in range(first, last, huge):
-                libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(huge), 25)
+    for start, end, _ in _own_memory():
+        for address in range(-(-start // huge) * huge, end // huge * huge, huge):
+            libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(huge), 25)
 
 
 # Namespaces: what is not there cannot be reached.

@@ -155,7 +155,7 @@ class _State:
 
     def __init__(self, channel, settings, home):
         self.channel, self.settings, self.scratch = channel, settings, home
-        self.output, self.step_number, self.children = _Output(), 0, {}
+        self.output, self.step_number, self.children, self.final = _Output(), 0, {}, None
         self.main = types.ModuleType("__main__")
         self.given = {"final_answer": self.final_answer}
         self.given |= {name: self.make_tool(name) for name in settings["tools"]}
@@ -435,9 +435,11 @@ class _Warm:
             os.chmod(self.folder, 0o711)
             self.link = self.folder + "/tmp"
             os.symlink(f"/proc/self/fd/{SCRATCH}", self.link)
+        _rehearse()
         gc.collect()
         gc.freeze()  # a collection in a child would touch, and so copy, every page
         if contain.LINUX:
+            self.taken = contain.fill_holes()
             contain.collapse_heap()
 
     def serve(self):
@@ -578,6 +580,17 @@ def _import_quietly():
     numpy.random.seed(0)
     sys.set_int_max_str_digits(0)
     return datetime, statistics, tempfile, sympy
+
+
+def _rehearse():
+    """Go through what a step does, so that what Python writes down the first times is in no child's way."""
+    main = sys.modules["__main__"]
+    state = _State(None, {"tools": [], "limit": 100}, "")
+    for _ in range(20):
+        for code in ("x = [1]\nfor i in x: print(i)\nx", "1 / 0", "1 +"):
+            pack(state.execute(code))
+    linecache.cache.clear()
+    sys.modules["__main__"] = main
 
 
 def _main(descriptor):
