@@ -9,11 +9,13 @@ import dataclasses
 
 import numpy as np
 import torch
-from transformers import DynamicCache, LogitsProcessor, StoppingCriteria
-from transformers.cache_utils import DynamicLayer
+from transformers import LogitsProcessor, StoppingCriteria
 
 from chat import render
 from client import cut_at_stop
+from kv_cache import ATTENTION, Cache
+
+SEGMENT = 32  # tokens of one generate call
 
 
 @dataclasses.dataclass
@@ -34,10 +36,13 @@ class Student:
 
     def __init__(self, model, tokenizer, *, n=1, temperature=0.0, top_p=1.0, max_tokens=1024, batch=None, seed=0):
         self.model, self.tokenizer = model.eval(), tokenizer
-        self.n, self.temperature, self.top_p, self.max_tokens = n, temperature, top_p, max_tokens
-        self.seed = seed
+        self.n, self.temperature, self.max_tokens, self.seed = n, temperature, max_tokens, seed
+        self.nucleus = {"temperature": temperature, "top_p": top_p}
         self.batch = batch or self._batch_that_fits()
+        if n > 1 and model.config._attn_implementation == "sdpa":
+            model.set_attn_implementation(ATTENTION)
         self.stop_ids = sorted({tokenizer.eos_token_id, *_as_list(model.generation_config.eos_token_id)} - {None})
+        self.stop_tensor = torch.tensor(self.stop_ids, device=model.device)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.stop_ids[0]
 
     def answer(self, turns, keys, stop=()):
@@ -84,44 +89,73 @@ class Student:
 
     @torch.inference_mode()
     def _generate(self, prompts, keys, stop, room):
-        """One generate call. prompts: B lists of token ids. Returns B Answers of n texts."""
-        length = max(map(len, prompts))
-        ids = torch.full((len(prompts), length), self.pad_id)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):  # left-padded: generation goes on at the right edge
-            ids[row, length - len(prompt) :] = torch.tensor(prompt)
-            mask[row, length - len(prompt) :] = 1
-        ids, mask = ids.to(self.model.device), mask.to(self.model.device)
+        """prompts: B lists of token ids. Returns B Answers of n texts.
+
+        generate is called for SEGMENT new tokens at a time: sequences that have ended leave between the calls, and the
+        others don't drag them along until the longest one is done.
+        """
+        ids, mask = self._pad(prompts)
+        length = ids.shape[1]
         new = min(self.max_tokens, room - length)
-        processors = []
-        if self.temperature > 0:
-            draws = np.stack([np.random.default_rng(key).random((self.n, new)) for key in keys])  # (B, n, new)
-            draws = torch.tensor(draws.reshape(-1, new), dtype=torch.float32, device=ids.device)
-            processors = [SampleByInverse(draws, length, self.temperature, self.top_p)]
-        cache = roomy_cache(self.model.config, new)
+        draws = self._draws(keys, new)
+        cache = Cache(self.model.config, SEGMENT)
         if self.n > 1:
             self._prefill(cache, ids, mask)
             ids, mask = ids.repeat_interleave(self.n, 0), mask.repeat_interleave(self.n, 0)  # (B*n, L)
-        out = self.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            do_sample=False,
-            max_new_tokens=new,
-            logits_processor=processors,
-            stopping_criteria=[StopAtStrings(self.tokenizer, stop, length)] if stop else [],
-            eos_token_id=self.stop_ids,
-            pad_token_id=self.pad_id,
-            **_NEUTRAL,
-        )[:, length:]  # (B*n, new tokens)
-        texts = [cut_at_stop(text, stop) for text in self.tokenizer.batch_decode(out, skip_special_tokens=True)]
-        new_tokens = (out != self.pad_id).sum(1).view(-1, self.n).sum(1).tolist()  # (B,)
+        written = ids.new_full((len(ids), new), self.pad_id)  # the answers
+        rows = torch.arange(len(ids), device=ids.device)  # the answers that have not ended
+        while len(rows):
+            stopping = StopAtStrings(self.tokenizer, stop, length) if stop else None
+            start = ids.shape[1] - length
+            ids = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                do_sample=False,
+                max_new_tokens=min(SEGMENT, new - start),
+                logits_processor=[] if draws is None else [SampleByInverse(draws[rows], length, **self.nucleus)],
+                stopping_criteria=[stopping] if stopping else [],
+                eos_token_id=self.stop_ids,
+                pad_token_id=self.pad_id,
+                **_NEUTRAL,
+            )
+            grown = ids[:, length + start :]
+            written[rows, start : start + grown.shape[1]] = grown
+            ended = torch.isin(grown, self.stop_tensor).any(1)
+            if stopping:
+                ended |= stopping.done
+            if ids.shape[1] == length + new:
+                break
+            going = (~ended).nonzero()[:, 0]
+            rows, ids, mask = rows[going], ids[going], mask[going]
+            mask = torch.cat([mask, mask.new_ones(grown[going].shape)], 1)
+            if len(going) < len(ended):
+                cache.keep(going)
+        texts = [cut_at_stop(text, stop) for text in self.tokenizer.batch_decode(written, skip_special_tokens=True)]
+        new_tokens = (written != self.pad_id).sum(1).view(-1, self.n).sum(1).tolist()  # (B,)
         return [
             Answer(texts[i * self.n : (i + 1) * self.n], len(prompt), new_tokens[i]) for i, prompt in enumerate(prompts)
         ]
 
+    def _pad(self, prompts):
+        """(B, L) ids and mask, left-padded: generation goes on at the right edge."""
+        length = max(map(len, prompts))
+        ids = torch.full((len(prompts), length), self.pad_id)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, length - len(prompt) :] = torch.tensor(prompt)
+            mask[row, length - len(prompt) :] = 1
+        return ids.to(self.model.device), mask.to(self.model.device)
+
+    def _draws(self, keys, new):
+        """(B*n, new) uniform numbers, each row from its own key; None where nothing is drawn."""
+        if self.temperature == 0:
+            return None
+        draws = np.stack([np.random.default_rng(key).random((self.n, new)) for key in keys])  # (B, n, new)
+        return torch.tensor(draws.reshape(-1, new), dtype=torch.float32, device=self.model.device)
+
     def _prefill(self, cache, ids, mask):
-        """Compute keys and values of all prompt tokens but the last once, and repeat them for the n samples.
+        """Compute keys and values of all prompt tokens but the last once, for the n samples to share.
 
         generate computes the last token itself: it needs at least one to start from.
         """
@@ -136,51 +170,7 @@ class Student:
             use_cache=True,
             logits_to_keep=1,
         )
-        cache.batch_repeat_interleave(self.n)
-
-
-class RoomyLayer(DynamicLayer):
-    """A layer of the key-value cache with room for the new tokens.
-
-    DynamicLayer copies itself to append a token; with many sequences on a CPU that took most of the time.
-    """
-
-    def __init__(self, room):
-        super().__init__()
-        self.room = room
-        self.stores = None  # keys and values, (rows, heads, capacity, head size) each; self.keys is a view of the first
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        start, new = self.get_seq_length(), key_states.shape[-2]
-        if self.stores is None or start + new > self.stores[0].shape[-2]:
-            old = (self.keys, self.values) if start else (key_states[..., :0, :], value_states[..., :0, :])
-            self._allocate(old, start + new + self.room, 1)
-        for store, states in zip(self.stores, (key_states, value_states), strict=True):
-            store[..., start : start + new, :] = states
-        self.keys, self.values = (store[..., : start + new, :] for store in self.stores)
-        return self.keys, self.values
-
-    def batch_repeat_interleave(self, repeats):
-        length = self.get_seq_length()
-        if length:
-            self._allocate((self.keys, self.values), length + 1 + self.room, repeats)
-            self.keys, self.values = (store[..., :length, :] for store in self.stores)
-
-    def _allocate(self, old, capacity, repeats):
-        """New stores that start with the old states, each row `repeats` times."""
-        rows, heads, length, size = old[0].shape
-        self.stores = [states.new_empty(rows * repeats, heads, capacity, size) for states in old]
-        for store, states in zip(self.stores, old, strict=True):
-            store.view(rows, repeats, heads, capacity, size)[..., :length, :] = states[:, None]
-
-
-def roomy_cache(config, room):
-    """A DynamicCache whose full-attention layers hold `room` new tokens without copying; others stay as they are."""
-    cache = DynamicCache(config=config)
-    cache.layers = [RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
+        cache.share(self.n)
 
 
 # A checkpoint's generation_config.json may bring sampling settings along; decoding here is what is asked for.
