@@ -153,6 +153,8 @@ def run(config):
     for task in tasks:
         task.setdefault("domain", config.domain or "out")
     out = Path(config.out)
+    if torch.cuda.is_available():  # under torchrun, each process has a GPU of its own; "cuda" is this one from here on
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     prompts, search = _prompts_and_search(config, tasks)
     with Journal(out / f"transcripts.{shard}.jsonl") as journal:
         done = {(row["task"], row["id"]) for row in report.transcripts(out)}

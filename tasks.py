@@ -76,6 +76,7 @@ def open_search(where, prompts, k=3):
     """
     index = retriever.load(where)
     if isinstance(index, retriever.Index) and index.manifest["kind"] == "dense":
+        index.top(["warm-up"], 1)  # its vectors take their room on a GPU before a student takes the rest
         index = retriever.Batcher(index)
 
     def web_search(query):
