@@ -298,7 +298,10 @@ def available_memory():
 
 
 def folder_bytes(folder):
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    """What an earlier run has brought or built here already."""
+    names = ("download", "hub", "index")
+    files = [folder / "passages.jsonl", *(path for name in names for path in (folder / name).rglob("*"))]
+    return sum(path.stat().st_size for path in files if path.is_file())
 
 
 def refuse_what_cannot_be(config, machine, chosen, download, used):
@@ -307,7 +310,7 @@ def refuse_what_cannot_be(config, machine, chosen, download, used):
     if need > machine["disk"]:
         raise InputError(f"PASSAGES={config.passages}: {gb(need)} of disk are needed in {config.to}, "
                          f"{gb(machine['disk'])} are free; name another PAPER= folder, or other passages")  # fmt: skip
-    room = max(machine["memory"], machine["gpu_memory"] if chosen.gpu else 0)
+    room = max(machine["memory"], 0.8 * machine["gpu_memory"] if chosen.gpu else 0)  # as dense.py decides
     if chosen.memory > room:
         raise InputError(f"PASSAGES={config.passages}: {gb(chosen.memory)} of memory are needed, here are {gb(room)}; "
                          "PASSAGES=wiki needs less, and a server's URL nothing")  # fmt: skip

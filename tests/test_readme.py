@@ -27,7 +27,9 @@ def commands():
     texts |= {name: (ROOT / name).read_text(encoding="utf-8").split('"""')[1] for name in SCRIPTS}
     for where, text in texts.items():
         text = text.replace("\\\n", " ").replace("\\$$TEACHER_URL", "URL")
-        for script, rest in re.findall(r"(?:python|\$\(RUN\)(?: \$\(TORCHRUN\))?|torchrun.*?) ([a-z_]+\.py)([^`\n#|]*)", text):
+        for script, rest in re.findall(
+            r"(?:python|\$\(RUN\)(?: \$\(TORCHRUN\))?|torchrun.*?) ([a-z_]+\.py)([^`\n#|]*)", text
+        ):
             if script in SCRIPTS:
                 yield where, script, rest
 
