@@ -393,9 +393,9 @@ class Fetcher:
         """Fetch one part to its place in the file, from the first address that gives it whole and right."""
         failures = []
         for base in self.bases:
-            url = f"{base}/{part.address}"
+            url, host = f"{base}/{part.address}", base == self.bases[-1]
             try:
-                self.fill(file, start, part, url, bar)
+                self.fill(file, start, part, url, host, bar)
                 size = size_of(file) - start if part.bytes is None else part.bytes
                 file.seek(start)
                 sha256 = hash_bytes(file, size)
@@ -408,13 +408,13 @@ class Fetcher:
                 failures.append(failure)
         raise failures[-1].error("; ".join(map(str, failures)))
 
-    def fill(self, file, start, part, url, bar):
+    def fill(self, file, start, part, url, host, bar):
         """Append to the file until it holds the part. Attempts that bring nothing are counted; others are not."""
         attempt = 0
         while part.bytes is None or size_of(file) < start + part.bytes:
             before = size_of(file)
             try:
-                self.request(file, start, part, url, bar)
+                self.request(file, start, part, url, host, bar)
                 return
             except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError) as error:
                 reason = str(error) if isinstance(error, requests.HTTPError) else type(error).__name__
@@ -423,14 +423,14 @@ class Fetcher:
                 raise Unusable(f"{url}: {reason}; gave up after {attempt} attempts; what came is kept", ServerError)
             time.sleep(min(BACKOFF * 2 ** (attempt - 1), BACKOFF_MAX))
 
-    def request(self, file, start, part, url, bar):
+    def request(self, file, start, part, url, host, bar):
         """One attempt to append what is missing; returns when the part is whole.
 
         Raises Unusable for what no further attempt would change, and requests' errors for what may pass.
         """
         have = size_of(file) - start
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-        if self.token and url.startswith(self.bases[-1]):  # never to a mirror; led elsewhere, requests drops it
+        if self.token and host:  # never to a mirror; and when the host leads elsewhere, requests drops it
             headers["Authorization"] = f"Bearer {self.token}"
         with requests.get(url, headers=headers, stream=True, timeout=(10.0, self.config.timeout)) as response:
             first, total = offered(response)
@@ -453,14 +453,12 @@ class Fetcher:
     def append(self, file, response, bar):
         try:
             file.seek(0, os.SEEK_END)
-            for chunk in response.iter_content(1 << 20):
+            while chunk := response.raw.read1(1 << 18):  # what has come; a whole buffer would be lost with the line
                 rest = memoryview(chunk)
                 while rest:
                     rest = rest[file.write(rest) :]
                 if bar is not None:
                     bar.update(size_of(file) - bar.n)
-        except requests.exceptions.RequestException:  # which is an OSError, too
-            raise
         except OSError as error:
             raise InputError(f"{file.name}: {error.strerror}; what came is kept, the same command goes on") from None
 
