@@ -160,9 +160,10 @@ def killed_again_and_again(folder, teacher, kills, limit, seed=0):
             if counts["kills"] < kills:
                 if rng.random() < 0.8:
                     wait_for_request(seen, before, process)
-                time.sleep(rng.uniform(0, 0.25))
+                time.sleep(rng.uniform(0, 0.3))
                 process.send_signal(signal.SIGKILL)
             status = process.wait()
+            time.sleep(0.05)  # what it had sent is read by now
             asked = [question_of(body) for _, body, _ in seen[before:]]
             counts["asked again"] += sum(question in finished for question in asked)
             if status != -signal.SIGKILL:
