@@ -456,8 +456,8 @@ class Spending:
     def summary(self):
         tokens = f"{self.usage['prompt_tokens']:,} + {self.usage['completion_tokens']:,} tokens"
         cost = f", cost {self.cost():.2f}" if self.cost() else ""
-        retries = f", {self.usage['retries']} retries" if self.usage["retries"] else ""
-        return f"{self.right / max(self.rows, 1):.1%} right, {tokens}{cost}{retries}"
+        trouble = "".join(f", {self.usage[name]} {name}" for name in ("retries", "truncated") if self.usage[name])
+        return f"{self.right / max(self.rows, 1):.1%} right, {tokens}{cost}{trouble}"
 
 
 if __name__ == "__main__":

@@ -50,10 +50,12 @@ class _Retry(Exception):
 
 @dataclasses.dataclass
 class Reply:
-    """texts: n continuations, cut before the first stop string. usage: token and request counts."""
+    """texts: n continuations, cut before the first stop string.
+
+    usage: counts of tokens, requests, retries, and texts that ended at the token limit ("truncated").
+    """
 
     texts: list
-    finish_reasons: list
     usage: dict
     model: str
 
@@ -104,7 +106,8 @@ class Client:
     def _ask(self, path, body, n, sampling):
         """Collect n choices. Some servers ignore n: what is missing is asked for again, one at a time."""
         body = {"model": self.model, **body, **{k: v for k, v in sampling.items() if v is not None}}
-        reply = Reply([], [], {"prompt_tokens": 0, "completion_tokens": 0, "requests": 0, "retries": 0}, self.model)
+        names = ("prompt_tokens", "completion_tokens", "requests", "retries", "truncated")
+        reply = Reply([], dict.fromkeys(names, 0), self.model)
         while len(reply.texts) < n:
             missing = 1 if self._one_choice else n - len(reply.texts)
             request = {**body, "n": missing} if missing > 1 else dict(body)
@@ -112,8 +115,9 @@ class Client:
                 request["seed"] += len(reply.texts)  # or every further answer would be the first one again
             answer, retries = self._post_with_retries(path, request)
             for choice in answer["choices"][:missing]:
-                reply.texts.append(cut_at_stop(_text(choice), body.get("stop") or []))
-                reply.finish_reasons.append(choice.get("finish_reason"))
+                text = _text(choice).encode("utf-8", "replace").decode()  # no file takes half a surrogate pair
+                reply.texts.append(cut_at_stop(text, body.get("stop") or []))
+                reply.usage["truncated"] += choice.get("finish_reason") == "length"
             self._one_choice |= len(answer["choices"]) < missing
             usage = answer.get("usage") or {}
             for name in ("prompt_tokens", "completion_tokens"):
@@ -176,7 +180,7 @@ class Client:
         self._check_status(url, response, content)
         try:
             answer = json.loads(content)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise _Retry("the answer is not JSON") from None
         if method == "POST":
             _check_choices(answer)
@@ -218,8 +222,8 @@ class Client:
 
     def _first_model(self):
         self.model = None
-        url = self.endpoints[0].url
         for attempt in range(self.retries + 1):
+            url = self.endpoints[attempt % len(self.endpoints)].url
             try:
                 listed = self._request("GET", url + "/models")
                 return listed["data"][0]["id"]
@@ -237,7 +241,13 @@ def _check_choices(answer):
     choices = answer.get("choices") if isinstance(answer, dict) else None
     if not isinstance(choices, list) or not choices:
         raise _Retry("the answer has no choices")
-    if not all(isinstance(_text(choice), str) for choice in choices):
+    try:
+        whole = isinstance(answer.get("usage") or {}, dict) and all(
+            isinstance(_text(choice), str) for choice in choices
+        )
+    except (AttributeError, TypeError):
+        whole = False
+    if not whole:
         raise _Retry("the answer has no text")
 
 
@@ -386,16 +396,17 @@ def in_parallel(function, items, workers):
     Daemon threads and no executor: Ctrl-C leaves at once instead of waiting for answers in flight.
     """
     items, lock, results, stopped = iter(items), threading.Lock(), queue.Queue(), threading.Event()
+    end = object()  # of the items, and of a thread
 
     def work():
         try:
             while not stopped.is_set():
                 with lock:
-                    item = next(items, None)
-                if item is None:
+                    item = next(items, end)
+                if item is end:
                     break
                 results.put((function(item), None))
-            results.put((None, None))
+            results.put((end, None))
         except BaseException as error:
             results.put((None, error))
 
@@ -407,7 +418,7 @@ def in_parallel(function, items, workers):
             result, error = results.get()
             if error is not None:
                 raise error
-            if result is None:
+            if result is end:
                 threads.pop()
             else:
                 yield result

@@ -36,6 +36,10 @@ PASSING = {
     "a list": ("raw", b"[]"),
     "no choices": {"choices": []},
     "null choices": {"choices": None},
+    "no choice": {"choices": [None]},
+    "no message": {"choices": [{"message": "fine"}]},
+    "no usage": {"choices": [{"text": "fine"}], "usage": "much"},
+    "nested too deep": ("raw", b"[" * 100_000),
     "null content": {"choices": [{"message": {"role": "assistant", "content": None}}]},
     "hang": ("hang", 2.0),
     "drip": ("drip", 0.1),
@@ -101,6 +105,13 @@ def test_a_server_that_ignores_n_is_asked_n_times_with_other_seeds():
         assert reply.usage["requests"] == 3 and reply.usage["completion_tokens"] == 6
 
 
+def test_half_a_surrogate_pair_and_a_truncated_text_are_answers():
+    """Servers that cut a text by UTF-16 units leave such halves, which no file could take."""
+    with serve(lambda *request: completion("cut \ud83d", finish_reason="length")) as (url, _):
+        reply = Client([url]).chat(HELLO, n=2)
+        assert reply.texts == ["cut ?", "cut ?"] and reply.usage["truncated"] == 2
+
+
 def test_stop_strings_left_in_the_text_are_cut():
     with serve(lambda *request: completion("code ```<end_code> and Observation: made up")) as (url, _):
         assert Client([url]).chat(HELLO, stop=["<end_code>", "Observation:"]).texts == ["code ```"]
@@ -127,6 +138,13 @@ def test_a_dead_endpoint_is_left_out_and_tried_again():
         time.sleep(0.25)
         asker.endpoints[1].busy = 1  # the other one is the less busy now
         assert asker.chat(HELLO).texts == ["second"]
+
+
+def test_the_first_endpoint_may_be_dead_at_the_start():
+    with serve(lambda *r: completion("first")) as (dead, _):
+        pass
+    with serve(lambda *r: completion("second")) as (url, _):
+        assert Client([dead, url]).chat(HELLO).texts == ["second"]
 
 
 def test_least_busy_first():
@@ -234,6 +252,7 @@ def test_a_tokenizer_that_cannot_render_is_one_line(tiny_tokenizer, tmp_path, na
 
 def test_in_parallel_gives_every_result_and_raises_the_first_error():
     assert sorted(in_parallel(lambda x: x * x, range(1, 50), 7)) == [x * x for x in range(1, 50)]
+    assert list(in_parallel(lambda x: None, [None, 1, 2], 2)) == [None] * 3
 
     def fail(x):
         if x == 20:

@@ -115,6 +115,7 @@ def test_a_server_full_of_faults_gives_the_same_file(world, method, limit, monke
     assert set(faulty.answered.values()) == {1} and len(seen) == sum(faulty.attempts.values())
     assert sum(row["usage"].get("retries", 0) for row in rows) == faulty.retried > len(seen) // 3
     errors = {row["error"] for row in rows if row["stop"] == "error"}
+    assert sum(row["usage"].get("truncated", 0) for row in rows) > 0
     assert len(errors) == 1 and "400: This model's maximum context length" in errors.pop()
     if method == "cot":
         assert len(seen) > 2500 and set(faulty.faults) == set(PASSING)
