@@ -257,7 +257,8 @@ $(ROW).prefix.%/.done: $(TRAINED)/prefix/summary.json $(PAPER)/tasks/.done $(IND
 # The authors' own student, as an adapter that names its base; it knows search results in their wording.
 AUTHORS := agent-distillation/agent_distilled_Qwen2.5-1.5B-Instruct
 AUTHORS_FOLDER := $(PAPER)/hub/models--$(subst /,--,$(AUTHORS))/snapshots
-paper-authors: $(foreach row,greedy sc8,$(RESULTS)/authors-1.5B.$(row)/.done)  ## evaluate the authors' 1.5B student
+AUTHORS_ROWS ?= greedy sc8
+paper-authors: $(foreach row,$(AUTHORS_ROWS),$(RESULTS)/authors-1.5B.$(row)/.done)  ## evaluate the authors' 1.5B student
 $(RESULTS)/authors-1.5B.%/.done: $(PAPER)/tasks/.done $(INDEX_DONE)
 	$(RUN) sources.py download $(AUTHORS) Qwen/Qwen2.5-1.5B-Instruct $(FETCH_OPTIONS)
 	mkdir -p $(PAPER)/prompts-authors && cp prompts/*.txt $(PAPER)/prompts-authors
@@ -270,7 +271,7 @@ paper-report: paper-evaluate  ## the table and the page, beside the paper's figu
 	@$(RUN) evaluate.py report $(RESULTS)
 
 REHEARSAL ?= runs/rehearsal
-REHEARSED = $(MAKE) --no-print-directory YES=1 MAX_TOKENS=12 PAPER=$(REHEARSAL)/paper \
+REHEARSED = $(MAKE) --no-print-directory -j$(JOBS) YES=1 MAX_TOKENS=12 PAPER=$(REHEARSAL)/paper \
   SOURCES=$(REHEARSAL)/stand-ins/sources.json
 rehearse: $(READY)  ## make paper on small stand-ins, offline: every stage, both indexes, a teacher
 	$(RUN) rehearsal.py $(REHEARSAL)/stand-ins --then '$(REHEARSED) paper && \

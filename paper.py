@@ -150,8 +150,8 @@ def unpack(config):
                 while chunk := source.read(1 << 20):
                     file.write(chunk)
                     bar.update(len(chunk))
-                if bar.n != member.size:
-                    raise tarfile.ReadError(f"it ends after {bar.n} of {member.size} bytes")
+                if file.tell() != member.size:
+                    raise tarfile.ReadError(f"it ends after {file.tell()} of {member.size} bytes")
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         raise InputError(f"{config.archive}: {error}; a gzipped tar of one file was expected") from None
     print(f"{config.out}: {gb(member.size)}")
