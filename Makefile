@@ -30,7 +30,7 @@ export TOKENIZERS_PARALLELISM := false
 .SECONDARY:
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 27
 
 setup: $(READY)  ## make .venv with the pinned packages
 $(VENV)/.ready: requirements.txt
@@ -327,5 +327,5 @@ lint: $(if $(VENV),$(RUFF))  ## ruff, format and rules
 	$(RUFF) check .
 	$(RUFF) format --check .
 
-clean:  ## remove the runs; environments stay
-	rm -rf runs
+clean:  ## remove the miniature's and the rehearsal's runs; environments and runs/paper stay
+	rm -rf $(RUNS) $(REHEARSAL)

@@ -1,6 +1,9 @@
 """README, Makefile, docstrings and --help agree with the code: files, commands, options, targets."""
 
+import ast
+import dataclasses
 import functools
+import importlib
 import re
 import subprocess
 import sys
@@ -68,6 +71,39 @@ def test_every_make_target_shown_is_there():
     assert shown and shown <= targets
     listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True).stdout
     assert all(f"make {target}" in listed for target in shown)
+
+
+# Paper detail -> code -> setting
+
+
+@functools.cache
+def paper_commands():
+    """What `make paper` would run, with every kind of option that the table speaks of."""
+    variables = ["VENV=", f"PYTHON={sys.executable}", "YES=1", "PASSAGES=e5", "JUDGE_URL=http://judge", "PAPER=nowhere"]
+    return subprocess.run(["make", "-n", "paper", *variables], cwd=ROOT, capture_output=True, text=True).stdout
+
+
+DETAILS = re.findall(r"^\| ([^|]+) \| (?:`([^`]*)`)? ?\| `(\w+)\.([\w.]+)` \| (?:`(--[^`]*)`)? ?\|$", README, re.M)
+
+
+def test_the_table_of_details_is_read():
+    table = README.split("| detail of the paper |")[1].split("\n\n")[0]
+    assert len(DETAILS) == table.count("\n") - 1 > 20
+
+
+@pytest.mark.parametrize("detail, value, module, name, flag", DETAILS, ids=[row[0] for row in DETAILS])
+def test_each_detail_of_the_paper_is_where_the_table_says(detail, value, module, name, flag):
+    """The default of the named option, or the named constant, is the value; `make paper` passes the flag."""
+    owner, *rest = name.split(".")
+    found = getattr(importlib.import_module(module), owner)
+    if rest:
+        found = next(field.default for field in dataclasses.fields(found) if [field.name] == rest)
+    if value:
+        assert found == ast.literal_eval(value), detail
+    else:
+        assert callable(found), detail
+    if flag:
+        assert re.search(rf"(?<!\S){re.escape(flag)}(?!\S)", paper_commands()), detail
 
 
 def test_requirements_are_pinned():
