@@ -113,16 +113,14 @@ def table(head, rows):
 METHODS = ["cot none", "cot-rag none", "agent none", "cot distill", "cot-rag distill", "agent distill",
            "agent distill+prefix"]  # fmt: skip
 
-PAPER = """\
-The paper's averages over its eight tasks (%), Qwen2.5-Instruct students, for orientation:
-
-| | 0.5B | 1.5B | 3B | 7B |
-|---|---|---|---|---|
-| CoT distill | 13.64 | 21.28 | 27.72 | 33.54 |
-| CoT distill + RAG | 15.90 | 24.64 | 28.53 | 32.16 |
-| agent distill | 19.24 | 28.06 | 33.60 | 39.85 |
-| agent distill + first-thought prefix + SC-action | 21.90 | 30.55 | 36.60 | 42.68 |
-"""
+# The paper's averages over its eight tasks, in %, of Qwen2.5-Instruct students with these numbers of parameters.
+PAPER_SIZES = {494_032_768: "0.5B", 1_543_714_304: "1.5B", 3_085_938_688: "3B", 7_615_616_512: "7B"}
+PAPER = {
+    ("cot distill", "greedy"): ("CoT distill", [13.64, 21.28, 27.72, 33.54]),
+    ("cot-rag distill", "greedy"): ("CoT distill + RAG", [15.90, 24.64, 28.53, 32.16]),
+    ("agent distill", "greedy"): ("agent distill", [19.24, 28.06, 33.60, 39.85]),
+    ("agent distill+prefix", "sc8"): ("agent distill + first-thought prefix + SC-action", [21.90, 30.55, 36.60, 42.68]),
+}
 
 
 class System:
@@ -146,6 +144,11 @@ class System:
 
     def counts(self, domain=None):
         return [tuple(c) for task, c in self.tasks.items() if domain in (None, self.domains[task])]
+
+    def paper(self):
+        """The paper's average for a student of this very size under this method; None if it has none."""
+        if self.parameters in PAPER_SIZES and (self.method, self.decoding) in PAPER:
+            return PAPER[self.method, self.decoding][1][list(PAPER_SIZES).index(self.parameters)]
 
     def average(self, domain=None):
         """Mean accuracy over tasks, as the paper averages, with its 95 % interval; None without tasks."""
@@ -179,7 +182,7 @@ def task_order(systems):
 def markdown(folder):
     """The report as Markdown: accuracies, the paper's comparison, errors."""
     systems = load_systems(folder)
-    parts = [_accuracy_table(systems, task_order(systems)), _comparison(systems), _error_table(systems), PAPER]
+    parts = [_accuracy_table(systems, task_order(systems)), _comparison(systems), _error_table(systems), _paper_table()]
     return "\n".join(part for part in parts if part)
 
 
@@ -215,21 +218,24 @@ def html(folder, per_task=10):
 def _plain(system):
     averages = {"all": system.average(), "in": system.average("in"), "out": system.average("out")}
     names = ("model", "method", "decoding", "parameters", "tasks")
-    return {name: getattr(system, name) for name in names} | {"size": _size(system.parameters)} | averages
+    about = {"size": _size(system.parameters), "paper": system.paper()}
+    return {name: getattr(system, name) for name in names} | about | averages
 
 
 def _accuracy_table(systems, names):
     head = ["student", "parameters", "method", "decoding", *names, "in-domain", "out-of-domain", "average [95 %]"]
+    compared = any(s.paper() for s in systems)  # with the paper's own students
     rows = []
     for s in systems:
         cells = [f"{100 * s.tasks[t][0] / s.tasks[t][1]:.0f}" if t in s.tasks else "" for t in names]
         domains = [f"{100 * s.average(d)[0]:.1f}" if s.average(d) else "" for d in ("in", "out")]
-        rows.append([s.model, _size(s.parameters), s.method, s.decoding, *cells, *domains, _average(s)])
+        paper = [s.paper() or ""] * compared
+        rows.append([s.model, _size(s.parameters), s.method, s.decoding, *cells, *domains, _average(s), *paper])
     n = sorted({n for s in systems for _, n in s.tasks.values()})
     runs = max(len(s.runs) for s in systems)
     pooled = f", pooled over up to {runs} seeds" if runs > 1 else ""
     note = f"{n[0]} to {n[-1]} questions a task and system{pooled}; the average is over tasks, as in the paper."
-    return f"Accuracy, %:\n\n{table(head, rows)}\n\n{note}\n"
+    return f"Accuracy, %:\n\n{table(head + ['paper'] * compared, rows)}\n\n{note}\n"
 
 
 def _comparison(systems):
@@ -262,6 +268,12 @@ def _error_table(systems):
     head = ["student", "method", "decoding", *names]
     rows = [[s.model, s.method, s.decoding, *(f"{np.mean(s.errors[name]):.2f}" for name in names)] for s in systems]
     return f"Means a question:\n\n{table(head, rows)}\n"
+
+
+def _paper_table():
+    rows = [[name, *(f"{figure:.2f}" for figure in figures)] for name, figures in PAPER.values()]
+    title = "The paper's averages over its eight tasks (%), Qwen2.5-Instruct students, for orientation:"
+    return f"{title}\n\n{table(['', *PAPER_SIZES.values()], rows)}\n"
 
 
 def _average(system):

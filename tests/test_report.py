@@ -52,6 +52,23 @@ def test_tables_pool_seeds_and_average_over_tasks(tmp_path):
     assert "| +70.0 | apart |" in comparison[0] and "M: cot distill" in comparison[1]
 
 
+def test_the_papers_own_students_stand_beside_its_figures(tmp_path):
+    """Known by their exact number of parameters; other students, and rows that the paper lacks, have no figure."""
+    rights = {"hotpotqa": [1, 0]}
+    write_run(tmp_path / "x" / "a", "Q", "agent", rights, parameters=1_543_714_304)
+    write_run(tmp_path / "x" / "b", "Q", "cot", rights, parameters=1_543_714_304)
+    write_run(tmp_path / "x" / "c", "S", "cot", rights)
+    head, _, *rows = [line.split(" | ") for line in report.markdown(tmp_path).splitlines() if line.startswith("| ")][:5]
+    assert head[-1] == "paper |" and [row[-1] for row in rows] == [" |", "21.28 |", "28.06 |"]
+    figures = [
+        system["paper"] for system in json.loads(report.html(tmp_path).split('id="data">')[1].split("<")[0])["systems"]
+    ]
+    assert figures == [None, 21.28, 28.06]
+    write_run(tmp_path / "y" / "c", "S", "cot", rights)
+    assert "paper |" not in report.markdown(tmp_path / "y")
+    assert "| agent distill | 19.24 | 28.06 | 33.60 | 39.85 |" in report.markdown(tmp_path / "y")
+
+
 def test_nothing_to_report_is_one_line(tmp_path):
     with pytest.raises(InputError, match="no results.json below it"):
         report.markdown(tmp_path)
