@@ -240,11 +240,11 @@ EVALUATE_PAPER = $(OFFLINE) $(RUN) $(TORCHRUN) evaluate.py $(PAPER)/tasks/test/*
 SC_ACTION = --sc 8 --temperature 0.4 --top-p 0.8
 ROW := $(RESULTS)/$(notdir $(STUDENT))
 $(ROW).base.%/.done: $(PAPER)/tasks/.done $(PAPER)/hub/$(notdir $(STUDENT)).done $(INDEX_DONE)
-	$(EVALUATE_PAPER) --model $(STUDENT) --training none --method $(basename $*) $(SEARCH_PASSAGES) \
-	  $(if $(filter %.sc8,$*),$(SC_ACTION))
+	$(EVALUATE_PAPER) --model $(STUDENT) --training none --method $(basename $*) \
+	  $(if $(filter cot,$*),,$(SEARCH_PASSAGES)) $(if $(filter %.sc8,$*),$(SC_ACTION))
 	touch $@
 $(ROW).cot.%/.done: $(TRAINED)/cot/summary.json $(PAPER)/tasks/.done $(INDEX_DONE)
-	$(EVALUATE_PAPER) --model $(TRAINED)/cot --method $* $(SEARCH_PASSAGES)
+	$(EVALUATE_PAPER) --model $(TRAINED)/cot --method $* $(if $(filter cot,$*),,$(SEARCH_PASSAGES))
 	touch $@
 $(ROW).agent.%/.done: $(TRAINED)/agent/summary.json $(PAPER)/tasks/.done $(INDEX_DONE)
 	$(EVALUATE_PAPER) --model $(TRAINED)/agent --method agent $(SEARCH_PASSAGES) $(if $(filter sc8,$*),$(SC_ACTION))
@@ -259,10 +259,12 @@ AUTHORS := agent-distillation/agent_distilled_Qwen2.5-1.5B-Instruct
 AUTHORS_FOLDER := $(PAPER)/hub/models--$(subst /,--,$(AUTHORS))/snapshots
 AUTHORS_ROWS ?= greedy sc8
 paper-authors: $(foreach row,$(AUTHORS_ROWS),$(RESULTS)/authors-1.5B.$(row)/.done)  ## evaluate the authors' 1.5B student
-$(RESULTS)/authors-1.5B.%/.done: $(PAPER)/tasks/.done $(INDEX_DONE)
+$(PAPER)/prompts-authors/.done: | $(PLAN)
 	$(RUN) sources.py download $(AUTHORS) Qwen/Qwen2.5-1.5B-Instruct $(FETCH_OPTIONS)
-	mkdir -p $(PAPER)/prompts-authors && cp prompts/*.txt $(PAPER)/prompts-authors
-	cp prompts/authors/*.txt $(PAPER)/prompts-authors
+	mkdir -p $(@D) && cp prompts/*.txt $(@D)
+	cp prompts/authors/*.txt $(@D)
+	touch $@
+$(RESULTS)/authors-1.5B.%/.done: $(PAPER)/prompts-authors/.done $(PAPER)/tasks/.done $(INDEX_DONE)
 	$(EVALUATE_PAPER) --name authors-1.5B --model $$(echo $(AUTHORS_FOLDER)/*) --method agent \
 	  --prompts $(PAPER)/prompts-authors $(SEARCH_PASSAGES) $(if $(filter sc8,$*),$(SC_ACTION))
 	touch $@
