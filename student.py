@@ -185,17 +185,27 @@ class SampleByInverse(LogitsProcessor):
     one left finite, so that generate's argmax takes it: no generator is shared between episodes.
     """
 
+    HEAD = 256  # the likeliest tokens; they nearly always hold top_p, and are found sooner than all are sorted
+
     def __init__(self, draws, start, temperature, top_p):
         self.draws, self.start, self.temperature, self.top_p = draws, start, temperature, top_p
 
     def __call__(self, input_ids, scores):
         draw = self.draws[:, input_ids.shape[1] - self.start, None]  # (rows, 1)
-        p, order = (scores.float() / self.temperature).softmax(-1).sort(descending=True, stable=True)
-        cumulated = p.cumsum(-1)  # (rows, vocabulary)
+        p = (scores.float() / self.temperature).softmax(-1)  # (rows, vocabulary)
+        head, tokens = p.topk(min(self.HEAD, p.shape[-1]))
+        chosen = self._look_up(head, tokens, draw)
+        wide = head.sum(-1) < self.top_p
+        if wide.any():
+            chosen[wide] = self._look_up(*p[wide].sort(descending=True, stable=True), draw[wide])
+        return torch.full_like(scores, -torch.inf).scatter_(-1, chosen, 0.0)
+
+    def _look_up(self, p, tokens, draw):
+        """p, tokens: (rows, k), likeliest first. Returns the drawn tokens, (rows, 1)."""
+        cumulated = p.cumsum(-1)
         kept = ((cumulated - p) < self.top_p).sum(-1, keepdim=True)
         mass = cumulated.gather(-1, kept - 1)
-        rank = torch.searchsorted(cumulated, draw * mass, right=True).clamp(max=kept - 1)
-        return torch.full_like(scores, -torch.inf).scatter_(-1, order.gather(-1, rank), 0.0)
+        return tokens.gather(-1, torch.searchsorted(cumulated, draw * mass, right=True).clamp(max=kept - 1))
 
 
 class StopAtStrings(StoppingCriteria):

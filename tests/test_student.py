@@ -78,7 +78,10 @@ def test_stop_string_across_tokens_and_prompt(tiny_tokenizer):
     assert done[-1] and not done[0]
 
 
-def test_sampling_follows_the_nucleus_distribution():
+@pytest.mark.parametrize("head", [256, 1])
+def test_sampling_follows_the_nucleus_distribution(monkeypatch, head):
+    """With a head of one of the two tokens that the nucleus holds, all are sorted."""
+    monkeypatch.setattr(SampleByInverse, "HEAD", head)
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -3.0])
     p = (logits / 0.7).softmax(0)
     kept = torch.tensor([p[:i].sum() < 0.9 for i in range(5)])
