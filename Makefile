@@ -10,6 +10,9 @@ PYTHON ?= python3
 VENV ?= .venv
 SIZES ?= S M
 SEEDS ?= 0
+# Training questions, and test questions for each of the eight tasks.
+QUESTIONS ?= 7500
+TESTS ?= 50
 # Stages that do not depend on each other run at the same time, each on its share of the cores.
 JOBS ?= 2
 THREADS ?= 1
@@ -62,7 +65,7 @@ miniature-seed: $(foreach size,$(SIZES),$(EVALUATIONS:%=$(D)/eval/$(size).%/resu
 
 # 1. World: passages, training questions, eight test sets.
 $(D)/world/.done:
-	$(RUN) miniature.py world --out $(@D) --seed $(SEED)
+	$(RUN) miniature.py world --out $(@D) --seed $(SEED) --train-questions $(QUESTIONS) --test-questions $(TESTS)
 	touch $@
 
 # 2. Retriever: TF-IDF over the passages.

@@ -116,19 +116,38 @@ def document_rows(rng, tokenizer, facts, count, length=256):
         relation = rng.choice(list(source[title]))
         return f"{title}'s {relation} is {source[title][relation]}."
 
+    def chain():
+        """Pages that lead from one to the next, in any order, and what follows from them."""
+        entity, pages, relations, steps = rng.choice(list(other.facts)), [], [], []
+        for _ in range(rng.choice([2, 3])):
+            relation, value = rng.choice(list(other.facts[entity].items()))
+            pages.append(page(entity, other.facts))
+            relations.append(relation)
+            steps.append(f"{entity}'s {relation} is {value}.")
+            if value not in other.facts:
+                break
+            entity = value
+        said = [world.SYNONYMS[r] if r in world.SYNONYMS and rng.random() < 0.3 else r for r in relations]
+        first = steps[0].split("'s ")[0]
+        rng.shuffle(pages)
+        whole = world.possessive(first, said)
+        return "\n\n".join([*pages, f"{whole}: {world.possessive(first, relations)}. {' '.join(steps)}"])
+
     def document():
         draw = rng.random()
         title = rng.choices(titles, weights)[0]
-        if draw < 0.15:
+        if draw < 0.1:
             return page(title, facts)
-        if draw < 0.25:
+        if draw < 0.15:
             return statement(title, facts)
-        if draw < 0.55:
+        if draw < 0.5:
+            return chain()
+        if draw < 0.65:
             first, second = rng.sample(list(other.facts), 2)
             known = [statement(rng.choice([first, first, second]), other.facts) for _ in range(3)]
             return "\n\n".join([page(first, other.facts), page(second, other.facts), *known])
         names = rng.sample(WORDS, rng.randint(2, 4))
-        numbers = {name: str(rng.randint(1, 10 ** rng.randint(2, 7))) for name in names}
+        numbers = {name: str(rng.randint(1, 10 ** rng.randint(2, 6))) for name in names}
         told = ", ".join(f"{name} {number}" for name, number in numbers.items())
         return told + ".\n" + "\n".join(f"{name} = {number}" for name, number in numbers.items())
 
