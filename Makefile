@@ -80,10 +80,10 @@ $(D)/teacher/cot.train.jsonl: $(D)/world/.done
 	$(RUN) agent_distill.py filter $(D)/teacher/cot.jsonl --out $@
 $(D)/teacher/agent.train.jsonl: $(D)/index/.done
 	$(RUN) miniature.py teacher $(D)/world \
-	  --then "$(COLLECT) --search $(D)/index --top-k 2 --out $(D)/teacher/agent.jsonl"
+	  --then "$(COLLECT) --search $(D)/index --top-k 1 --out $(D)/teacher/agent.jsonl"
 	$(RUN) agent_distill.py filter $(D)/teacher/agent.jsonl --out $@
 $(D)/teacher/prefix.train.jsonl: $(D)/index/.done $(D)/teacher/cot.train.jsonl
-	$(RUN) miniature.py teacher $(D)/world --then "$(COLLECT) --search $(D)/index --top-k 2 \
+	$(RUN) miniature.py teacher $(D)/world --then "$(COLLECT) --search $(D)/index --top-k 1 \
 	  --first-thought --cot $(D)/teacher/cot.jsonl --out $(D)/teacher/prefix.jsonl"
 	$(RUN) agent_distill.py filter $(D)/teacher/prefix.jsonl --out $@
 
@@ -107,7 +107,7 @@ $(D)/%/prefix/.done: $(D)/%/base/.done $(D)/teacher/prefix.train.jsonl
 
 # 5. Evaluation: eight tasks, greedy and SC-action; the untrained base under the same prompts.
 EVALUATE = $(RUN) evaluate.py $(D)/world/test/*.jsonl --out $(@D) --name $* --max-tokens 150 --batch 32 --seed $(SEED)
-SEARCH = --search $(D)/index --top-k 2
+SEARCH = --search $(D)/index --top-k 1
 AGENT_PROMPT = --system-prompt prompts/agent_student_system.txt
 $(D)/eval/%.base.cot/results.json: $(D)/%/base/.done
 	$(EVALUATE) --model $(D)/$*/base --method cot --training none

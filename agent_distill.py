@@ -21,6 +21,7 @@ import itertools
 import json
 import random
 import re
+import threading
 import time
 from typing import Literal
 
@@ -107,9 +108,13 @@ def _fenced_code(text, start):
     return text[start:].strip("\n"), len(text)
 
 
+_parsing = threading.Lock()  # ast counts its depth for all threads together, and fails when they meet (CPython 3.11)
+
+
 def _is_python(code):
     try:
-        return bool(ast.parse(code.strip("\n")).body)
+        with _parsing:
+            return bool(ast.parse(code.strip("\n")).body)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
 

@@ -3,9 +3,13 @@
 Code runs in the real sandbox; the model's side is a list of texts.
 """
 
+import concurrent.futures
 import functools
+import gc
 import json
 import random
+import sys
+import time
 
 import pytest
 
@@ -325,3 +329,31 @@ def test_mcnemar_against_the_binomial():
     assert mcnemar([1] * 10, [1] * 10) == (0, 0, 1.0)
     lost, won, p = mcnemar([1, 0, 0, 0, 0, 0, 0, 1], [0, 1, 1, 1, 1, 1, 1, 1])
     assert (lost, won) == (1, 6) and p == pytest.approx(2 * (1 + 7) / 2**7)
+
+
+def test_actions_parse_in_many_threads_at_once():
+    """ast.parse fails in CPython 3.11 when a finalizer lets another thread parse in the middle of it."""
+
+    class Cycle:
+        def __init__(self):
+            self.me = self
+
+        def __del__(self):
+            for _ in range(10):
+                time.sleep(0)
+
+    def parse_many(_):
+        for _ in range(60):
+            Cycle()
+            assert parse_action(text).code
+
+    text = "Thought: x\nCode:\n```py\n" + "a = [(1, 2), {3: 4}, f(x)[0].y if z else lambda q: q + 1]\n" * 20 + "```"
+    interval, threshold = sys.getswitchinterval(), gc.get_threshold()
+    sys.setswitchinterval(1e-6)
+    gc.set_threshold(50)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            list(pool.map(parse_many, range(8)))
+    finally:
+        sys.setswitchinterval(interval)
+        gc.set_threshold(*threshold)
