@@ -11,7 +11,7 @@ VENV ?= .venv
 SIZES ?= S M
 SEEDS ?= 0
 # Training questions, and test questions for each of the eight tasks.
-QUESTIONS ?= 7500
+QUESTIONS ?= 8000
 TESTS ?= 50
 # Stages that do not depend on each other run at the same time, each on its share of the cores.
 JOBS ?= 2

@@ -38,7 +38,7 @@ from tasks import Prompts
 class WorldConfig:
     out: str = option(REQUIRED, "folder to write")
     seed: int = option(0, "another seed is another world")
-    train_questions: int = option(7500, "training questions; different questions teach more than further epochs")
+    train_questions: int = option(8000, "training questions; different questions teach more than further epochs")
     test_questions: int = option(50, "test questions a task")
 
 
@@ -417,7 +417,7 @@ class BaseConfig:
     out: str = option(REQUIRED, "folder for the model")
     size: Literal["S", "M", "L"] = option("M", "0.33, 0.59 or 1.33 million parameters besides the embeddings")
     seed: int = option(0, "initial weights and documents")
-    documents: int = option(2000, "pretraining documents of 256 tokens")
+    documents: int = option(5000, "pretraining documents of 256 tokens")
     warmup_steps: int = option(200, "steps of the copy warm-up, of 60 rows")
     warmups: int = option(4, "most times that the warm-up is repeated, as long as it has not led to copying")
     prompts: str = option(str(Prompts.default), "folder of prompts, which the tokenizer is fitted to")

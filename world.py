@@ -453,7 +453,7 @@ class Build:
     plans: list  # {"id", "question", "shape", ...}: the teacher's script, for training and test questions
 
 
-def build(seed, train_questions=7500, test_questions=50, sizes=None):
+def build(seed, train_questions=8000, test_questions=50, sizes=None):
     """The whole world of one seed. Questions are all different, and the training questions are shuffled."""
     world = World(seed, sizes)
     pages = [(entity, sentence(entity, facts)) for entity, facts in world.facts.items()]
