@@ -317,6 +317,7 @@ bench: $(DEV_READY)  ## speed and memory beside the peers; RETRIEVAL and BENCHMA
 	$(DEV_RUN) bench/sandbox.py own
 	$(DEV_RUN) bench/sandbox.py peers
 	$(DEV_RUN) bench/train.py
+	$(DEV_RUN) bench/evaluate.py
 	$(DEV_RUN) bench/collect.py rate
 	$(DEV_RUN) bench/collect.py kills
 	$(DEV_RUN) bench/retriever.py dense

@@ -17,16 +17,13 @@ import errno
 import fcntl
 import gc
 import io
-import json
 import linecache
 import math
-import mmap
 import os
 import select
 import shutil
 import signal
 import socket
-import struct
 import sys
 import threading
 import time
@@ -36,118 +33,10 @@ import warnings
 from pathlib import Path
 
 import contain
+from wire import MESSAGE_LIMIT, Output, cut, pack, receive, send
 
-MESSAGE_LIMIT = 8 << 20  # bytes of one message: code, a tool's arguments, a final answer
-RAW_OUTPUT = 16 << 10  # bytes kept of what is written to descriptors 1 and 2 around sys.stdout
 CHANNEL, SCRATCH = 3, 4  # descriptors in the sandbox
 OPEN_FILES = 64
-
-
-def cut(text, limit):
-    """The text, or its two ends with a note between them."""
-    if len(text) <= limit:
-        return text
-    half = limit // 2
-    return f"{text[:half]}{note(len(text) - 2 * half)}{text[len(text) - half :]}"
-
-
-def note(missing):
-    return f"\n[... {missing:,} characters not shown ...]\n"
-
-
-# Messages: four bytes of length, then JSON.
-
-
-def pack(message):
-    data = json.dumps(message).encode()
-    return len(data).to_bytes(4, "big") + data
-
-
-def send(channel, message, descriptors=()):
-    data = pack(message)
-    while descriptors:
-        try:
-            data = data[socket.send_fds(channel, [data], descriptors) :]
-            break
-        except OSError as error:  # the kernel bounds a user's descriptors on their way: others will have arrived soon
-            if error.errno != errno.ETOOMANYREFS:
-                raise
-            time.sleep(0.001)
-    channel.sendall(data)
-
-
-def receive(channel):
-    """(message, descriptors), or (None, []) when the other side has gone. Blocks."""
-    header, descriptors, _, _ = socket.recv_fds(channel, 4, 253)
-    data = bytearray()
-    while header and len(header) < 4:
-        header += channel.recv(4 - len(header))
-    if not header:
-        return None, []
-    length = int.from_bytes(header, "big")
-    while len(data) < length:
-        chunk = channel.recv(min(length - len(data), 1 << 20))
-        if not chunk:
-            return None, []
-        data += chunk
-    return json.loads(data), descriptors
-
-
-class _Output(io.TextIOBase):
-    """sys.stdout: the first and the last characters stay in memory that the host reads; the others are counted.
-
-    So no amount of printing costs the host anything, and a kill loses nothing. The memory holds the number of
-    characters (8 bytes), the first `half`, a ring of the last `half` (UTF-32), and what was written to descriptors
-    1 and 2 directly.
-    """
-
-    encoding = "utf-8"
-
-    def attach(self, descriptor, half):
-        if getattr(self, "memory", None):
-            self.memory.close()
-        self.memory, self.half, self.count, self.lock = mmap.mmap(descriptor, 0), half, 0, threading.Lock()
-
-    def writable(self):
-        return True
-
-    @property
-    def buffer(self):
-        raw = io.BytesIO()
-        raw.write = lambda data: self.write(bytes(data).decode("utf-8", "replace"))
-        return raw
-
-    def write(self, text):
-        if not isinstance(text, str):
-            raise TypeError(f"write() argument must be str, not {type(text).__name__}")
-        with self.lock:
-            count, half, memory = self.count, self.half, self.memory
-            head = text[: max(0, half - count)]
-            if head:
-                memory[8 + 4 * count : 8 + 4 * (count + len(head))] = head.encode("utf-32-le", "surrogatepass")
-            start = max(len(head), len(text) - half)
-            tail = text[start:].encode("utf-32-le", "surrogatepass")
-            if tail:
-                ring, place = 8 + 4 * half, 4 * ((count + start - half) % half)
-                first = tail[: 4 * half - place]
-                memory[ring + place : ring + place + len(first)] = first
-                memory[ring : ring + len(tail) - len(first)] = tail[len(first) :]
-            self.count = count + len(text)
-            memory[:8] = struct.pack("=Q", self.count)
-        return len(text)
-
-
-def read_output(descriptor, half):
-    """The host's side of _Output; nothing in the memory is trusted."""
-    count = min(struct.unpack("=Q", os.pread(descriptor, 8, 0))[0], 1 << 60)
-    size = 4 * min(count, 2 * half)
-    text = os.pread(descriptor, size, 8).decode("utf-32-le", "replace")
-    if count > 2 * half:
-        place = (count - half) % half
-        head, ring = text[:half], text[half:]
-        text = head + note(count - 2 * half) + ring[place:] + ring[:place]
-    raw = os.pread(descriptor, RAW_OUTPUT, 8 + 8 * half).rstrip(b"\0")
-    return text.encode("utf-8", "replace").decode() + raw.decode("utf-8", "replace")
 
 
 class _State:
@@ -155,7 +44,7 @@ class _State:
 
     def __init__(self, channel, settings, home):
         self.channel, self.settings, self.scratch = channel, settings, home
-        self.output, self.step_number, self.children, self.final = _Output(), 0, {}, None
+        self.output, self.step_number, self.children, self.final = Output(), 0, {}, None
         self.main = types.ModuleType("__main__")
         self.given = {"final_answer": self.final_answer}
         self.given |= {name: self.make_tool(name) for name in settings["tools"]}
@@ -512,7 +401,7 @@ class _Warm:
         if contain.LINUX:
             _hide_scratch(state, self.link)
         sys.argv = [""]
-        for name in ("contain", "__mp_main__"):
+        for name in ("contain", "wire", "__mp_main__"):
             sys.modules.pop(name, None)
         descriptors = [descriptor for descriptor in (gate, folder) if descriptor is not None]
         hello = {"gate": gate is not None, "folder": folder is not None, "missing": self.missing}

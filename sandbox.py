@@ -36,226 +36,25 @@ hangs is left behind in its thread. On macOS, and with isolation="off": time-out
 
 import contextlib
 import dataclasses
-import fcntl
-import json
 import math
 import os
-import resource
 import select
 import signal
 import socket
-import struct
-import subprocess
 import sys
-import sysconfig
-import tempfile
 import threading
 import time
 import warnings
 from typing import Literal
 
 import contain
-import interpreter
 from common import InputError, option, run_command_line
-from interpreter import MESSAGE_LIMIT, RAW_OUTPUT, cut, pack, read_output, receive, send
+from processes import Candidate, Observation, Process, readable, reason, shared_memory, warm_interpreter
+from wire import RAW_OUTPUT, cut, pack, read_output, send
 
+__all__ = ["Observation", "Sandbox"]
 THREADS = 256  # that the candidates of one step may start
-
-
-@dataclasses.dataclass
-class Observation:
-    """What came of one action."""
-
-    stdout: str = ""  # what was printed (stderr too), cut in the middle where it is long
-    result: str | None = None  # repr of the last expression; None where there is none, or it is None
-    error: str | None = None  # one message
-    error_kind: str | None = None  # None, "syntax", "runtime", "timeout", "memory" or "killed"
-    is_final: bool = False  # final_answer was called
-    final_answer: object = None  # its argument: a JSON value, or the text of anything else
-    seconds: float = 0.0
-
-
-class _Warmth:
-    """The host's handle on the warm interpreter."""
-
-    def __init__(self, contained):
-        self.lock = threading.Lock()
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if 0 <= soft < 4096:  # 64 sandboxes with 8 candidates each need 1,700 descriptors
-            resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard) if hard > 0 else 4096, hard))
-        self.control, theirs = socket.socketpair()
-        # Threads of a library would not survive a fork; a random hash seed would make sets print differently.
-        names = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
-        environment = dict.fromkeys(names, "1") | {"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"}
-        environment |= {"LC_ALL": "C.UTF-8", "GLIBC_TUNABLES": "glibc.malloc.arena_max=1"}
-        command = [sys.executable, "-s", os.path.abspath(interpreter.__file__), str(theirs.fileno())]
-        self.process = subprocess.Popen(
-            command,
-            env=environment,
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
-        theirs.close()
-        own = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-        path = [p for p in sys.path if os.path.basename(p) in ("site-packages", "dist-packages", "lib-dynload")]
-        send(self.control, {"contained": contained, "path": list(dict.fromkeys(own + path))})
-        ready, _ = receive(self.control)
-        if ready is None:
-            raise RuntimeError(f"the warm interpreter did not start: {self.process.stderr.read().decode()[-2000:]}")
-        self.missing = ready["missing"]
-
-
-_warm = {}
-os.register_at_fork(after_in_child=_warm.clear)  # a forked host must make its own
-_warm_lock = threading.Lock()
 _warned = set()
-
-
-def _warm_interpreter(isolation):
-    contained = isolation != "off"
-    with _warm_lock:
-        if contained not in _warm or _warm[contained].process.poll() is not None:
-            _warm[contained] = _Warmth(contained)
-        return _warm[contained]
-
-
-class _Process:
-    """The host's handle on one process of a sandbox: its channel, and a pidfd, which never means another process."""
-
-    def __init__(self, channel, timeout, grouped):
-        self.channel, self.grouped = channel, grouped
-        self.pid = self.pidfd = None
-        self.buffer, self.lock = bytearray(), threading.Lock()
-        channel.settimeout(timeout)  # no process of ours, however hostile, makes us wait longer
-        if contain.LINUX:
-            channel.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-
-    def receive(self, descriptors=0):
-        """What has arrived as messages; None at the end of the channel, ValueError for what is no message.
-
-        The kernel says who sent it, so nobody can pass for another. Descriptors sent along are dropped, but for
-        those that the sandbox sends before any foreign code has run: the last items then.
-        """
-        room = socket.CMSG_SPACE(12) + (socket.CMSG_SPACE(4 * descriptors) if descriptors else 0)
-        data, extra, _, _ = self.channel.recvmsg(1 << 16, room)
-        if not data:
-            return None
-        self.buffer += data
-        messages, received = [], []
-        for _, kind, payload in extra:
-            if kind == socket.SCM_RIGHTS:
-                received = struct.unpack(f"={len(payload) // 4}i", payload)
-            elif self.pid is None:
-                self.pid = struct.unpack("=Iii", payload)[0]
-                self.pidfd = os.pidfd_open(self.pid)
-        while len(self.buffer) >= 4:
-            length = int.from_bytes(self.buffer[:4], "big")
-            if length > MESSAGE_LIMIT:
-                raise ValueError("its message was too long")
-            if len(self.buffer) < 4 + length:
-                break
-            messages.append(_parse(bytes(self.buffer[4 : 4 + length])))
-            del self.buffer[: 4 + length]
-        if self.pid is None and messages:  # macOS: we have to believe it
-            self.pid = int(messages[0]["hello"])
-        return [*messages, *received]
-
-    def signal(self, number):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            if self.pidfd is not None:
-                signal.pidfd_send_signal(self.pidfd, number)
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            if self.grouped and self.pid:
-                os.killpg(self.pid, number)
-
-    def send(self, message, descriptors=()):
-        """False if it cannot be delivered."""
-        with self.lock:
-            try:
-                send(self.channel, message, descriptors)
-                return True
-            except OSError:
-                return False
-
-    def alive(self):
-        return self.channel.fileno() >= 0 and not (self.pidfd is not None and _readable(self.pidfd, 0))
-
-    def kill(self, wait=0.0):
-        """End it, whatever it does. wait: seconds to wait until the kernel has."""
-        if self.channel.fileno() < 0:
-            return
-        self.signal(signal.SIGKILL)
-        if wait and self.pidfd is not None:
-            _readable(self.pidfd, wait)
-        with contextlib.suppress(OSError):
-            self.channel.shutdown(socket.SHUT_RDWR)  # a tool's answer on its way is given up
-        with self.lock:
-            self.channel.close()
-            if self.pidfd is not None:
-                os.close(self.pidfd)
-                self.pidfd = None
-
-
-def _reason(status):
-    if status is None:
-        return ""
-    return f" by {signal.Signals(-status).name}" if status < 0 else f" with exit status {status}"
-
-
-def _readable(descriptor, seconds):
-    poll = select.poll()
-    poll.register(descriptor, select.POLLIN)
-    return bool(poll.poll(max(0, math.ceil(seconds * 1000))))
-
-
-def _parse(data):
-    """A message from a candidate: any bytes may come. ValueError if it is not an object in JSON."""
-
-    def constant(text):
-        raise ValueError(f"{text} is not JSON")
-
-    def integer(digits):  # Python refuses to parse a longer one, which would take long
-        return int(digits) if len(digits) <= 4000 else digits
-
-    try:
-        message = json.loads(data.decode(), parse_int=integer, parse_constant=constant)
-        if b"\\ud" in data.lower():  # half a surrogate pair could not be written to a file later
-            message = json.loads(json.dumps(message, ensure_ascii=False).encode("utf-8", "replace"), parse_int=integer)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"its message was not JSON ({type(error).__name__})") from None
-    if not isinstance(message, dict):
-        raise ValueError("its message was not an object")
-    return message
-
-
-def _shared_memory(size):
-    """A file in memory that cannot be resized: a shorter one could not be read safely."""
-    if not contain.LINUX:
-        with tempfile.TemporaryFile() as file:
-            file.truncate(size)
-            return os.dup(file.fileno())
-    descriptor = os.memfd_create("output", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(descriptor, size)
-    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-    return descriptor
-
-
-class _Candidate(_Process):
-    """One action on its way: its process, its output, and what has come of it so far."""
-
-    def __init__(self, channel, timeout, grouped, output):
-        super().__init__(channel, timeout, grouped)
-        self.output, self.name = output, os.urandom(8).hex()
-        self.observation = Observation()
-        self.running, self.calling = True, False
-
-    def finish(self, error=None, kind=None):
-        self.running = False
-        if not self.observation.is_final:
-            self.observation.error, self.observation.error_kind = error, kind
 
 
 class Sandbox:
@@ -285,13 +84,13 @@ class Sandbox:
 
     def _start(self):
         """Fork a new sandbox from the warm interpreter."""
-        self.warm = _warm_interpreter(self.isolation)
+        self.warm = warm_interpreter(self.isolation)
         ours, theirs = socket.socketpair()
         self.id, self.name = os.urandom(8).hex(), os.urandom(8).hex()
         request = {"id": self.id, "name": self.name, "timeout": self.timeout, "memory_mb": self.memory_mb}
         request |= {"half": self.half, "limit": 2 * self.half, "scratch_mb": self.scratch_mb}
         request |= {"tools": {name: str(function.__doc__ or "") for name, function in self.tools.items()}}
-        self.state = _Process(ours, 60.0, grouped=True)  # before its first word: the kernel names who speaks then
+        self.state = Process(ours, 60.0, grouped=True)  # before its first word: the kernel names who speaks then
         with self.warm.lock:
             send(self.warm.control, request, [theirs.fileno()])
         theirs.close()
@@ -413,8 +212,8 @@ class Sandbox:
         theirs = []
         for _ in codes:
             channel, other = socket.socketpair()
-            output = _shared_memory(8 + 8 * self.half + RAW_OUTPUT)
-            self.candidates.append(_Candidate(channel, self.timeout, self.gate is None, output))
+            output = shared_memory(8 + 8 * self.half + RAW_OUTPUT)
+            self.candidates.append(Candidate(channel, self.timeout, self.gate is None, output))
             theirs += [other.detach(), os.dup(output)]
         request = {"codes": codes, "names": [c.name for c in self.candidates], "remove": self.remove}
         self.state.signal(signal.SIGCONT)
@@ -553,7 +352,7 @@ class Sandbox:
                 if status == -signal.SIGXCPU:
                     candidate.finish(f"TimeoutError: the code used up its processor time; {after}", "timeout")
                 else:
-                    candidate.finish(f"the Python process was ended{_reason(status)}; {after}", "killed")
+                    candidate.finish(f"the Python process was ended{reason(status)}; {after}", "killed")
             observation.stdout = read_output(candidate.output, self.half)
             os.close(candidate.output)
         self.state.signal(signal.SIGSTOP)
@@ -564,7 +363,7 @@ class Sandbox:
 
     def _status(self, index):
         """How a candidate ended, which its parent knows."""
-        if not self.state.send({"wait": index}) or not _readable(self.state.channel, 0.2):
+        if not self.state.send({"wait": index}) or not readable(self.state.channel, 0.2):
             return None
         try:
             status = (self.state.receive() or [{}])[0].get("status")
@@ -575,70 +374,12 @@ class Sandbox:
 
 # The command line.
 
-# What `check` tries in a sandbox: name; the layers it needs; what is true where it holds.
-TRIES = """
-reads nothing but libraries; Landlock; refused(open, SECRET), refused(open, '/etc/passwd'), refused(listdir, '/')
-does not even see other files; namespaces, file; not exists(SECRET), not exists('/etc/passwd')
-writes no file outside; Landlock; refused(open, SECRET, 'a'), refused(open, SECRET + 'x', 'w')
-removes or cuts no file outside; Landlock; refused(os.truncate, SECRET, 0), refused(os.unlink, SECRET)
-has a scratch folder of bounded size; ; too_much_is_refused()
-sees no /proc of others; Landlock; refused(open, f'/proc/{HOST}/environ'), refused(os.readlink, f'/proc/{HOST}/exe')
-has no network; seccomp; [refused(socket.socket, family) for family in (1, 2, 10, 16, 17)]
-reaches no socket by its name; seccomp; refused(socket.socketpair, 1, 2)
-starts no programs; Landlock, seccomp; refused(os.execv, sys.executable, ['x']), refused(subprocess.run, ['true'])
-starts no processes; seccomp, gate; refused(os.fork), refused(os.setsid)
-starts a bounded number of threads; seccomp, gate; refused(start_threads)
-signals no other process; seccomp; [refused(os.kill, pid, 0) for pid in (HOST, os.getppid() or 1, 0, -1)]
-traces no other process; seccomp; libc.ptrace(0x4206, HOST, 0, 0) < 0, refused(os.pidfd_open, HOST)
-opens no doors into the kernel; seccomp; [not_permitted(call) for call in DOORS]
-has bounded memory; ; refused(bytearray, 2**31), refused(mmap.mmap, -1, 2**31)
-has bounded open files and processor time; ; refused(open_files), getrlimit(RLIMIT_CPU)[1] < 60
-inherits nothing; ; not os.environ, [fd for fd in range(3, 99) if S_ISSOCK(mode(fd))] == [3]
-"""
-TRY = """
-import ctypes, mmap, os, platform, socket, subprocess, sys, time
-from os import listdir
-from os.path import exists
-from resource import RLIMIT_CPU, getrlimit
-from stat import S_ISSOCK
-from threading import Thread
-libc = ctypes.CDLL(None, use_errno=True)
-def refused(function, *arguments):
-    try: function(*arguments)
-    except (OSError, MemoryError, RuntimeError): return True
-    return False
-def mode(fd):
-    try: return os.fstat(fd).st_mode
-    except OSError: return 0
-def too_much_is_refused():
-    def write():
-        for i in range(64):
-            with open(f'{i}', 'wb') as file: file.write(bytes(1 << 20))
-            time.sleep(0.02)
-    return refused(write)
-def start_threads():
-    for _ in range(1000): Thread(target=time.sleep, args=(9,)).start()
-def open_files():
-    for _ in range(1000): os.dup(0)
-# bpf, perf_event_open, keyctl, userfaultfd, io_uring_setup, unshare, mount
-DOORS = (321, 298, 250, 323, 425, 272, 165) if platform.machine() == 'x86_64' else (280, 241, 219, 282, 425, 97, 40)
-def not_permitted(call):
-    return libc.syscall(call, 0, 0, 0, 0, 0) < 0 and ctypes.get_errno() == 1
-def all_true(value):
-    return all(map(all_true, value)) if isinstance(value, (tuple, list)) else bool(value)
-"""
-
 
 @dataclasses.dataclass
 class ReplConfig:
     timeout: float = option(10.0, "seconds a step may take")
     memory_mb: int = option(1024, "MB that a step may allocate")
     isolation: Literal["auto", "require", "off"] = option("auto", "what to do where a protection is missing")
-
-
-@dataclasses.dataclass
-class CheckConfig:
-    pass
 
 
 def repl(config):
@@ -667,61 +408,16 @@ def repl(config):
                 print(f"final answer: {observation.final_answer!r}")
 
 
+@dataclasses.dataclass
+class CheckConfig:
+    pass
+
+
 def check(config):
     """Try each protection on this machine. Exit status 0 only if all hold."""
-    warnings.simplefilter("ignore")
-    rows = []
-    with tempfile.TemporaryDirectory() as folder, Sandbox(timeout=20, scratch_mb=8) as sandbox:
-        secret = os.path.join(folder, "secret")
-        with open(secret, "w") as file:
-            file.write("secret")
-        sandbox.run(f"{TRY}\nSECRET, HOST = {secret!r}, {os.getpid()}")
-        missing = {text.split()[0] for text in sandbox.missing}
-        for line in TRIES.strip().splitlines():
-            name, layers, code = line.split("; ", 2)
-            [observation] = sandbox.run_candidates([f"final_answer(all_true([{code}]))"])  # each from the same state
-            held = observation.final_answer is True or ("scratch" in name and observation.error_kind == "killed")
-            rows.append((name, held, sorted(missing & set(layers.split(", ")))))
-        intact = os.path.exists(secret) and os.path.getsize(secret) == len("secret")
-        rows.append(("left the files outside as they were", intact, []))
-    rows.append(("is stopped in time, and keeps its state", _try_time_out(), []))
-    rows.append(("dies with its host", _try_host_death(), []))
-    print("The code in the sandbox...")
-    for name, held, absent in rows:
-        print(f"  {name:45}{'held' if held else f'not available: no {absent[0]}' if absent else 'FAILED'}")
-    return 0 if all(held for _, held, _ in rows) else 1
+    import sandbox_check
 
-
-def _try_time_out():
-    with Sandbox(timeout=0.5) as sandbox:
-        sandbox.run("x = 1")
-        started = time.monotonic()
-        observation = sandbox.run("print('kept', flush=True)\nx = 2\nsum(range(10**12))")
-        return (observation.stdout, time.monotonic() - started < 1, sandbox.run("x").result) == ("kept\n", True, "1")
-
-
-def _try_host_death():
-    """Kill a host whose sandbox is at work; all its processes are in the warm interpreter's session."""
-    code = (
-        "from sandbox import Sandbox; s = Sandbox(); print(s.warm.process.pid, flush=True); s.run('while True: pass')"
-    )
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    host = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=os.path.dirname(os.path.abspath(__file__)))
-    warm = int(host.stdout.readline())
-    time.sleep(0.3)
-    host.kill()
-    host.wait()
-    for _ in range(50):
-        time.sleep(0.1)
-        if warm not in map(_session, filter(str.isdigit, os.listdir("/proc") if contain.LINUX else [])):
-            return True
-    return False
-
-
-def _session(pid):
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as file:
-        return int(file.read().rsplit(")", 1)[1].split()[3])
-    return None
+    return sandbox_check.check()
 
 
 if __name__ == "__main__":

@@ -1001,14 +1001,14 @@ def test_check_tries_everything():
 
 
 def test_check_fails_without_containment(monkeypatch, capsys):
-    import sandbox
+    import sandbox_check
 
     class Uncontained(Sandbox):
         def __init__(self, **options):
             super().__init__(isolation="off", **options)
 
-    monkeypatch.setattr(sandbox, "Sandbox", Uncontained)
-    assert sandbox.check(None) == 1
+    monkeypatch.setattr(sandbox_check, "Sandbox", Uncontained)
+    assert sandbox_check.check() == 1
     assert capsys.readouterr().out.count("FAILED") >= 8
 
 
