@@ -150,6 +150,8 @@ def test_plan_tells_all_three_and_measures(student, tmp_path, capsys):
     out = capsys.readouterr().out
     assert re.search(r"\| wiki \| 5.1 GB \| 60.7 GB \| 2.6 GB \|", out)
     assert re.search(r"\| e5 \| 70.1 GB \| 84.5 GB \| 64.6 GB \|", out)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "| 5.1 GB | 60.7 GB | 2.6 GB |" in readme and "| 70.1 GB | 84.5 GB | 64.6 GB, of RAM" in readme
     assert f"| -> {passages} | 0.0 MB |" in out
     hours = dict(re.findall(r"^\| ((?:train|evaluate|download) [^|]+?) \| ([\d.]+) \|$", out, re.M))
     assert len(hours) == 2 + len(paper.TRAINING) + len(paper.ROWS)
