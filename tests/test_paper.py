@@ -225,7 +225,7 @@ def test_the_stages_on_stand_ins(tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     make = ["make", "VENV=", f"PYTHON={sys.executable}", f"REHEARSAL={tmp_path}", "PAPER_ROWS=cot.cot-rag prefix.sc8",
             "AUTHORS_ROWS=greedy"]  # fmt: skip
-    done = subprocess.run([*make, "rehearse"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run([*make, "rehearse"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
     results = sorted(path.parent.name for path in tmp_path.rglob("results.json"))
     student = "Qwen2.5-0.5B-Instruct"
