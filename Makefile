@@ -112,7 +112,7 @@ AGENT_PROMPT = --system-prompt prompts/agent_student_system.txt
 $(D)/eval/%.base.cot/results.json: $(D)/%/base/.done
 	$(EVALUATE) --model $(D)/$*/base --method cot --training none
 $(D)/eval/%.base.agent/results.json: $(D)/%/base/.done $(D)/index/.done
-	$(EVALUATE) --model $(D)/$*/base --method agent --training none $(SEARCH) $(AGENT_PROMPT) --max-tokens 60
+	$(EVALUATE) --model $(D)/$*/base --method agent --training none $(SEARCH) $(AGENT_PROMPT) --max-tokens 40 --max-steps 3
 $(D)/eval/%.cot.cot/results.json: $(D)/%/cot/.done
 	$(EVALUATE) --model $(D)/$*/cot --method cot
 $(D)/eval/%.cot.cot-rag/results.json: $(D)/%/cot/.done $(D)/index/.done

@@ -15,7 +15,6 @@ under HF generate in evaluate.py) is no business of the loop.
 import ast
 import collections
 import dataclasses
-import functools
 import hashlib
 import itertools
 import json
@@ -37,7 +36,7 @@ from common import (
     read_jsonl,
     run_command_line,
 )
-from sandbox import Sandbox
+from sandbox import Sandboxes
 from tasks import Prompts, load_tasks, open_search
 from trajectories import FilterConfig, GainConfig, filter_trajectories, prefix_gain
 
@@ -382,6 +381,8 @@ class Collector:
     def __init__(self, config):
         self.config, self.prompts = config, Prompts(config.prompts)
         self.search = open_search(config.search, self.prompts, config.top_k) if config.search else None
+        tools = {"web_search": self.search} if self.search else {}
+        self.sandboxes = Sandboxes(tools=tools, timeout=config.timeout)
         self.cots = {(row["task"], row["id"]): row for _, row in read_jsonl(config.cot)} if config.cot else {}
         client = Client(config.url, config.model, config.api_key_env, config.request_timeout, config.retries)
         self.speaker = Speaker(
@@ -404,11 +405,10 @@ class Collector:
         if self.config.method == "cot":
             episode = cot_episode(task["question"], self.prompts, system=self.prompts.cot_system)
         else:
-            tools = {"web_search": self.search} if self.search else {}
             episode = agent_episode(
                 task["question"],
                 self.prompts,
-                functools.partial(Sandbox, tools=tools, timeout=self.config.timeout),
+                self.sandboxes,
                 system=self.prompts.agent_system,
                 max_steps=self.config.max_steps,
                 first_thought=prefix,

@@ -42,7 +42,7 @@ from common import (
     write_json,
     write_jsonl,
 )
-from sandbox import Sandbox
+from sandbox import Sandboxes
 from student import Student
 from tasks import Prompts, load_tasks, open_search
 
@@ -170,7 +170,9 @@ def _run_episodes(config, todo, prompts, search, journal):
     judge = _open_judge(config, Path(config.out) / f"judge.{_shard(config.shard)[0]}.jsonl")
     answerer = ServedStudent(config, prompts) if config.url else LocalStudent(config)
     write_json(Path(config.out) / "model.json", answerer.about)
-    start = functools.partial(start_episode, config, prompts, _system(config, prompts), search)
+    start = functools.partial(
+        start_episode, config, prompts, _system(config, prompts), search, open_sandboxes(config, search)
+    )
     right = 0
     with progress(total=len(todo), desc=Path(config.out).name, unit="question", quiet=config.quiet) as bar:
         episodes = ((key, start(task["question"], key)) for key, task in todo.items())
@@ -188,15 +190,17 @@ def _open_judge(config, cache):
     return grade.Judge(config.judge_url, config.judge_model, config.api_key_env, cache)
 
 
-def start_episode(config, prompts, system, search, question, key=()):
+def open_sandboxes(config, search):
+    return Sandboxes(tools={"web_search": search} if search else {}, timeout=config.timeout)
+
+
+def start_episode(config, prompts, system, search, sandboxes, question, key=()):
     """The generator for one question, by the configured method."""
     if config.method != "agent":
         rag = search if config.method == "cot-rag" else None
         return cot_episode(question, prompts, system=system, search=rag)
-    tools = {"web_search": search} if search else {}
-    open_sandbox = functools.partial(Sandbox, tools=tools, timeout=config.timeout)
     rng = random.Random(stable_seed(config.seed, *key))
-    return agent_episode(question, prompts, open_sandbox, system=system, max_steps=config.max_steps, rng=rng)
+    return agent_episode(question, prompts, sandboxes, system=system, max_steps=config.max_steps, rng=rng)
 
 
 def _system(config, prompts):
@@ -339,10 +343,11 @@ def ask(config):
     prompts, search = _prompts_and_search(config)
     system = _system(config, prompts)
     answerer = ServedStudent(config, prompts) if config.url else LocalStudent(config)
+    sandboxes = open_sandboxes(config, search)
     questions = [config.question] if config.question else iter(lambda: input("question: ").strip(), "")
     with contextlib.suppress(EOFError):
         for question in questions:
-            episode = _printing(start_episode(config, prompts, system, search, question))
+            episode = _printing(start_episode(config, prompts, system, search, sandboxes, question))
             for _, finished, _ in answerer([(("ask", question), episode)]):
                 print(f"Answer: {finished.prediction!r} ({finished.error or finished.stop})")
 

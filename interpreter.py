@@ -42,8 +42,8 @@ OPEN_FILES = 64
 class _State:
     """A process that holds a sandbox's state: it waits, forks itself for every candidate, and goes on as one."""
 
-    def __init__(self, channel, settings, home):
-        self.channel, self.settings, self.scratch = channel, settings, home
+    def __init__(self, channel, settings, home, listing=None):
+        self.channel, self.settings, self.scratch, self.listing = channel, settings, home, listing
         self.output, self.step_number, self.children, self.final = Output(), 0, {}, None
         self.main = types.ModuleType("__main__")
         self.given = {"final_answer": self.final_answer}
@@ -67,13 +67,14 @@ class _State:
 
     def fork(self, request, descriptors):
         """One child a candidate. Returns None, and in the child its code and where its output goes."""
-        for name in request["remove"]:
-            if not self.scratch.endswith(name):
-                shutil.rmtree(f"{self.settings['scratch']}/{name}", ignore_errors=True)
+        self.remove_folders(request)
         self.reap()
         for index, (code, name) in enumerate(zip(request["codes"], request["names"], strict=True)):
             child = os.fork()
             if child == 0:
+                if self.listing is not None:  # no candidate can see the others' folders
+                    os.close(self.listing)
+                    self.listing = None
                 if not self.settings["gated"]:  # a group of its own, to be killed as one
                     os.setpgid(0, 0)
                 os.dup2(descriptors[2 * index], CHANNEL)
@@ -85,6 +86,15 @@ class _State:
             os.close(descriptors[2 * index])
             os.close(descriptors[2 * index + 1])
         return None
+
+    def remove_folders(self, request):
+        """Folders of what has ended. Before the first step that is everything: code may have left some of its own."""
+        folder, names = self.settings["scratch"], request["remove"]
+        if request["fresh"]:
+            names = os.listdir(self.listing)
+        for name in names:
+            if not self.scratch.endswith(f"/{name}"):
+                remove(f"{folder}/{name}")
 
     def reap(self):
         self.children = {}
@@ -360,7 +370,7 @@ class _Warm:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(group, signal.SIGKILL)
         if not self.rooted:
-            _remove(f"{self.folder}/{name}")
+            remove(f"{self.folder}/{name}")
 
     def end_all(self):
         for name in list(self.groups):
@@ -371,7 +381,7 @@ class _Warm:
                     os.kill(int(child), signal.SIGKILL)
                 time.sleep(0.001)
         if not self.rooted:
-            _remove(self.folder)
+            remove(self.folder)
 
     def become_sandbox(self, request, channel):
         try:
@@ -394,10 +404,11 @@ class _Warm:
         os.chdir(home)
         # The host weighs what is in the folder where no tmpfs does.
         folder = None if self.rooted else os.open(scratch, os.O_RDONLY | os.O_DIRECTORY)
+        listing = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY)
         memory = contain.address_space() + (request["memory_mb"] << 20)
         gate = self.contain(scratch, home)
         channel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, CHANNEL)
-        state = _State(channel, request | {"scratch": scratch, "gated": gate is not None}, home)
+        state = _State(channel, request | {"scratch": scratch, "gated": gate is not None}, home, listing)
         if contain.LINUX:
             _hide_scratch(state, self.link)
         sys.argv = [""]
@@ -428,8 +439,10 @@ class _Warm:
         return None if gate is True else gate
 
 
-def _remove(folder):
-    """Remove a folder that the code may have closed to us."""
+def remove(folder):
+    """Remove a file, or a folder that the code may have closed to us."""
+    with contextlib.suppress(OSError):
+        return os.unlink(folder)
     folders = [folder]
     while folders:
         path = folders.pop()

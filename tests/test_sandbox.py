@@ -23,7 +23,8 @@ from pathlib import Path
 
 import pytest
 
-from sandbox import Observation, Sandbox
+import sandbox_check
+from sandbox import Observation, Sandbox, Sandboxes
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the attacks are on Linux")
@@ -1001,7 +1002,6 @@ def test_check_tries_everything():
 
 
 def test_check_fails_without_containment(monkeypatch, capsys):
-    import sandbox_check
 
     class Uncontained(Sandbox):
         def __init__(self, **options):
@@ -1023,3 +1023,115 @@ def test_repl():
         [sys.executable, "sandbox.py", "--timeout", "0"], capture_output=True, text=True, timeout=60, cwd=ROOT
     )
     assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+# One sandbox for one episode after another.
+
+
+def open_descriptors(pid):
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def test_a_reused_sandbox_is_as_good_as_new():
+    """Neither variables, modules, files, random state nor what the code hid beside its folder outlive a reset."""
+    sandboxes = Sandboxes(timeout=5)
+    leave = """
+import builtins, os, random, sys
+x, builtins.y, sys.z = 1, 2, 3
+drawn = random.random()
+place = os.path.dirname(os.readlink('/proc/self/cwd'))
+for path in ('own', place + '/beside'):
+    with open(path, 'w') as file: file.write('left')
+os.mkdir(place + '/folder'); os.mkdir(place + '/folder/inner')
+drawn, place
+"""
+    look = """
+import builtins, os, random, sys
+found = [name for name in ('x', 'drawn') if name in globals()] + [n for n in 'yz' if hasattr(builtins, n) or hasattr(sys, n)]
+place = os.path.dirname(os.readlink('/proc/self/cwd'))
+found += [path for path in ('own', place + '/beside', place + '/folder') if os.path.lexists(path)]
+found, random.random()
+"""
+    with sandboxes() as sandbox:
+        first = sandbox.run(leave)
+        sandbox.run("x += 1")
+        assert first.error is None and sandbox.run("x").result == "2"
+    for steps in (1, 3):
+        with sandboxes() as again:
+            assert again is sandbox
+            drawn = first.result.split(",")[0].strip("(")
+            assert again.run(look).result == f"([], {drawn})"
+            for _ in range(steps):
+                again.run("x = 5")
+            assert again.run("x").result == "5"
+
+
+@pytest.mark.parametrize("end", ["while True: pass", "import os; os._exit(3)", "1 / 0"])
+def test_a_reused_sandbox_survives_what_ended_an_episode(end):
+    sandboxes = Sandboxes(timeout=0.4)
+    for before in (0, 2):
+        with sandboxes() as sandbox:
+            for i in range(before):
+                sandbox.run(f"x = {i}")
+            assert sandbox.run(end).error_kind in ("timeout", "killed", "runtime")
+            assert sandbox.run("x").result == ("1" if before else None)
+        with sandboxes() as again:
+            assert again is sandbox and again.run("'x' in globals()").result == "False"
+
+
+def test_a_reused_sandbox_whose_origin_died_is_made_anew():
+    sandboxes = Sandboxes(timeout=5)
+    with sandboxes() as sandbox:
+        sandbox.run("x = 1")
+        sandbox.origin.kill(wait=1.0)
+    with sandboxes() as again:
+        assert again.run("x").error_kind == "runtime" and again.run("6 * 7").result == "42"
+
+
+def test_no_candidate_of_a_reused_sandbox_can_list_the_others_folders():
+    code = """
+import os
+place, seen = os.path.dirname(os.readlink('/proc/self/cwd')), []
+for where in [place, '..', *range(64)]:
+    try: names = os.listdir(where)
+    except OSError: continue
+    seen += names if not isinstance(where, int) or os.readlink(f'/proc/self/fd/{where}') == place else []
+seen
+"""
+    with Sandboxes(timeout=5)() as sandbox:
+        results = sandbox.run_candidates([code, code])
+        assert [o.result for o in results] == ["[]", "[]"], results
+
+
+def test_reuse_leaves_nothing_behind():
+    sandboxes = Sandboxes(timeout=5)
+    with sandboxes() as sandbox:
+        sandbox.run("1")
+        warm = sandbox.warm.process.pid
+    ours = open_descriptors(os.getpid())
+    processes = count_processes(warm)
+    for i in range(60):
+        with sandboxes() as again:
+            again.run_candidates([f"x = {i}"] * 3)
+            again.commit(1)
+            again.run("open('file', 'w').write('x' * 100)")
+    assert open_descriptors(os.getpid()) == ours
+    deadline = time.monotonic() + 2
+    # The last three candidates are zombies until their origin forks again.
+    while count_processes(warm) > processes + 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert count_processes(warm) <= processes + 3
+    sandbox.close()
+
+
+def count_processes(session):
+    return sum(sandbox_check._session(int(pid)) == session for pid in os.listdir("/proc") if pid.isdigit())
+
+
+def test_after_an_exception_a_sandbox_is_not_used_again():
+    sandboxes = Sandboxes(timeout=5)
+    with pytest.raises(KeyError), sandboxes() as sandbox:
+        raise KeyError
+    assert sandbox.closed
+    with sandboxes() as again:
+        assert again is not sandbox and again.run("1").result == "1"
