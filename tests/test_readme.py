@@ -106,6 +106,14 @@ def test_each_detail_of_the_paper_is_where_the_table_says(detail, value, module,
         assert re.search(rf"(?<!\S){re.escape(flag)}(?!\S)", paper_commands()), detail
 
 
+FORK = README.split("## Fork it")[1].split("## ")[0]
+
+
+@pytest.mark.parametrize("module, name", re.findall(r"`([a-z_]+)\.([A-Za-z_]+)`", FORK.replace(".py`", "`")))
+def test_each_line_to_touch_is_there(module, name):
+    assert hasattr(importlib.import_module(module), name)
+
+
 def test_requirements_are_pinned():
     lines = (ROOT / "requirements.txt").read_text().split()
     assert lines and all(re.fullmatch(r"[a-z0-9-]+==[\d.]+", line) for line in lines)
