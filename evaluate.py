@@ -1,9 +1,10 @@
 """Evaluate students: eight benchmarks, greedy or SC-action, with plain Hugging Face generate.
 
-    python evaluate.py data/test/*.json --model runs/student --search runs/index --out runs/eval/agent
+    python evaluate.py data/test/*.json --model runs/student --search runs/index --out runs/eval/agent-greedy
     python evaluate.py data/test/*.json --model runs/student --search runs/index --out runs/eval/agent-sc8 --sc 8
     python evaluate.py data/test/*.json --url http://127.0.0.1:8000/v1 --method cot --out runs/eval/served-cot
     python evaluate.py report runs/eval
+    python evaluate.py compare runs/eval/agent-greedy runs/eval/agent-sc8
     python evaluate.py ask --model runs/student --search runs/index "Who founded the town where Ada Orr was born?"
 
 Many episodes are open at once and advance in lockstep: one generate call answers the turns of all
@@ -334,6 +335,23 @@ def write_report(config):
 
 
 @dataclasses.dataclass(kw_only=True)
+class CompareConfig:
+    first: str = option(REQUIRED, "run folder", positional=True)
+    second: str = option(REQUIRED, "another, on the same questions", positional=True)
+
+
+def compare(config):
+    """Two runs question by question: what only one of them got right, and whether that can be chance (McNemar)."""
+    sides = []
+    for folder in (config.first, config.second):
+        sides.append({(row["task"], row["id"]): row["correct"] for row in report.transcripts(folder)})
+        if not sides[-1]:
+            raise InputError(f"{folder}: no run folder with transcripts in it")
+    names = [Path(folder).resolve().name for folder in (config.first, config.second)]
+    print(report.paired_table(*sides, names if names[0] != names[1] else ("first", "second")))
+
+
+@dataclasses.dataclass(kw_only=True)
 class AskConfig(SpeakConfig):
     question: str | None = option(None, "the question; without one, a prompt to ask many", positional=True)
 
@@ -376,6 +394,7 @@ if __name__ == "__main__":
             "run": (RunConfig, run),
             "report": (ReportConfig, write_report),
             "regrade": (RegradeConfig, regrade),
+            "compare": (CompareConfig, compare),
             "ask": (AskConfig, ask),
         },
         default="run",

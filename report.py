@@ -100,6 +100,21 @@ def mcnemar(first, second):
     return lost, won, min(p, 1.0)
 
 
+def paired_table(first, second, names):
+    """Two runs on the questions that both answered, task by task. first, second: {(task, id, ...): right or not}."""
+    common = sorted(first.keys() & second.keys())
+    if not common:
+        raise InputError(f"{names[0]} and {names[1]} have no question in common")
+    rows = []
+    for task in [*sorted({key[0] for key in common}), "all"]:
+        pairs = [(first[key], second[key]) for key in common if task in (key[0], "all")]
+        lost, won, p = mcnemar(*zip(*pairs, strict=True))
+        a, b = (100 * sum(side) / len(pairs) for side in zip(*pairs, strict=True))
+        rows.append([task, len(pairs), f"{a:.1f}", f"{b:.1f}", f"{b - a:+.1f}", lost, won, f"{p:.2g}"])
+    head = ["task", "n", *names, "gain", f"only {names[0]}", f"only {names[1]}", "p (McNemar)"]
+    return table(head, rows)
+
+
 def table(head, rows):
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]

@@ -10,7 +10,7 @@ import random
 import re
 
 from common import REQUIRED, InputError, option, read_jsonl, write_jsonl
-from report import mcnemar, table
+from report import paired_table, table
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -97,18 +97,8 @@ class GainConfig:
 
 def prefix_gain(config):
     """The teacher's accuracy without and with the first-thought prefix, paired by question."""
-    runs = []
-    for path in (config.plain, config.prefixed):
-        rows = {(row["task"], row["id"], row.get("sample", 0)): row["correct"] for _, row in read_jsonl(path)}
-        runs.append(rows)
-    common = sorted(runs[0].keys() & runs[1].keys())
-    if not common:
-        raise InputError(f"{config.plain} and {config.prefixed} have no question in common")
-    rows = []
-    for task in [*sorted({key[0] for key in common}), "all"]:
-        keys = [key for key in common if task in (key[0], "all")]
-        plain, prefixed = ([run[key] for key in keys] for run in runs)
-        lost, won, p = mcnemar(plain, prefixed)
-        a, b = (100 * sum(x) / len(keys) for x in (plain, prefixed))
-        rows.append([task, len(keys), f"{a:.1f}", f"{b:.1f}", f"{b - a:+.1f}", lost, won, f"{p:.2g}"])
-    print(table(["task", "n", "without", "with", "gain", "only without", "only with", "p (McNemar)"], rows))
+    plain, prefixed = (
+        {(row["task"], row["id"], row.get("sample", 0)): row["correct"] for _, row in read_jsonl(path)}
+        for path in (config.plain, config.prefixed)
+    )
+    print(paired_table(plain, prefixed, ("without", "with")))

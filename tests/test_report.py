@@ -7,6 +7,7 @@ import subprocess
 import numpy as np
 import pytest
 
+import evaluate
 import report
 from common import InputError
 
@@ -101,3 +102,17 @@ def test_page_in_chromium(tmp_path, scheme):
     assert dom.count('<rect x="300"') == 1 and dom.count("<circle") == 1
     assert dom.count('class="right"') == 3 and dom.count('class="wrong"') == 1  # three in the list, one episode shown
     assert "&lt;/script&gt;&lt;script&gt;" in dom and "web_search('x')" in dom
+
+
+def test_two_runs_are_compared_on_the_questions_that_both_answered(tmp_path, capsys):
+    write_run(tmp_path / "greedy", "M", "agent", {"hotpotqa": [1, 1, 0, 0, 0, 0, 0], "musique": [1, 0]})
+    write_run(tmp_path / "sc8", "M", "agent", {"hotpotqa": [1, 0, 1, 1, 1, 1], "aime": [1]})
+    evaluate.compare(evaluate.CompareConfig(first=str(tmp_path / "greedy"), second=str(tmp_path / "sc8")))
+    lines = capsys.readouterr().out.splitlines()
+    # Of six pairs, one only the first got right and four only the second: p = 2 (1 + 5) / 2^5.
+    assert lines[2:] == [f"| {task} | 6 | 33.3 | 83.3 | +50.0 | 1 | 4 | 0.38 |" for task in ("hotpotqa", "all")]
+    assert lines[0].startswith("| task | n | greedy | sc8 | gain | only greedy | only sc8 |")
+    write_run(tmp_path / "other", "M", "agent", {"aime": [1]})
+    for second in ("other", "missing"):
+        with pytest.raises(InputError):
+            evaluate.compare(evaluate.CompareConfig(first=str(tmp_path / "greedy"), second=str(tmp_path / second)))
