@@ -13,7 +13,6 @@ of the run. CPU is that of `collect` alone, its start included; memory that of i
 import asyncio
 import contextlib
 import dataclasses
-import functools
 import itertools
 import json
 import os
@@ -34,7 +33,7 @@ import retriever  # noqa: E402
 from agent_distill import agent_episode, cot_episode, drive  # noqa: E402
 from client import in_parallel  # noqa: E402
 from common import option, read_jsonl, run_command_line, write_jsonl  # noqa: E402
-from sandbox import Sandbox  # noqa: E402
+from sandbox import Sandboxes  # noqa: E402
 from tasks import Prompts, open_search  # noqa: E402
 
 TURNS = {"agent": 3, "cot": 1}
@@ -147,14 +146,13 @@ def make_world(folder):
 def without_server(config, method, folder, tasks):
     """Turns a second of the same episodes when the script answers in this process, at once."""
     prompts = Prompts()
-    tools = {"web_search": open_search(f"{folder}/index", prompts)}
+    sandboxes = Sandboxes(tools={"web_search": open_search(f"{folder}/index", prompts)})
 
     def run(task):
         if method == "cot":
             episode = cot_episode(task["question"], prompts, system=prompts.cot_system)
         else:
-            sandbox = functools.partial(Sandbox, tools=tools)
-            episode = agent_episode(task["question"], prompts, sandbox, system=prompts.agent_system)
+            episode = agent_episode(task["question"], prompts, sandboxes, system=prompts.agent_system)
         return drive(episode, lambda turn: [script(turn.messages)])
 
     list(in_parallel(run, tasks[: config.concurrency], config.concurrency))  # warm

@@ -39,7 +39,7 @@ from client import cut_at_stop  # noqa: E402
 from common import option, run_command_line, write_jsonl  # noqa: E402
 from evaluate import run_lockstep  # noqa: E402
 from lora import load_model  # noqa: E402
-from sandbox import Observation, Sandbox  # noqa: E402
+from sandbox import Observation, Sandboxes  # noqa: E402
 from student import StopAtStrings, Student  # noqa: E402
 from tasks import Prompts, load_tasks, open_search  # noqa: E402
 
@@ -171,13 +171,15 @@ def lockstep(config, model, tokenizer, episodes):
     return sum(usage["completion_tokens"] for _, _, usage in run_lockstep(episodes, student, STOP))
 
 
-def timed(way, config, setting, tasks, interpreter, prompts):
+def timed(way, config, setting, tasks, prompts):
     """(questions an hour, tokens a second) of one way on these tasks."""
     model, tokenizer, _, index, system = setting
     model.set_attn_implementation("sdpa")
-    tools = {"web_search": open_search(index, prompts, k=2)}
-    start = functools.partial(agent_episode, prompts=prompts, open_sandbox=functools.partial(interpreter, tools=tools),
-                              system=system, max_steps=config.max_steps)  # fmt: skip
+    tools = {"web_search": open_search(index, prompts, k=1)}
+    opener = Sandboxes(tools=tools) if way is lockstep else functools.partial(InProcess, tools)
+    start = functools.partial(
+        agent_episode, prompts=prompts, open_sandbox=opener, system=system, max_steps=config.max_steps
+    )
     started = time.perf_counter()
     tokens = way(config, model, tokenizer, [((task["task"], task["id"]), start(task["question"])) for task in tasks])
     seconds = time.perf_counter() - started
@@ -196,8 +198,8 @@ def bench(config):
         random.Random(0).shuffle(tasks)
         for _ in range(config.rounds):
             few, many = tasks[: config.one_by_one], tasks[: config.questions]
-            rates[one_by_one].append(timed(one_by_one, config, setting, few, InProcess, prompts))
-            rates[lockstep].append(timed(lockstep, config, setting, many, Sandbox, prompts))
+            rates[one_by_one].append(timed(one_by_one, config, setting, few, prompts))
+            rates[lockstep].append(timed(lockstep, config, setting, many, prompts))
             tasks = tasks[config.questions :] + many
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     print(
