@@ -83,9 +83,10 @@ def fill_holes():
     is_new = lambda address: not any(start <= address < end for start, end, _ in areas)  # noqa: E731
     gc.collect()  # empties the lists of freed objects that Python keeps for reuse
     for size in range(512, 0, -16):
-        while not taken or not is_new(id(taken[-1])):
+        for _ in range(1 << 16):  # at most: an allocator of another kind may have mapped more than it will ever fill
             taken.append(bytes(size - sys.getsizeof(b"")) if size > 33 else object())
-        taken.append(None)
+            if is_new(id(taken[-1])):
+                break
     if hasattr(libc, "malloc_trim"):
         libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
         libc.free.argtypes = [ctypes.c_void_p]
