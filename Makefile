@@ -54,13 +54,16 @@ reproduce: $(READY)  ## the miniature, offline: world, teacher, students, evalua
 	  $(LOCK) $(MAKE) --no-print-directory -j$(JOBS) miniature-seed SEED=$$seed || exit; \
 	done
 	@$(RUN) evaluate.py report $(RUNS)
+	@printf '\nThe teacher without and with first-thought prefix:\n'; cat $(SEEDS:%=$(RUNS)/seed%/teacher/gain.md)
 
 SEED ?= 0
 D := $(RUNS)/seed$(SEED)
 EVALUATIONS := agent.greedy agent.sc8 cot.cot cot.cot-rag base.cot base.agent
-# The first-thought prefix is a second agent student: at one size by default, so that the miniature stays short.
-PREFIX_SIZES ?= S
-miniature-seed: $(foreach size,$(SIZES),$(EVALUATIONS:%=$(D)/eval/$(size).%/results.json)) \
+# What the first-thought prefix gains the teacher is measured on some of the questions. A second agent student that
+# learns from such trajectories (PREFIX_SIZES=S) takes three minutes more.
+PREFIX_QUESTIONS ?= 2000
+PREFIX_SIZES ?=
+miniature-seed: $(foreach size,$(SIZES),$(EVALUATIONS:%=$(D)/eval/$(size).%/results.json)) $(D)/teacher/gain.md \
   $(foreach size,$(filter $(PREFIX_SIZES),$(SIZES)),$(D)/eval/$(size).prefix.greedy/results.json)
 
 # 1. World: passages, training questions, eight test sets.
@@ -82,9 +85,14 @@ $(D)/teacher/agent.train.jsonl: $(D)/index/.done
 	$(RUN) miniature.py teacher $(D)/world \
 	  --then "$(COLLECT) --search $(D)/index --top-k 1 --out $(D)/teacher/agent.jsonl"
 	$(RUN) agent_distill.py filter $(D)/teacher/agent.jsonl --out $@
-$(D)/teacher/prefix.train.jsonl: $(D)/index/.done $(D)/teacher/cot.train.jsonl
-	$(RUN) miniature.py teacher $(D)/world --then "$(COLLECT) --search $(D)/index --top-k 1 \
-	  --first-thought --cot $(D)/teacher/cot.jsonl --out $(D)/teacher/prefix.jsonl"
+COLLECT_PREFIX = $(COLLECT) --search $(D)/index --top-k 1 --first-thought --cot $(D)/teacher/cot.jsonl \
+  --out $(D)/teacher/prefix.jsonl
+$(D)/teacher/gain.md: $(D)/teacher/agent.train.jsonl $(D)/teacher/cot.train.jsonl
+	$(RUN) miniature.py teacher $(D)/world --then "$(COLLECT_PREFIX) --limit $(PREFIX_QUESTIONS)"
+	$(RUN) agent_distill.py prefix-gain $(D)/teacher/agent.jsonl $(D)/teacher/prefix.jsonl > $@.new
+	mv $@.new $@
+$(D)/teacher/prefix.train.jsonl: $(D)/teacher/gain.md
+	$(RUN) miniature.py teacher $(D)/world --then "$(COLLECT_PREFIX)"
 	$(RUN) agent_distill.py filter $(D)/teacher/prefix.jsonl --out $@
 
 # 4. Students: a base from scratch, then fine-tuned on assistant tokens only (Eq. 2 and Eq. 4).
