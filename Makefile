@@ -1,6 +1,6 @@
 # Agent distillation, the whole pipeline. `make help` lists the targets; `make reproduce` runs the miniature.
 #
-#   make reproduce                               15 minutes on 2 CPU cores, after the set-up
+#   make reproduce                               12 minutes on 2 CPU cores, after the set-up
 #   make reproduce SIZES="S M L" SEEDS="0 1 2"   three sizes, three seeds
 #   make test                                    the tests
 #
@@ -297,7 +297,7 @@ rehearse: $(READY)  ## make paper on small stand-ins, offline: every stage, both
 # Checks
 # ------------------------------------------------------------------------------------------------
 
-test: $(READY)  ## the tests, 3 minutes on 2 CPU cores
+test: $(READY)  ## the tests, 6 minutes on 2 CPU cores
 	$(RUN) -m pytest tests --ignore-glob='*_interop.py'
 
 # Peers (trl, peft, bm25s, faiss, math-verify, transformers serve, ...) and ruff, in environments of their own.
