@@ -249,7 +249,8 @@ def _accuracy_table(systems, names):
     n = sorted({n for s in systems for _, n in s.tasks.values()})
     runs = max(len(s.runs) for s in systems)
     pooled = f", pooled over up to {runs} seeds" if runs > 1 else ""
-    note = f"{n[0]} to {n[-1]} questions a task and system{pooled}; the average is over tasks, as in the paper."
+    count = n[0] if n[0] == n[-1] else f"{n[0]} to {n[-1]}"
+    note = f"{count} questions a task and system{pooled}; the average is over tasks, as in the paper."
     return f"Accuracy, %:\n\n{table(head + ['paper'] * compared, rows)}\n\n{note}\n"
 
 

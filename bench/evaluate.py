@@ -2,7 +2,7 @@
 
     python bench/evaluate.py                                              # CPU: 6 layers of 256, random weights
     python bench/evaluate.py --shape 0.5b --questions 64 --batch 32       # a GPU: Qwen2.5-0.5B's shape, random weights
-    python bench/evaluate.py --miniature runs/miniature/seed0 --size M    # a student that can act
+    python bench/evaluate.py --miniature runs/miniature/seed0 --questions 64 --max-tokens 150 --max-steps 5
 
 The authors' way (a fork of smolagents): one question at a time; the N samples of a step by num_return_sequences; the
 candidates' code run one after another in an interpreter inside this process, where all share one state, and the
@@ -49,12 +49,12 @@ class Config:
     shape: Literal["small", "0.5b", "1.5b", "3b"] = option("small", "of the student of random weights")
     miniature: str | None = option(None, "folder of a seed of `make reproduce`: its questions, index and student")
     size: str = option("M", "of the miniature's student")
-    questions: int = option(16, "questions a round")
-    one_by_one: int = option(4, "how many of them the authors' way is timed on: its rate does not depend on it")
-    rounds: int = option(3, "how often the two take turns")
+    questions: int = option(8, "questions a round")
+    one_by_one: int = option(2, "how many of them the authors' way is timed on: its rate does not depend on it")
+    rounds: int = option(2, "how often the two take turns")
     sc: int = option(8, "samples a step")
-    max_tokens: int = option(96, "new tokens a step")
-    max_steps: int = option(3, "steps a question")
+    max_tokens: int = option(48, "new tokens a step")
+    max_steps: int = option(2, "steps a question")
     batch: int = option(32, "questions at once in lockstep")
     threads: int = option(1, "CPU threads")
 
