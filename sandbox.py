@@ -8,10 +8,13 @@
         observations = sandbox.run_candidates(["x + 1", "x / 0"])    # each from the same state, at the same time
         sandbox.commit(0)                                            # this one's state becomes the state
 
+    sandboxes = Sandboxes(tools=...)                                 # for many episodes: `with sandboxes() as sandbox`
+
 How it works. A warm interpreter (numpy and sympy imported) is started once a host process, as a program of its own,
 so that nothing of the host is in it. Every sandbox is a fork of it; every candidate is a fork of its sandbox's
-current state, which waits. The chosen candidate goes on as the state, and its ancestor ends. A candidate and the
-host talk over one socket, in JSON; what the candidate sends is data, never code. interpreter.py is the inside.
+current state, which waits. The chosen candidate goes on as the state, and its ancestor ends; in a sandbox that will be
+used again the first of them waits on, so that the next episode starts from it. A candidate and the host talk over one
+socket, in JSON; what the candidate sends is data, never code. interpreter.py is the inside.
 
 What the code finds: the tools and final_answer as functions, given anew every step; an empty current folder, which
 is also its temporary folder; the variables and files of the step before. Threads end with their step. Draws from
