@@ -60,6 +60,9 @@ class _State:
                 _, status = os.waitpid(self.children[request["wait"]], 0)
                 send(self.channel, {"status": os.waitstatus_to_exitcode(status)})
                 continue
+            if "clean" in request:
+                send(self.channel, {"clean": self.clean()})
+                continue
             candidate = self.fork(request, descriptors)
             del request
             if candidate:
@@ -67,7 +70,9 @@ class _State:
 
     def fork(self, request, descriptors):
         """One child a candidate. Returns None, and in the child its code and where its output goes."""
-        self.remove_folders(request)
+        for name in request["remove"]:
+            if not self.scratch.endswith(name):
+                shutil.rmtree(f"{self.settings['scratch']}/{name}", ignore_errors=True)
         self.reap()
         for index, (code, name) in enumerate(zip(request["codes"], request["names"], strict=True)):
             child = os.fork()
@@ -87,14 +92,15 @@ class _State:
             os.close(descriptors[2 * index + 1])
         return None
 
-    def remove_folders(self, request):
-        """Folders of what has ended. Before the first step that is everything: code may have left some of its own."""
-        folder, names = self.settings["scratch"], request["remove"]
-        if request["fresh"]:
-            names = os.listdir(self.listing)
-        for name in names:
-            if not self.scratch.endswith(f"/{name}"):
-                remove(f"{folder}/{name}")
+    def clean(self):
+        """Remove all that code has left beside this process's own folder. Whether it is gone: a folder may be shut."""
+        folder, own = self.settings["scratch"], os.path.basename(self.scratch)
+        for name in os.listdir(self.listing):
+            if name != own:
+                shutil.rmtree(f"{folder}/{name}", ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    os.unlink(f"{folder}/{name}")
+        return os.listdir(self.listing) == [own]
 
     def reap(self):
         self.children = {}
@@ -370,7 +376,7 @@ class _Warm:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(group, signal.SIGKILL)
         if not self.rooted:
-            remove(f"{self.folder}/{name}")
+            _remove(f"{self.folder}/{name}")
 
     def end_all(self):
         for name in list(self.groups):
@@ -381,7 +387,7 @@ class _Warm:
                     os.kill(int(child), signal.SIGKILL)
                 time.sleep(0.001)
         if not self.rooted:
-            remove(self.folder)
+            _remove(self.folder)
 
     def become_sandbox(self, request, channel):
         try:
@@ -439,10 +445,8 @@ class _Warm:
         return None if gate is True else gate
 
 
-def remove(folder):
-    """Remove a file, or a folder that the code may have closed to us."""
-    with contextlib.suppress(OSError):
-        return os.unlink(folder)
+def _remove(folder):
+    """Remove a folder that the code may have closed to us."""
     folders = [folder]
     while folders:
         path = folders.pop()

@@ -86,7 +86,7 @@ class Sandbox:
         self.reusable = reusable
         self.lock, self.closed, self.owner = threading.RLock(), False, os.getpid()
         self.state, self.gate, self.folder, self.candidates, self.remove = None, None, None, [], []
-        self.origin, self.fresh = None, True
+        self.origin = None
         self._start()
 
     def _start(self):
@@ -112,7 +112,7 @@ class Sandbox:
         self.gate = contain.Gate(descriptors.pop(0)) if hello["gate"] else None
         self.folder = descriptors.pop(0) if hello["folder"] else None
         self.state.grouped = self.gate is None
-        self.origin, self.fresh = self.state if self.reusable else None, True
+        self.origin = self.state if self.reusable else None
         ours.settimeout(self.timeout)
         self._report(hello["missing"])
 
@@ -153,16 +153,28 @@ class Sandbox:
         """Back to the state of a new sandbox, for other code; what ran before is ended, and its files go.
 
         With reusable=True this takes a fraction of the time that a new sandbox takes: the process from before the
-        first step has waited.
+        first step has waited. It removes what files it finds; if it cannot remove all, the next step starts a new one.
         """
         with self.lock:
-            if self.origin is None or not self.origin.alive():
+            for process in {*self.candidates, self.state} - {self.origin, None}:
+                process.kill(wait=1.0)  # until it is gone: it could write behind the cleaning
+            self.candidates = []
+            if self.origin is None or not self.origin.alive() or not self._clean():
                 self._lose()
                 return
-            self._drop(self.candidates)
-            if self.state is not self.origin:
-                self.state.kill()
-            self.state, self.name, self.fresh = self.origin, self.home, True
+            self.state, self.name, self.remove = self.origin, self.home, []
+
+    def _clean(self):
+        """Whether nothing but the origin's own folder is left."""
+        self.origin.signal(signal.SIGCONT)
+        if not self.origin.send({"clean": True}) or not readable(self.origin.channel, 1.0):
+            return False
+        try:
+            answer = (self.origin.receive() or [{}])[0]
+        except (OSError, ValueError):
+            return False
+        self.origin.signal(signal.SIGSTOP)
+        return answer.get("clean") is True
 
     def _lose(self):
         for process in {*self.candidates, self.state, self.origin} - {None}:
@@ -240,13 +252,12 @@ class Sandbox:
             output = shared_memory(8 + 8 * self.half + RAW_OUTPUT)
             self.candidates.append(Candidate(channel, self.timeout, self.gate is None, output))
             theirs += [other.detach(), os.dup(output)]
-        request = {"codes": codes, "names": [c.name for c in self.candidates]}
-        request |= {"remove": self.remove, "fresh": self.fresh}
+        request = {"codes": codes, "names": [c.name for c in self.candidates], "remove": self.remove}
         self.state.signal(signal.SIGCONT)
         sent = self.state.send(request, theirs)
         for descriptor in theirs:
             os.close(descriptor)
-        self.remove, self.fresh = [], False
+        self.remove = []
         if sent:
             self._listen(started)
         else:

@@ -1066,6 +1066,19 @@ found, random.random()
             assert again.run("x").result == "5"
 
 
+def test_what_cannot_be_removed_is_not_found_by_the_next_episode():
+    """A folder that can be entered but not listed survives its removal; the sandbox is not used again then."""
+    sandboxes, place = Sandboxes(timeout=5), "os.path.dirname(os.readlink('/proc/self/cwd'))"
+    with sandboxes() as sandbox:
+        leave = (
+            f"import os; place = {place}\nos.mkdir(place + '/shut', 0o300)\nopen(place + '/shut/known', 'w').write('x')"
+        )
+        assert sandbox.run(leave).error is None
+    with sandboxes() as again:
+        assert "FileNotFoundError" in again.run(f"import os; open({place} + '/shut/known').read()").error
+        assert again.run("6 * 7").result == "42"
+
+
 @pytest.mark.parametrize("end", ["while True: pass", "import os; os._exit(3)", "1 / 0"])
 def test_a_reused_sandbox_survives_what_ended_an_episode(end):
     sandboxes = Sandboxes(timeout=0.4)
