@@ -77,15 +77,16 @@ $(D)/index/.done: $(D)/world/.done
 	touch $@
 
 # 3. Teacher: CoT traces (Eq. 2), agent trajectories (Eq. 3), and those with first-thought prefix (Eq. 5), over HTTP.
+SEARCH = --search $(D)/index --top-k 1
 COLLECT = $(RUN) agent_distill.py collect $(D)/world/train.jsonl --url \$$TEACHER_URL --seed $(SEED) --concurrency 3
 $(D)/teacher/cot.train.jsonl: $(D)/world/.done
 	$(RUN) miniature.py teacher $(D)/world --then "$(COLLECT) --method cot --out $(D)/teacher/cot.jsonl"
 	$(RUN) agent_distill.py filter $(D)/teacher/cot.jsonl --out $@
 $(D)/teacher/agent.train.jsonl: $(D)/index/.done
 	$(RUN) miniature.py teacher $(D)/world \
-	  --then "$(COLLECT) --search $(D)/index --top-k 1 --out $(D)/teacher/agent.jsonl"
+	  --then "$(COLLECT) $(SEARCH) --out $(D)/teacher/agent.jsonl"
 	$(RUN) agent_distill.py filter $(D)/teacher/agent.jsonl --out $@
-COLLECT_PREFIX = $(COLLECT) --search $(D)/index --top-k 1 --first-thought --cot $(D)/teacher/cot.jsonl \
+COLLECT_PREFIX = $(COLLECT) $(SEARCH) --first-thought --cot $(D)/teacher/cot.jsonl \
   --out $(D)/teacher/prefix.jsonl
 $(D)/teacher/gain.md: $(D)/teacher/agent.train.jsonl $(D)/teacher/cot.train.jsonl
 	$(RUN) miniature.py teacher $(D)/world --then "$(COLLECT_PREFIX) --limit $(PREFIX_QUESTIONS)"
@@ -115,7 +116,6 @@ $(D)/%/prefix/.done: $(D)/%/base/.done $(D)/teacher/prefix.train.jsonl
 
 # 5. Evaluation: eight tasks, greedy and SC-action; the untrained base under the same prompts.
 EVALUATE = $(RUN) evaluate.py $(D)/world/test/*.jsonl --out $(@D) --name $* --max-tokens 150 --batch 32 --seed $(SEED)
-SEARCH = --search $(D)/index --top-k 1
 AGENT_PROMPT = --system-prompt prompts/agent_student_system.txt
 $(D)/eval/%.base.cot/results.json: $(D)/%/base/.done
 	$(EVALUATE) --model $(D)/$*/base --method cot --training none

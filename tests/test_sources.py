@@ -230,21 +230,15 @@ def test_a_server_that_is_unplugged_and_comes_back(tmp_path):
     assert (tmp_path / "download/a/b/file.bin").read_bytes() == CONTENT
 
 
+def download_command(table, folder):
+    return [sys.executable, "sources.py", "download", "one", "--sources", table, "--to", str(folder), "--quiet"]
+
+
 def test_killed_in_the_middle_again_and_again(tmp_path):
     """kill -9 at five moments: never a file under its name, each time it goes on from the last byte."""
     with serve(lambda number, first: "drip") as server:
         table = write_table(tmp_path, server)
-        command = [
-            sys.executable,
-            "sources.py",
-            "download",
-            "one",
-            "--sources",
-            table,
-            "--to",
-            str(tmp_path),
-            "--quiet",
-        ]
+        command = download_command(table, tmp_path)
         aside, sizes = tmp_path / "download/a/b/.file.bin.partial", [0]
         for _ in range(5):
             process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -264,17 +258,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path):
     """A limit on the size of files makes the very error that a full disk makes, in the middle of a write."""
     with serve() as server:
         table = write_table(tmp_path, server)
-        command = [
-            sys.executable,
-            "sources.py",
-            "download",
-            "one",
-            "--sources",
-            table,
-            "--to",
-            str(tmp_path),
-            "--quiet",
-        ]
+        command = download_command(table, tmp_path)
         full = subprocess.run(
             command, cwd=ROOT, capture_output=True, text=True,
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_234_567, 1_234_567)),
