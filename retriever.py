@@ -37,7 +37,7 @@ from common import REQUIRED, InputError, Journal, option, parse_object, progress
 from passages import Passages, fingerprint, join_passages, plain_file
 from sparse import best_of
 
-FORMAT = 1  # of the index folder; folders of another format are refused
+FORMAT = 2  # of the index folder; folders of another format are refused
 
 Hit = namedtuple("Hit", "id score contents")
 

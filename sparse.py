@@ -8,6 +8,7 @@ Imported by retriever.py; not run by itself.
 
 import collections
 import concurrent.futures.process
+import math
 import multiprocessing
 import os
 import signal
@@ -20,7 +21,8 @@ from passages import read_chunk, save_run
 from words import WORD, WordTable, blocks, index_term, number_block, split_words
 
 CHUNK = 8 << 20  # bytes of the passages file that one process inverts at once: sets the memory of a build
-COMMON = 32  # terms in one of so many passages also get a row of bytes, where a passage is found at once
+COMMON = 16  # terms in one of so many passages are common: they also get a row of bytes, one a passage
+LEVELS = 15  # of these bytes: few enough for the sums of most queries to stay within 255, enough to tell passages apart
 RANGE = 1 << 21  # postings that are merged at once (or one term's, where it has more)
 
 # Build, step 1: each chunk of the passages file becomes a run, an inverted index of its own.
@@ -145,11 +147,11 @@ def term_ranges(starts):
         first = last
 
 
-def posting_ranges(run):
-    """(first term, last, docs, tfs) for about RANGE postings at a time."""
+def posting_ranges(run, names=("docs", "tfs")):
+    """(first term, last, *columns) for about RANGE postings at a time."""
     starts = np.concatenate([[0], np.cumsum(run.counts, dtype=np.int64)])
     for first, last in term_ranges(starts):
-        yield first, last, *(run.read(name, starts[first], starts[last]) for name in ("docs", "tfs"))
+        yield first, last, *(run.read(name, starts[first], starts[last]) for name in names)
 
 
 def merge_terms(runs):
@@ -219,7 +221,8 @@ def column_file(path, kind, shape):
     return file
 
 
-# Scores. A passage's score is the sum, over the terms of the query, of weight(term) x impact(term, passage).
+# Scores. A passage's score is the sum, over the terms of the query, of repeats(n) x weight(term) x impact(term,
+# passage), divided by the norm of the query; n is how often the query has the term.
 
 
 class TfIdf:
@@ -232,9 +235,14 @@ class TfIdf:
     def idf(self, df):
         return np.log((1 + self.count) / (1 + df)) + 1
 
-    def query_weights(self, dfs, repeats):
-        weights = (1 + np.log(repeats)) * self.idf(dfs)
-        return weights / np.sqrt(weights @ weights) * self.idf(dfs)
+    def weight(self, df):
+        return self.idf(df) ** 2  # one idf of the query's vector, one of the passage's
+
+    def repeats(self, n):
+        return 1 + math.log(n)
+
+    def norm(self, repeats, weights):
+        return math.sqrt(sum(n * n * weight for n, weight in zip(repeats, weights, strict=True)))
 
     def passage_factors(self, run):
         """1 / the norm of each passage's vector."""
@@ -256,11 +264,14 @@ class Bm25:
     def __init__(self, settings, count):
         self.count, self.k1, self.b = count, settings["k1"], settings["b"]
 
-    def idf(self, df):
+    def weight(self, df):
         return np.log(1 + (self.count - df + 0.5) / (df + 0.5))
 
-    def query_weights(self, dfs, repeats):
-        return self.idf(dfs) * repeats
+    def repeats(self, n):
+        return n
+
+    def norm(self, repeats, weights):
+        return 1.0
 
     def passage_factors(self, run):
         return self.k1 * (1 - self.b + self.b * run.lengths / max(run.lengths.mean(), 1e-30))
@@ -273,64 +284,86 @@ SCORINGS = {"tfidf": TfIdf, "bm25": Bm25}
 
 
 def write_impacts(data, settings):
-    """What depends on the whole collection: every posting's impact, every term's greatest, and for common terms
-    a row of one byte a passage with the impact in 255ths of the greatest, rounded up (0: no posting)."""
+    """What depends on the whole collection: every posting's impact, and the bytes that the search adds up.
+
+    A byte is weight x impact in whole units, rounded up. The unit is the least with which a common term stays
+    within LEVELS and any term within 255. Common terms also get a row of one byte a passage (0: no posting).
+    """
     run = Run(data)
     scoring = SCORINGS[settings["kind"]](settings, len(run.lengths))
     factors = scoring.passage_factors(run).astype(np.float32)
-    greatest = np.empty(len(run.counts), np.float32)
-    common = np.flatnonzero(run.counts * COMMON >= len(run.lengths))
-    np.save(data / "common.npy", common)
-    with (
-        column_file(data / "impacts.npy", np.float32, run.columns["docs"].shape) as impacts_file,
-        column_file(data / "coarse.npy", np.uint8, (len(common), len(run.lengths))) as coarse_file,
-    ):
+    weights = scoring.weight(run.counts).astype(np.float32)
+    greatest = np.empty(len(weights), np.float32)
+    shape = run.columns["docs"].shape
+    with column_file(data / "impacts.npy", np.float32, shape) as file:
         for first, last, docs, tfs in posting_ranges(run):
             impacts = scoring.impacts(tfs.astype(np.float32), factors[docs])
-            starts = np.concatenate([[0], np.cumsum(run.counts[first:last], dtype=np.int64)])
-            greatest[first:last] = np.maximum.reduceat(impacts, starts[:-1])
-            impacts.tofile(impacts_file)
-            for place in common[np.searchsorted(common, first) : np.searchsorted(common, last)]:
-                own = slice(*starts[place - first : place - first + 2])
+            starts = np.cumsum(run.counts[first:last], dtype=np.int64) - run.counts[first:last]
+            greatest[first:last] = np.maximum.reduceat(impacts, starts) * weights[first:last]
+            impacts.tofile(file)
+    common = np.flatnonzero(run.counts * COMMON >= len(run.lengths))
+    unit = max(greatest[common].max(initial=0) / LEVELS, greatest.max(initial=0) / 255, 1e-30)
+    columns = {"common": common, "unit": unit, "greatest": np.ceil(greatest / unit).clip(0, 255).astype(np.uint8)}
+    for name, column in columns.items():
+        np.save(data / f"{name}.npy", column)
+    run.columns["impacts"] = np.load(data / "impacts.npy", mmap_mode="r")
+    with (
+        column_file(data / "units.npy", np.uint8, shape) as units_file,
+        column_file(data / "rows.npy", np.uint8, (len(common), len(run.lengths))) as rows_file,
+    ):
+        for first, last, docs, impacts in posting_ranges(run, ("docs", "impacts")):
+            counts = run.counts[first:last]
+            units = np.ceil(impacts * np.repeat(weights[first:last] / unit, counts)).clip(0, 255).astype(np.uint8)
+            units.tofile(units_file)
+            starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+            for place in common[np.searchsorted(common, first) : np.searchsorted(common, last)] - first:
+                own = slice(*starts[place : place + 2])
                 row = np.zeros(len(run.lengths), np.uint8)
-                row[docs[own]] = np.minimum(np.ceil(impacts[own] * (255 / greatest[place])), 255)
-                row.tofile(coarse_file)
-    np.save(data / "greatest.npy", greatest)
+                row[docs[own]] = units[own]
+                row.tofile(rows_file)
 
 
-# Search: MaxScore (Turtle and Flood, "Query evaluation", 1995) with whole postings lists as NumPy arrays.
+# Search. Scores are bounded first, for every passage, by sums of whole units in bytes: postings are added to their
+# passages, the rows of common terms as a whole. Then the passages with the greatest bounds are scored exactly, and
+# any other whose bound reaches the k-th best of these scores.
 
-LOOK_UP = 32  # postings that can be added up in the time of one binary search (measured)
-WORTHWHILE = 50_000  # postings that take as long to add up as a better floor takes to find (measured)
-LEADERS = 8  # times k: the passages whose scores make the floor
-Term = collections.namedtuple("Term", "most start stop weight row")
+LEADERS = 4  # times k: the passages that are scored first
+COLUMNS = 1024  # at least: the bounds' maxima are taken over so many columns
+FEW = 64  # when a query's postings are fewer than one in so many passages, those passages are looked at, not all
+ROUNDING = 1 - 1e-5  # scores are float32
+
+Term = collections.namedtuple("Term", "count start weight greatest row")
+Query = collections.namedtuple("Query", "terms times weights norm")
 
 
 class SparseIndex:
     """The postings of an index, mapped into memory. Threads may share it."""
 
     def __init__(self, data, settings):
-        names = ("terms", "starts", "docs", "impacts", "greatest", "coarse", "rank")
+        names = ("terms", "starts", "docs", "impacts", "units", "rows", "greatest", "rank")
         columns = (np.asarray(np.load(data / f"{name}.npy", mmap_mode="r")) for name in names)
-        self.terms, self.starts, self.docs, self.impacts, self.greatest, self.coarse, self.rank = columns
-        self.rows = {place: row for row, place in enumerate(np.load(data / "common.npy").tolist())}
+        self.terms, self.starts, self.docs, self.impacts, self.units, self.rows, self.greatest, self.rank = columns
+        self.row_of = {place: row for row, place in enumerate(np.load(data / "common.npy").tolist())}
+        self.unit = float(np.load(data / "unit.npy"))
         self.settings = settings
         self.scoring = SCORINGS[settings["kind"]](settings, len(self.rank))
         self.known = {}  # words of earlier queries
         self.scratch = threading.local()
 
     def _term(self, word):
-        """(greatest impact, first posting, end, row of bytes or None) of a word's term; None if there is none."""
+        """The Term of a word; None if no passage has it."""
         key = np.array(index_term(word, self.settings), self.terms.dtype)
         place = int(np.searchsorted(self.terms, key))
         if place == len(self.terms) or self.terms[place] != key:
             return None
-        row = self.coarse[self.rows[place]] if place in self.rows else None
-        return float(self.greatest[place]), int(self.starts[place]), int(self.starts[place + 1]), row
+        start, stop = self.starts[place : place + 2].tolist()
+        weight = float(self.scoring.weight(stop - start))
+        return Term(stop - start, start, weight, int(self.greatest[place]), self.row_of.get(place))
 
-    def query_terms(self, query):
-        """The Terms of a query, the one that can add most to a score first."""
-        repeats, found = {}, {}
+    def parse(self, query):
+        """The Query of a text: its terms, the rarest first; for each the whole number of times that its bytes
+        count, and its weight in the score; and the norm of the query."""
+        numbers = {}
         for word in split_words(query):
             try:
                 term = self.known[word]
@@ -339,17 +372,12 @@ class SparseIndex:
                     self.known = {}
                 term = self.known[word] = self._term(word)
             if term:
-                repeats[term[1]] = repeats.get(term[1], 0) + 1
-                found[term[1]] = term
-        if not repeats:
-            return []
-        dfs = np.array([stop - start for _, start, stop, _ in found.values()])
-        weights = self.scoring.query_weights(dfs, np.array([*repeats.values()])).tolist()
-        terms = [
-            Term(weight * greatest, start, stop, weight, row)
-            for weight, (greatest, start, stop, row) in zip(weights, found.values(), strict=True)
-        ]
-        return sorted(terms, key=lambda term: (-term.most, term.start))
+                numbers[term] = numbers.get(term, 0) + 1
+        terms = sorted(numbers)
+        repeats = [self.scoring.repeats(numbers[term]) for term in terms]
+        norm = self.scoring.norm(repeats, [term.weight for term in terms])
+        weights = [n * term.weight / norm for n, term in zip(repeats, terms, strict=True)]
+        return Query(terms, [math.ceil(n) for n in repeats], weights, norm)
 
     def top(self, queries, k):
         """[(passage numbers, scores)] of the k best passages for each query."""
@@ -357,125 +385,134 @@ class SparseIndex:
 
     def best(self, query, k):
         """(passage numbers, scores) of the k best passages that share a term with the query, best first."""
-        totals = self._totals()
-        touched = []  # the passages that have a total: an array for every term that was added up
+        query = self.parse(query)
+        if not query.terms:
+            return np.empty(0, np.intp), np.empty(0, np.float32)
+        bounds = self._bounds(query)
         try:
-            docs, scores = self._candidates(self.query_terms(query), totals, touched, k)
+            common = []
+            for term, times in zip(query.terms, query.times, strict=True):
+                if term.row is None:
+                    part = slice(term.start, term.start + term.count)
+                    bounds.add_postings(self.docs[part], self.units[part], times)
+                else:
+                    common.append((self.rows[term.row], times, term.greatest * times))
+            best = self._best_of_few(query, bounds, common, k)
+            if best is None:
+                for row, times, _ in common:
+                    bounds.add_row(row, times)
+                best = self._best_of_all(query, bounds, k)
         finally:
-            if _are_few(touched, totals):
-                for found in touched:
-                    totals[found] = 0
-            else:
-                totals.fill(0)
+            bounds.clear()
+        return best
+
+    def _bounds(self, query):
+        """The thread's Bounds in the least integers that hold the sums of this query."""
+        most = sum(term.greatest * times for term, times in zip(query.terms, query.times, strict=True))
+        kind = "uint8" if most < 1 << 8 else "uint16" if most < 1 << 16 else "uint32"
+        if not hasattr(self.scratch, kind):
+            setattr(self.scratch, kind, Bounds(len(self.rank), kind))
+        return getattr(self.scratch, kind)
+
+    def _best_of_all(self, query, bounds, k):
+        maxima = bounds.maxima(LEADERS * k)
+        least = _nth_greatest(maxima, LEADERS * k)
+        docs = bounds.at_least(least, maxima)
+        scores = self.scores(query, docs)
+        floor = self._floor(query, scores, k)
+        if floor < least:
+            docs = bounds.at_least(floor, maxima)
+            scores = self.scores(query, docs)
         return best_of(docs, scores, self.rank, k)
 
-    def _candidates(self, terms, totals, touched, k):
-        """(passage numbers, scores): all that can be among the k best, and few more.
+    def _best_of_few(self, query, bounds, common, k):
+        """The k best, if few passages have a rarer term and common terms alone bring none among them; else None."""
+        if not 0 < FEW * bounds.postings < len(self.rank):
+            return None
+        docs, units = bounds.touched()
+        leaders = np.unique(docs.compress(units >= _nth_greatest(units, LEADERS * k)))
+        floor = self._floor(query, self.scores(query, leaders), k)
+        rest = sum(most for _, _, most in common)
+        if rest >= floor:
+            return None
+        docs, units = _at_least(docs, units, floor - rest)
+        for row, times, most in common:
+            rest -= most
+            units = units + row.take(docs).astype(np.int64) * times
+            docs, units = _at_least(docs, units, floor - rest)
+        docs = np.unique(docs)
+        return best_of(docs, self.scores(query, docs), self.rank, k)
 
-        Terms are added up in one fixed order, so that a score does not depend on what was skipped.
-        """
-        most = [0.0]  # most[i]: what terms i and after can add to a score at most
-        for term in reversed(terms):
-            most.insert(0, most[0] + term.most)
-        slack = 1 - 1e-5 - 2e-7 * len(terms)  # scores are float32
-        floor = 0.0  # a lower bound of the k-th best score
-        leaders, looked_at = set(), 0
-        for i, term in enumerate(terms):
-            if most[i] >= floor and touched and term.stop - term.start > WORTHWHILE:
-                for found in touched[looked_at:]:
-                    leaders.update(found.take(_greatest(totals.take(found), LEADERS * k)).tolist())
-                looked_at = len(touched)
-                floor = max(floor, slack * self._kth_total(leaders, terms[i:], k))
-            if most[i] < floor:  # a passage without any of the terms so far cannot be among the best
-                break
-            touched.append(self._add_up(term, totals))
+    def _floor(self, query, scores, k):
+        """The units that a bound must reach to be of interest beside these scores; at least 1."""
+        if len(scores) < k:
+            return 1
+        return max(1, math.ceil(float(np.partition(scores, -k)[-k]) * ROUNDING * query.norm / self.unit))
+
+    def scores(self, query, docs):
+        """The scores of passages, given by their numbers in order: float32 [docs]. The terms are added up in one
+        order, so that a score does not depend on what else is scored."""
+        wanted = docs.astype(np.uint32)
+        at = [self.docs[term.start : term.start + term.count].searchsorted(wanted) for term in query.terms]
+        starts = np.array([term.start for term in query.terms])[:, None]
+        lasts = starts + np.array([term.count - 1 for term in query.terms])[:, None]
+        at = np.minimum(np.array(at) + starts, lasts)
+        parts = self.impacts.take(at) * np.array(query.weights, np.float32)[:, None]
+        scores = np.zeros(len(docs), np.float32)
+        for part in parts * (self.docs.take(at) == wanted):
+            scores += part
+        return scores
+
+
+class Bounds:
+    """Upper bounds of the scores of all passages, for one query after another. Not for two threads at once."""
+
+    def __init__(self, count, kind):
+        self.padded = np.zeros(count + count // COLUMNS + 1, kind)
+        self.units = self.padded[:count]
+        self.added, self.postings, self.rows = [], 0, False
+
+    def add_postings(self, docs, units, times):
+        docs = docs.astype(np.intp)
+        units = units.astype(self.units.dtype, copy=False)
+        self.added.append(docs)
+        self.postings += len(docs)
+        np.add.at(self.units, docs, units if times == 1 else units * self.units.dtype.type(times))
+
+    def add_row(self, row, times):
+        self.rows = True
+        np.add(self.units, row if times == 1 else row * self.units.dtype.type(times), out=self.units)
+
+    def touched(self):
+        """(passages, bounds) for every posting that was added."""
+        docs = np.concatenate([np.empty(0, np.intp), *self.added])
+        return docs, self.units.take(docs)
+
+    def maxima(self, n):
+        """The greatest bounds of the columns, much more than n of them if there can be, when the bounds are written
+        in rows, one passage after another."""
+        rows = max(1, len(self.units) // max(COLUMNS, len(self.units) >> 9, 16 * n))
+        columns = -(-len(self.units) // rows)
+        return self.padded[: rows * columns].reshape(rows, columns).max(0)
+
+    def at_least(self, least, maxima):
+        """The passages whose bounds are at least `least`, in order."""
+        columns = np.flatnonzero(maxima >= least)
+        docs = (np.arange(0, len(self.units), len(maxima))[:, None] + columns).ravel()
+        return docs.compress(self.padded.take(docs) >= least)
+
+    def clear(self):
+        if self.rows or FEW * self.postings >= len(self.units):
+            self.units.fill(0)
         else:
-            i = len(terms)
-        docs = self._reached(totals, touched, floor - most[i], k)
-        docs, scores = self._sift(docs, totals.take(docs), terms[i:], floor)
-        for j, term in enumerate(terms[i:], i):
-            if len(docs) * LOOK_UP > term.stop - term.start:
-                totals[docs] = scores
-                touched.append(self._add_up(term, totals))
-                scores = totals.take(docs)
-            else:
-                scores = scores + self._look_up(docs, term)
-            if len(docs) > k:
-                floor = max(floor, slack * float(np.partition(scores, -k)[-k]))
-                docs, scores = _at_least(docs, scores, floor - most[j + 1])
-        return docs, scores
-
-    def _totals(self):
-        """Scores so far, by passage; zero between queries. One array a thread."""
-        if not hasattr(self.scratch, "totals"):
-            self.scratch.totals = np.zeros(len(self.rank), np.float32)
-            self.scratch.slots = np.empty(len(self.rank), np.int32)
-        return self.scratch.totals
-
-    def _reached(self, totals, touched, least, k):
-        """The touched passages whose totals are at least `least`; where that is nothing, at least the k best."""
-        least = max(least, np.finfo(np.float32).tiny)
-        if _are_few(touched, totals):
-            docs = np.concatenate([np.empty(0, np.intp), *touched])
-            docs = docs.take(np.flatnonzero(totals.take(docs) >= least))
-            slots, numbers = self.scratch.slots, np.arange(len(docs), dtype=np.int32)
-            slots[docs] = numbers  # of a passage that is there twice, one number stays
-            return docs.take(np.flatnonzero(slots.take(docs) == numbers))
-        rows = len(totals) // 64
-        if least < 1e-30 and rows > k:  # the k-th best of the columns' greatest is no better than the k-th best of all
-            least = max(least, np.partition(totals[: rows * 64].reshape(64, rows).max(0), -k)[-k])
-        return np.flatnonzero(totals >= least)
-
-    def _add_up(self, term, totals):
-        """Add a term to the totals of all its passages; returns these."""
-        found = self.docs[term.start : term.stop].astype(np.intp)
-        np.add.at(totals, found, self.impacts[term.start : term.stop] * np.float32(term.weight))
-        return found
-
-    def _look_up(self, docs, term):
-        """What a term adds to the scores of some passages, found by binary search."""
-        postings = self.docs[term.start : term.stop]
-        at = postings.searchsorted(docs.astype(np.uint32))
-        np.minimum(at, len(postings) - 1, out=at)
-        return (postings.take(at) == docs) * (self.impacts[term.start : term.stop].take(at) * np.float32(term.weight))
-
-    def _sift(self, docs, scores, terms, floor):
-        """Drop passages that cannot reach the floor, by the bytes of the common terms."""
-        rest = sum(term.most for term in terms)
-        docs, scores = _at_least(docs, scores, floor - rest)
-        upper = scores
-        for term in terms:
-            if term.row is not None and len(docs) > LOOK_UP:
-                rest -= term.most
-                upper = upper + term.row.take(docs) * np.float32(term.most / 255)
-                keep = np.flatnonzero(upper >= floor - rest)
-                docs, scores, upper = docs.take(keep), scores.take(keep), upper.take(keep)
-        return docs, scores
-
-    def _kth_total(self, docs, terms, k):
-        """A lower bound of the k-th best score: the k-th best of some passages, with all their terms."""
-        if len(docs) < k:
-            return 0.0
-        docs = np.fromiter(docs, np.intp, len(docs))
-        scores = self._totals().take(docs)
-        chosen = _greatest(scores, LEADERS * k)
-        docs, scores = docs.take(chosen), scores.take(chosen)
-        for term in terms:
-            if term.row is None:
-                scores = scores + self._look_up(docs, term)
-            else:  # the bytes are rounded up: one less is a lower bound
-                scores = scores + (np.maximum(term.row.take(docs), 1) - 1.0) * np.float32(term.most / 255)
-        return float(np.partition(scores, -k)[-k])
+            for docs in self.added:
+                self.units[docs] = 0
+        self.added, self.postings, self.rows = [], 0, False
 
 
-def _are_few(touched, totals):
-    """Whether it is faster to go through the touched passages than through all."""
-    return 6 * sum(map(len, touched)) < len(totals)
-
-
-def _greatest(scores, n):
-    """Where the n greatest scores are, in any order."""
-    return scores.argpartition(-n)[-n:] if len(scores) > n else np.arange(len(scores))
+def _nth_greatest(units, n):
+    """The n-th greatest of some bounds; at least 1."""
+    return max(1, int(np.sort(units, kind="stable")[-n])) if len(units) > n else 1  # stable: by radix, in one pass
 
 
 def _at_least(docs, scores, least):

@@ -185,29 +185,35 @@ def test_title_weight_counts_the_first_line_again(tmp_path):
 def exhaustive(engine, query, k):
     """Every posting of every term, added up in the order that the engine states, and all passages sorted."""
     totals = np.zeros(len(engine.rank), np.float32)
-    for term in engine.query_terms(query):
-        found = engine.docs[term.start : term.stop]
-        totals[found] += engine.impacts[term.start : term.stop] * np.float32(term.weight)
+    query = engine.parse(query)
+    for term, weight in zip(query.terms, query.weights, strict=True):
+        own = slice(term.start, term.start + term.count)
+        totals[engine.docs[own]] += engine.impacts[own] * np.float32(weight)
     found = np.flatnonzero(totals)
     best = found[np.lexsort((engine.rank[found], -totals[found]))][:k]
     return best.tolist(), totals[best].tolist()
 
 
+def count_scored(engine, monkeypatch):
+    """A list that grows by the number of passages that are scored exactly, call by call."""
+    scored, scores = [], engine.scores
+    monkeypatch.setattr(engine, "scores", lambda query, docs: scored.append(len(docs)) or scores(query, docs))
+    return scored
+
+
+@pytest.mark.parametrize("columns", [8, sparse.COLUMNS])
 @pytest.mark.parametrize("kind", ["tfidf", "bm25"])
-def test_pruned_search_equals_exhaustive_search(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(sparse, "WORTHWHILE", 20)  # so that a small corpus is pruned as a large one is
-    monkeypatch.setattr(sparse, "LOOK_UP", 4)
+def test_search_equals_exhaustive_search(tmp_path, monkeypatch, kind, columns):
+    monkeypatch.setattr(sparse, "COLUMNS", columns)  # a small corpus in rows and columns as a large one is
     texts = zipf_texts(4000)
     texts += texts[:400]  # many ties
     ids = random.Random(0).sample(range(10**6), len(texts))
     engine = build(tmp_path, texts, kind, ids=ids).engine
-    added = []
-    add_up = engine._add_up
-    monkeypatch.setattr(
-        engine, "_add_up", lambda term, totals: added.append(term.stop - term.start) or add_up(term, totals)
-    )
+    scored = count_scored(engine, monkeypatch)
+    few, best_of_few = [], engine._best_of_few
+    monkeypatch.setattr(engine, "_best_of_few", lambda *a: few.append(best_of_few(*a)) or few[-1])
     generator = np.random.default_rng(1)
-    postings = 0
+    matching = 0
     for number in range(2000):
         words = generator.integers(0, 2000 if number % 2 else 300, generator.integers(1, 15)) // generator.integers(
             1, 20
@@ -216,20 +222,29 @@ def test_pruned_search_equals_exhaustive_search(tmp_path, monkeypatch, kind):
         for k in (1, 3, 20):
             docs, scores = engine.best(query, k)
             assert (docs.tolist(), scores.tolist()) == exhaustive(engine, query, k), query
-            postings += sum(term.stop - term.start for term in engine.query_terms(query))
-    assert sum(added) < 0.7 * postings  # it did prune
-    assert not engine._totals().any()
+        matching += len(exhaustive(engine, query, 10**6)[0])
+    assert sum(scored) < 0.2 * 3 * matching  # it did prune
+    assert 30 < sum(best is not None for best in few) < len(few) - 30  # both ways were taken
+    for bounds in vars(engine.scratch).values():
+        assert not bounds.padded.any()
+
+
+@pytest.mark.parametrize("repeats", [1, 2, 200, 5000])
+def test_long_queries_get_wider_sums(tmp_path, repeats):
+    engine = build(tmp_path, zipf_texts(1000), "bm25").engine
+    query = " ".join([f"w{number}" for number in range(60)] * repeats)
+    docs, scores = engine.best(query, 5)
+    assert (docs.tolist(), scores.tolist()) == exhaustive(engine, query, 5)
+    assert [*vars(engine.scratch)] == [{1: "uint16", 2: "uint16", 200: "uint32", 5000: "uint32"}[repeats]]
 
 
 def test_search_skips_the_commonest_word(tmp_path, monkeypatch):
-    monkeypatch.setattr(sparse, "WORTHWHILE", 1000)
     texts = [f"the common word {'rare' if i in (5, 4000) else ''} n{i}" for i in range(30_000)]
     engine = build(tmp_path, texts, "bm25").engine
-    added = []
-    add_up = engine._add_up
-    engine._add_up = lambda term, totals: added.append(term.stop - term.start) or add_up(term, totals)
+    monkeypatch.setattr(sparse.Bounds, "add_row", lambda *_: pytest.fail("a row was added up"))
+    scored = count_scored(engine, monkeypatch)
     assert engine.best("the rare common word", 2)[0].tolist() == [5, 4000]
-    assert sum(added) == 2
+    assert max(scored) == 2
 
 
 def test_ties_are_in_the_order_of_ids(tmp_path):
