@@ -10,6 +10,7 @@ import functools
 import os
 import struct
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -17,7 +18,8 @@ from common import InputError
 from passages import read_chunk, save_run
 
 CHUNK = 1 << 20  # bytes of the passages file that are embedded between two saves
-BLOCK = 2048  # vectors that are multiplied at once on the CPU: their scores stay in its cache
+BLOCK = 2048  # vectors that are multiplied at once on the CPU: they or their scores stay in its cache
+DOT_PRODUCTS = 8  # queries, up to which plain dot products are faster than a matrix product
 GPU_BLOCK = 1 << 18
 BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}  # of a batch, padding included
 SLACK = 1e-5  # of float32 products, for vectors of length 1: well above their error, d x 6e-8 at worst
@@ -168,10 +170,20 @@ class NumpyProducts:
     """Inner products of queries and blocks of vectors, on the CPU."""
 
     def __init__(self, vectors):
-        self.vectors = vectors
+        self.vectors = np.asarray(vectors)  # a plain view of the mapped file: its slices cost less
+        cores = len(os.sched_getaffinity(0))
+        self.map = ThreadPoolExecutor(cores).map if cores > 1 else map
 
     def block(self, queries):
         return max(BLOCK, BLOCK * 32 // len(queries))
+
+    def _products(self, queries, vectors):
+        """[vectors, queries]. A matrix product pays from some queries on; below, it reads memory at half the speed
+        of plain dot products (measured with OpenBLAS), which have no threads of their own."""
+        if len(queries) > DOT_PRODUCTS:
+            return vectors @ queries.T
+        pieces = [vectors[start : start + 4 * BLOCK] for start in range(0, len(vectors), 4 * BLOCK)]
+        return np.concatenate([*self.map(lambda piece: np.vecdot(piece, queries[:, None]), pieces)], axis=1).T
 
     def above(self, queries, start, stop, floors, k):
         """(query numbers, vector numbers, products) where the product is at least the query's floor.
@@ -179,12 +191,11 @@ class NumpyProducts:
         Where there is no floor yet (-inf), the block's own k-th greatest product makes one.
         """
         vectors = np.require(self.vectors[start:stop], np.float32, "A")
-        products = queries @ vectors.T  # [queries, block]
+        products = self._products(queries, vectors)
         if np.isneginf(floors[0]) and k < stop - start:
-            floors = np.partition(products, -k)[:, -k] - SLACK
-        places = np.flatnonzero(products >= floors[:, None])
-        query, vector = np.divmod(places, stop - start)
-        return query, vector + start, products.ravel()[places]
+            floors = np.partition(products[: max(BLOCK, k)], -k, axis=0)[-k] - SLACK
+        vector, query = np.divmod(np.flatnonzero(products >= floors), len(queries))
+        return query, vector + start, products[vector, query]
 
 
 class TorchProducts:

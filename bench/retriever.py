@@ -202,8 +202,13 @@ class Child:
         return result
 
 
+def use_one_core():
+    """Also for the threads that libraries start."""
+    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[-1]})
+
+
 def _serve_calls(peer_class, pipe):
-    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[-1]})  # one core, for threads that libraries start
+    use_one_core()
     peer = None
     while True:
         try:
@@ -329,6 +334,7 @@ class Dense:
 
 def compare_dense(config):
     """Exact inner product search: queries a second at batch 1 and 64."""
+    use_one_core()
     generator = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         vectors = generator.standard_normal((config.vectors, config.dimensions), dtype=np.float32)
