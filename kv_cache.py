@@ -42,6 +42,11 @@ class Cache(DynamicCache):
             layer.prompt, layer.slots, layer.n = (layer.keys, layer.values), slots, n
             layer.keys = layer.values = layer.stores = None
 
+    def fill(self, states):
+        """Begin with these keys and values, two (R, heads, T, head size) for each layer."""
+        for layer, (keys, values) in zip(self.layers, states, strict=True):
+            layer.fill(keys, values)
+
     def keep(self, rows):
         """Only these sequences go on. rows: (kept,) indices, ascending."""
         for layer in self.layers:
@@ -80,6 +85,11 @@ class Layer(DynamicLayer):
         self.keys, self.values = (store[..., :end, :] for store in self.stores)
         self.keys.layer = self  # how `attend` finds the prompt part
         return self.keys, self.values
+
+    def fill(self, keys, values):
+        self.lazy_initialization(keys, values)
+        self.stores = [keys, values]  # full: the next token finds no room, so that these stay as they are
+        self.keys, self.values = keys, values
 
     def keep(self, rows):
         if self.stores is not None:

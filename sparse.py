@@ -24,6 +24,7 @@ CHUNK = 8 << 20  # bytes of the passages file that one process inverts at once: 
 COMMON = 16  # terms in one of so many passages are common: they also get a row of bytes, one a passage
 LEVELS = 15  # of these bytes: few enough for the sums of most queries to stay within 255, enough to tell passages apart
 RANGE = 1 << 21  # postings that are merged at once (or one term's, where it has more)
+PIECE = 1 << 12  # of these, from each run: a read costs as much as so many
 
 # Build, step 1: each chunk of the passages file becomes a run, an inverted index of its own.
 
@@ -139,10 +140,10 @@ class Run:
         return np.fromfile(column.filename, column.dtype, stop - start, offset=column.offset + start * column.itemsize)
 
 
-def term_ranges(starts):
+def term_ranges(starts, postings=RANGE):
     first = 0
     while first < len(starts) - 1:
-        last = max(int(np.searchsorted(starts, starts[first] + RANGE, side="right")) - 1, first + 1)
+        last = max(int(np.searchsorted(starts, starts[first] + postings, side="right")) - 1, first + 1)
         yield first, last
         first = last
 
@@ -191,7 +192,7 @@ def merge_postings(folders, data, bar):
         column_file(data / "docs.npy", np.uint32, starts[-1:]) as docs_file,
         column_file(data / "tfs.npy", tfs_type, starts[-1:]) as tfs_file,
     ):
-        for first, last in term_ranges(starts):
+        for first, last in term_ranges(starts, max(RANGE, PIECE * len(runs))):
             free = starts[first:last] - starts[first]  # where each term's next postings go
             docs = np.empty(starts[last] - starts[first], np.uint32)
             tfs = np.empty(len(docs), tfs_type)

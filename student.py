@@ -14,8 +14,10 @@ from transformers import LogitsProcessor, StoppingCriteria
 from chat import render
 from client import cut_at_stop
 from kv_cache import ATTENTION, Cache
+from prefixes import Prefixes
 
 SEGMENT = 32  # tokens of one generate call
+PREFIX_BYTES = 2 << 30  # of keys and values that are kept from step to step, beside those of the last call
 
 
 @dataclasses.dataclass
@@ -39,6 +41,7 @@ class Student:
         self.n, self.temperature, self.max_tokens, self.seed = n, temperature, max_tokens, seed
         self.nucleus = {"temperature": temperature, "top_p": top_p}
         self.batch = batch or self._batch_that_fits()
+        self.prefixes = Prefixes(PREFIX_BYTES)
         if n > 1 and model.config._attn_implementation == "sdpa":
             model.set_attn_implementation(ATTENTION)
         self.stop_ids = sorted({tokenizer.eos_token_id, *_as_list(model.generation_config.eos_token_id)} - {None})
@@ -62,10 +65,11 @@ class Student:
             try:
                 answers = self._generate([prompts[i] for i in chunk], [keys[i] for i in chunk], stop, room)
             except torch.OutOfMemoryError:
-                if len(chunk) == 1:
+                if len(chunk) == 1 and not self.prefixes.batches:
                     raise
+                self.prefixes.clear()
                 torch.cuda.empty_cache()
-                self.batch = len(chunk) // 2
+                self.batch = max(1, len(chunk) // 2)
                 continue
             for i, answer in zip(chunk, answers, strict=True):
                 answered[i] = answer
@@ -85,7 +89,8 @@ class Student:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         cache = 2 * config.num_hidden_layers * heads * head * self.model.dtype.itemsize  # bytes a token
         sequence = cache * context + 6 * 4 * config.vocab_size  # sampling keeps about six float32 copies of the logits
-        return min(most, max(1, int(0.8 * torch.cuda.mem_get_info()[0] / (sequence * self.n))))
+        turn = sequence * self.n + cache * context  # the last step's prompts are kept
+        return min(most, max(1, int(0.8 * torch.cuda.mem_get_info()[0] / turn)))
 
     @torch.inference_mode()
     def _generate(self, prompts, keys, stop, room):
@@ -99,8 +104,8 @@ class Student:
         new = min(self.max_tokens, room - length)
         draws = self._draws(keys, new)
         cache = Cache(self.model.config, SEGMENT)
+        self._prefill(cache, prompts, ids, mask)
         if self.n > 1:
-            self._prefill(cache, ids, mask)
             ids, mask = ids.repeat_interleave(self.n, 0), mask.repeat_interleave(self.n, 0)  # (B*n, L)
         written = ids.new_full((len(ids), new), self.pad_id)  # the answers
         rows = torch.arange(len(ids), device=ids.device)  # the answers that have not ended
@@ -154,23 +159,27 @@ class Student:
         draws = np.stack([np.random.default_rng(key).random((self.n, new)) for key in keys])  # (B, n, new)
         return torch.tensor(draws.reshape(-1, new), dtype=torch.float32, device=self.model.device)
 
-    def _prefill(self, cache, ids, mask):
-        """Compute keys and values of all prompt tokens but the last once, for the n samples to share.
+    def _prefill(self, cache, prompts, ids, mask):
+        """Compute keys and values of all prompt tokens but the last, once for the n samples to share.
 
         generate computes the last token itself: it needs at least one to start from.
         """
         if ids.shape[1] == 1:
             return
-        positions = (mask.cumsum(1) - 1).clamp(min=0)  # left padding must not shift the positions
-        self.model(
-            input_ids=ids[:, :-1],
-            attention_mask=mask[:, :-1],
-            position_ids=positions[:, :-1],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        cache.share(self.n)
+        if cache.is_shareable:
+            cache.fill(self.prefixes.prefill(self.model, prompts))
+        else:
+            positions = (mask.cumsum(1) - 1).clamp(min=0)  # left padding must not shift the positions
+            self.model(
+                input_ids=ids[:, :-1],
+                attention_mask=mask[:, :-1],
+                position_ids=positions[:, :-1],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        if self.n > 1:
+            cache.share(self.n)
 
 
 # A checkpoint's generation_config.json may bring sampling settings along; decoding here is what is asked for.

@@ -148,10 +148,10 @@ def test_plan_tells_all_three_and_measures(student, tmp_path, capsys):
     passages.write_text('{"id": "1", "contents": "x"}\n')
     paper.plan(plan_config(student, tmp_path, passages=str(passages), yes=True))
     out = capsys.readouterr().out
-    assert re.search(r"\| wiki \| 5.1 GB \| 60.7 GB \| 2.6 GB \|", out)
+    assert re.search(r"\| wiki \| 5.1 GB \| 48.2 GB \| 3.1 GB \|", out)
     assert re.search(r"\| e5 \| 70.1 GB \| 84.5 GB \| 64.6 GB \|", out)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "| 5.1 GB | 60.7 GB | 2.6 GB |" in readme and "| 70.1 GB | 84.5 GB | 64.6 GB, of RAM" in readme
+    assert "| 5.1 GB | 48.2 GB | 3.1 GB |" in readme and "| 70.1 GB | 84.5 GB | 64.6 GB, of RAM" in readme
     assert f"| -> {passages} | 0.0 MB |" in out
     hours = dict(re.findall(r"^\| ((?:train|evaluate|download) [^|]+?) \| ([\d.]+) \|$", out, re.M))
     assert len(hours) == 2 + len(paper.TRAINING) + len(paper.ROWS)
@@ -175,8 +175,8 @@ def machine(**more):
 @pytest.mark.parametrize(
     "passages, here, message",
     [
-        ("wiki", machine(disk=5e10), r"PASSAGES=wiki: 60.7 GB of disk are needed in there, 50.0 GB are free"),
-        ("wiki", machine(memory=2e9), r"PASSAGES=wiki: 2.6 GB of memory are needed, here are 2.0 GB"),
+        ("wiki", machine(disk=4e10), r"PASSAGES=wiki: 48.2 GB of disk are needed in there, 40.0 GB are free"),
+        ("wiki", machine(memory=2e9), r"PASSAGES=wiki: 3.1 GB of memory are needed, here are 2.0 GB"),
         ("e5", machine(), r"PASSAGES=e5: 64.6 GB of memory are needed, here are 20.0 GB; PASSAGES=wiki needs less"),
         ("e5", machine(gpu_memory=80e9), r"PASSAGES=e5: 64.6 GB of memory are needed, here are 64.0 GB"),
         ("e5", machine(gpu_memory=140e9), None),

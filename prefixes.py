@@ -1,0 +1,126 @@
+"""What prompts have in common is computed once: the system prompt of all, and at every step of an episode the steps
+before it.
+
+    prefixes = Prefixes(limit=2 << 30)
+    states = prefixes.prefill(model, prompts)      # keys and values of every prompt; only what is new is computed
+
+A prompt's tokens are compared, not its text: the longest beginning that any earlier prompt shares with it is taken
+from there. Imported by student.py; not run by itself.
+"""
+
+import bisect
+import collections
+import itertools
+
+import numpy as np
+import torch
+
+from kv_cache import Cache
+
+Found = collections.namedtuple("Found", "states row length common")
+
+
+class Prefixes:
+    """Keys and values of the prompts of earlier calls.
+
+    limit: bytes that are kept beside those of the last call; the oldest prompts go first.
+    """
+
+    def __init__(self, limit):
+        self.limit = limit
+        self.clear()
+
+    def clear(self):
+        self.batches = []  # of each call: the prompts' keys, and their states
+        self.order = []  # (prompt's key, batch, row), sorted: neighbours have most in common
+
+    def prefill(self, model, prompts):
+        """Keys and values of all tokens of the prompts but the last, which generate computes itself.
+
+        prompts: P lists of token ids, the longest of length L. Returns, for each layer, two tensors (P, heads, L - 1,
+        head size), padded on the left, and keeps them for later calls.
+        """
+        prompts = [prompt[:-1] for prompt in prompts]
+        keys = [np.array(prompt, ">u4").tobytes() for prompt in prompts]  # in the order of the lists of tokens
+        found = [self.find(key) for key in keys]
+        missing = [len(prompt) - (one.common if one else 0) for prompt, one in zip(prompts, found, strict=True)]
+        states, longest = None, max(map(len, prompts))
+        # Prompts that miss about as much are computed together: first steps, say, and later ones.
+        by_size = sorted(range(len(prompts)), key=lambda i: missing[i].bit_length())
+        for _, group in itertools.groupby(by_size, key=lambda i: missing[i].bit_length()):
+            rows = list(group)
+            if not any(prompts[i] for i in rows):
+                continue
+            part = _compute(model, *([column[i] for i in rows] for column in (prompts, found, missing)))
+            if len(rows) == len(prompts):
+                states = part
+                break
+            states = states or [[_empty(x, len(prompts), longest) for x in layer] for layer in part]
+            for ours, computed in zip(states, part, strict=True):
+                for whole, x in zip(ours, computed, strict=True):
+                    whole[rows, :, longest - x.shape[2] :] = x
+        self._keep(keys, states)
+        return states
+
+    def find(self, key):
+        """The earlier prompt that has the longest beginning in common with this one; None if there is none."""
+        place = bisect.bisect(self.order, (key,))
+        best = None
+        for neighbour, batch, row in self.order[max(place - 1, 0) : place + 1]:
+            ours, theirs = (np.frombuffer(x, np.uint32) for x in (key, neighbour))
+            both = min(len(ours), len(theirs))
+            differ = np.flatnonzero(ours[:both] != theirs[:both])
+            common = int(differ[0]) if differ.size else both
+            if common and (best is None or common > best.common):
+                best = Found(self.batches[batch][1], row, len(theirs), common)
+        return best
+
+    def _keep(self, keys, states):
+        sizes = [sum(x.nbytes for layer in states for x in layer) for _, states in self.batches]
+        while sum(sizes) > self.limit:
+            sizes.pop(0), self.batches.pop(0)
+        self.batches.append((keys, states))
+        self.order = sorted(
+            (key, batch, row) for batch, (keys, _) in enumerate(self.batches) for row, key in enumerate(keys)
+        )
+
+
+def _empty(like, rows, length):
+    return like.new_zeros(rows, like.shape[1], length, like.shape[3])
+
+
+def _compute(model, prompts, found, missing):
+    """The states of prompts of which about as much is missing: the last max(missing) tokens of each are computed."""
+    longest, new = max(map(len, prompts)), max(missing)
+    past = longest - new  # columns that are taken from earlier prompts
+    cache = Cache(model.config, room=new)
+    if past:
+        cache.fill(_past(found, [len(prompt) - new for prompt in prompts], past))
+    if new:
+        ids, mask = torch.zeros(2, len(prompts), longest, dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+            mask[row, longest - len(prompt) :] = 1
+        ids, mask = ids.to(model.device), mask.to(model.device)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)  # left padding must not shift the positions
+        model(input_ids=ids[:, past:], attention_mask=mask, position_ids=positions[:, past:], past_key_values=cache,
+              use_cache=True, logits_to_keep=1)  # fmt: skip
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def _past(found, lengths, columns):
+    """For each layer keys and values (rows, heads, columns, head size): of each row, what was found of its first
+    tokens, lengths[row] of them, on the right."""
+    layers = []
+    for number in range(len(next(one for one in found if one).states)):
+        layer = []
+        for kind in (0, 1):
+            sources = [one and one.states[number][kind] for one in found]
+            x = _empty(next(source for source in sources if source is not None), len(found), columns)
+            for row, (one, source, length) in enumerate(zip(found, sources, lengths, strict=True)):
+                if length > 0:
+                    start = source.shape[2] - one.length
+                    x[row, :, columns - length :] = source[one.row, :, start : start + length]
+            layer.append(x)
+        layers.append(layer)
+    return layers
