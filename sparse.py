@@ -300,12 +300,14 @@ def write_impacts(data, settings):
         for first, last, docs, tfs in posting_ranges(run):
             impacts = scoring.impacts(tfs.astype(np.float32), factors[docs])
             starts = np.cumsum(run.counts[first:last], dtype=np.int64) - run.counts[first:last]
-            greatest[first:last] = np.maximum.reduceat(impacts, starts) * weights[first:last]
+            greatest[first:last] = np.maximum.reduceat(impacts, starts)
             impacts.tofile(file)
     common = np.flatnonzero(run.counts * COMMON >= len(run.lengths))
-    unit = max(greatest[common].max(initial=0) / LEVELS, greatest.max(initial=0) / 255, 1e-30)
-    columns = {"common": common, "unit": unit, "greatest": np.ceil(greatest / unit).clip(0, 255).astype(np.uint8)}
-    for name, column in columns.items():
+    most = greatest * weights
+    unit = max(most[common].max(initial=0) / LEVELS, most.max(initial=0) / 255, 1e-30)
+    scale = weights / np.float32(unit)
+    in_units = lambda impacts, scale: np.ceil(impacts * scale).clip(0, 255).astype(np.uint8)  # noqa: E731
+    for name, column in {"common": common, "unit": unit, "greatest": in_units(greatest, scale)}.items():
         np.save(data / f"{name}.npy", column)
     run.columns["impacts"] = np.load(data / "impacts.npy", mmap_mode="r")
     with (
@@ -314,7 +316,7 @@ def write_impacts(data, settings):
     ):
         for first, last, docs, impacts in posting_ranges(run, ("docs", "impacts")):
             counts = run.counts[first:last]
-            units = np.ceil(impacts * np.repeat(weights[first:last] / unit, counts)).clip(0, 255).astype(np.uint8)
+            units = in_units(impacts, np.repeat(scale[first:last], counts))
             units.tofile(units_file)
             starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
             for place in common[np.searchsorted(common, first) : np.searchsorted(common, last)] - first:

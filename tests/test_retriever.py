@@ -229,6 +229,22 @@ def test_search_equals_exhaustive_search(tmp_path, monkeypatch, kind, columns):
         assert not bounds.padded.any()
 
 
+@pytest.mark.parametrize("kind", ["tfidf", "bm25"])
+def test_units_bound_the_scores_from_above(tmp_path, kind):
+    """So must every byte, and no byte may exceed what its term is said to have at most: the sums would overflow."""
+    engine = build(tmp_path, zipf_texts(3000), kind).engine
+    counts = np.diff(engine.starts)
+    assert np.array_equal(np.maximum.reduceat(engine.units, engine.starts[:-1]), engine.greatest)
+    weights = np.repeat(engine.scoring.weight(counts), counts)
+    assert (engine.units * engine.unit * (1 + 1e-6) >= weights * engine.impacts).all() and engine.units.min() > 0
+    assert engine.greatest.max() <= 255 and len(engine.row_of) > 10
+    for place, row in engine.row_of.items():
+        own = slice(*engine.starts[place : place + 2])
+        expected = np.zeros(len(engine.rank), np.uint8)
+        expected[engine.docs[own]] = engine.units[own]
+        assert counts[place] * sparse.COMMON >= len(engine.rank) and np.array_equal(engine.rows[row], expected)
+
+
 @pytest.mark.parametrize("repeats", [1, 2, 200, 5000])
 def test_long_queries_get_wider_sums(tmp_path, repeats):
     engine = build(tmp_path, zipf_texts(1000), "bm25").engine
