@@ -583,7 +583,8 @@ def test_dense_search_equals_brute_force(tmp_path, monkeypatch, encoder, pooling
 
 
 @pytest.mark.parametrize("k", [1, 3, 50, 5000])
-def test_products_do_not_depend_on_device_batch_or_place(k):
+def test_products_do_not_depend_on_device_batch_or_place(k, monkeypatch):
+    monkeypatch.setattr(dense, "BLOCK", 200)  # so that there are several blocks, and several pieces of each
     generator = np.random.default_rng(0)
     vectors = generator.standard_normal((3000, 24)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -591,13 +592,14 @@ def test_products_do_not_depend_on_device_batch_or_place(k):
     near = generator.integers(0, 3000, 300)  # and many that float32 products cannot tell apart
     vectors[near] = vectors[17] + generator.standard_normal((300, 24)).astype(np.float32) * 1e-7
     rank = generator.permutation(3000)
-    queries = vectors[[17, 5, 2900, 1]] + generator.standard_normal((4, 24)).astype(np.float32) * 0.1
+    places = [17, 5, 2900, 1, *generator.integers(0, 3000, 8)]
+    queries = vectors[places] + generator.standard_normal((12, 24)).astype(np.float32) * 0.1
     in_torch = dense.TorchProducts(vectors, "cpu")
     in_torch.block = lambda queries: 333
-    together = dense.search_vectors(dense.NumpyProducts(vectors), vectors, queries, k, rank)
-    alone = [
-        dense.search_vectors(dense.NumpyProducts(vectors), vectors, queries[i : i + 1], k, rank)[0] for i in range(4)
-    ]
+    in_numpy = dense.NumpyProducts(vectors)
+    together = dense.search_vectors(in_numpy, vectors, queries, k, rank)  # by matrix products
+    assert len(queries) > dense.DOT_PRODUCTS
+    alone = [dense.search_vectors(in_numpy, vectors, queries[i : i + 1], k, rank)[0] for i in range(12)]
     torch_too = dense.search_vectors(in_torch, vectors, queries, k, rank)
     for query, *tops in zip(queries, together, alone, torch_too, strict=True):
         exact = (vectors.astype(np.float64) * query.astype(np.float64)).sum(1)
