@@ -10,6 +10,7 @@ import prefixes
 from agent_distill import Turn
 from prefixes import Prefixes
 from student import Student
+from test_student import reference, turns
 
 
 @pytest.fixture
@@ -122,3 +123,18 @@ def test_out_of_memory_first_gives_up_what_was_kept(tiny_model, tiny_tokenizer, 
     monkeypatch.setattr(prefixes, "_compute", scarce)
     assert student.answer([turn], [0])[0].texts == expected
     assert kept == [1, 0]
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_windowed_attention_answers_without_a_memory(tiny_model, tiny_tokenizer, n):
+    """Of a window nothing can be taken: such a model's prompts are computed whole."""
+    config = Qwen2Config(**tiny_model.config.to_dict() | {"use_sliding_window": True, "sliding_window": 16,
+                                                          "max_window_layers": 1, "layer_types": None})  # fmt: skip
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(config).eval()
+    student = Student(model, tiny_tokenizer, n=n, temperature=1e-6 if n > 1 else 0.0, max_tokens=12)
+    for _ in range(2):
+        answers = student.answer(turns(), range(5))
+        expected = [reference(model, tiny_tokenizer, turn, 12) for turn in turns()]
+        assert [answer.texts for answer in answers] == [[text] * n for text in expected]
+    assert not student.prefixes.batches and "sliding_attention" in config.layer_types
