@@ -18,6 +18,7 @@ import torch
 from kv_cache import Cache
 
 Found = collections.namedtuple("Found", "states row length common")
+NOTHING = Found(None, 0, 0, 0)
 
 
 class Prefixes:
@@ -43,10 +44,11 @@ class Prefixes:
         prompts = [prompt[:-1] for prompt in prompts]
         keys = [np.array(prompt, ">u4").tobytes() for prompt in prompts]  # in the order of the lists of tokens
         shared = _common(min(keys), max(keys))  # of all: the keys between are no less alike
-        if len(prompts) > 1 and shared > max([one.common for one in map(self.find, keys) if one], default=0):
-            self.prefill(model, [[*prompts[0][:shared], 0]])
         found = [self.find(key) for key in keys]
-        missing = [len(prompt) - (one.common if one else 0) for prompt, one in zip(prompts, found, strict=True)]
+        if len(prompts) > 1 and shared > max(one.common for one in found):
+            self.prefill(model, [[*prompts[0][:shared], 0]])
+            found = [self.find(key) for key in keys]
+        missing = [len(prompt) - one.common for prompt, one in zip(prompts, found, strict=True)]
         states, longest = None, max(map(len, prompts))
         # Prompts that miss about as much are computed together: first steps, say, and later ones.
         by_size = sorted(range(len(prompts)), key=lambda i: missing[i].bit_length())
@@ -66,12 +68,12 @@ class Prefixes:
         return states
 
     def find(self, key):
-        """The earlier prompt that has the longest beginning in common with this one; None if there is none."""
+        """The earlier prompt that has the longest beginning in common with this one, or NOTHING."""
         place = bisect.bisect(self.order, (key,))
-        best = None
+        best = NOTHING
         for neighbour, batch, row in self.order[max(place - 1, 0) : place + 1]:
             common = _common(key, neighbour)
-            if common and (best is None or common > best.common):
+            if common > best.common:
                 best = Found(self.batches[batch][1], row, len(neighbour) // 4, common)
         return best
 
@@ -92,6 +94,31 @@ def _common(key, other):
     return int(differ[0]) if differ.size else both
 
 
+def pad(prompts, filler, device):
+    """(ids, mask), both (P, L), padded on the left: generation goes on at the right edge."""
+    length = max(map(len, prompts))
+    ids = torch.full((len(prompts), length), filler)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, length - len(prompt) :] = torch.tensor(prompt)
+        mask[row, length - len(prompt) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+def read(model, ids, mask, cache):
+    """Give the cache keys and values of the tokens that it does not hold yet."""
+    start = cache.get_seq_length()
+    positions = (mask.cumsum(1) - 1).clamp(min=0)  # left padding must not shift the positions
+    model(
+        input_ids=ids[:, start:],
+        attention_mask=mask,
+        position_ids=positions[:, start:],
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+
+
 def _empty(like, rows, length):
     return like.new_zeros(rows, like.shape[1], length, like.shape[3])
 
@@ -104,14 +131,7 @@ def _compute(model, prompts, found, missing):
     if past:
         cache.fill(_past(found, [len(prompt) - new for prompt in prompts], past))
     if new:
-        ids, mask = torch.zeros(2, len(prompts), longest, dtype=torch.int64)
-        for row, prompt in enumerate(prompts):
-            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-            mask[row, longest - len(prompt) :] = 1
-        ids, mask = ids.to(model.device), mask.to(model.device)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)  # left padding must not shift the positions
-        model(input_ids=ids[:, past:], attention_mask=mask, position_ids=positions[:, past:], past_key_values=cache,
-              use_cache=True, logits_to_keep=1)  # fmt: skip
+        read(model, *pad(prompts, 0, model.device), cache)
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
@@ -119,10 +139,10 @@ def _past(found, lengths, columns):
     """For each layer keys and values (rows, heads, columns, head size): of each row, what was found of its first
     tokens, lengths[row] of them, on the right."""
     layers = []
-    for number in range(len(next(one for one in found if one).states)):
+    for number in range(len(next(one.states for one in found if one.states))):
         layer = []
         for kind in (0, 1):
-            sources = [one and one.states[number][kind] for one in found]
+            sources = [one.states and one.states[number][kind] for one in found]
             x = _empty(next(source for source in sources if source is not None), len(found), columns)
             for row, (one, source, length) in enumerate(zip(found, sources, lengths, strict=True)):
                 if length > 0:

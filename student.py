@@ -14,7 +14,7 @@ from transformers import LogitsProcessor, StoppingCriteria
 from chat import render
 from client import cut_at_stop
 from kv_cache import ATTENTION, Cache
-from prefixes import Prefixes
+from prefixes import Prefixes, pad, read
 
 SEGMENT = 32  # tokens of one generate call
 PREFIX_BYTES = 2 << 30  # of keys and values that are kept from step to step, beside those of the last call
@@ -99,7 +99,7 @@ class Student:
         generate is called for SEGMENT new tokens at a time: sequences that have ended leave between the calls, and the
         others don't drag them along until the longest one is done.
         """
-        ids, mask = self._pad(prompts)
+        ids, mask = pad(prompts, self.pad_id, self.model.device)
         length = ids.shape[1]
         new = min(self.max_tokens, room - length)
         draws = self._draws(keys, new)
@@ -142,16 +142,6 @@ class Student:
             Answer(texts[i * self.n : (i + 1) * self.n], len(prompt), new_tokens[i]) for i, prompt in enumerate(prompts)
         ]
 
-    def _pad(self, prompts):
-        """(B, L) ids and mask, left-padded: generation goes on at the right edge."""
-        length = max(map(len, prompts))
-        ids = torch.full((len(prompts), length), self.pad_id)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, length - len(prompt) :] = torch.tensor(prompt)
-            mask[row, length - len(prompt) :] = 1
-        return ids.to(self.model.device), mask.to(self.model.device)
-
     def _draws(self, keys, new):
         """(B*n, new) uniform numbers, each row from its own key; None where nothing is drawn."""
         if self.temperature == 0:
@@ -169,15 +159,7 @@ class Student:
         if cache.is_shareable:
             cache.fill(self.prefixes.prefill(self.model, prompts))
         else:
-            positions = (mask.cumsum(1) - 1).clamp(min=0)  # left padding must not shift the positions
-            self.model(
-                input_ids=ids[:, :-1],
-                attention_mask=mask[:, :-1],
-                position_ids=positions[:, :-1],
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
+            read(self.model, ids[:, :-1], mask[:, :-1], cache)
         if self.n > 1:
             cache.share(self.n)
 
