@@ -62,10 +62,11 @@ class Student:
         start = 0
         while start < len(fitting):
             chunk = fitting[start : start + self.batch]
+            kept = bool(self.prefixes.batches)  # asked before: the attempt itself keeps its prompts
             try:
                 answers = self._generate([prompts[i] for i in chunk], [keys[i] for i in chunk], stop, room)
             except torch.OutOfMemoryError:
-                if len(chunk) == 1 and not self.prefixes.batches:
+                if len(chunk) == 1 and not kept:
                     raise
                 self.prefixes.clear()
                 torch.cuda.empty_cache()

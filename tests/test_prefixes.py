@@ -125,6 +125,19 @@ def test_out_of_memory_first_gives_up_what_was_kept(tiny_model, tiny_tokenizer, 
     assert kept == [1, 0]
 
 
+def test_what_never_fits_is_given_up(tiny_model, tiny_tokenizer, monkeypatch):
+    student, calls = Student(tiny_model, tiny_tokenizer, max_tokens=4), []
+
+    def generate(**options):  # after the prefill, which has kept the prompts
+        calls.append(len(options["input_ids"]))
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(tiny_model, "generate", generate)
+    with pytest.raises(torch.OutOfMemoryError):
+        student.answer(turns(), range(5))
+    assert calls == [5, 2, 1]
+
+
 @pytest.mark.parametrize("n", [1, 3])
 def test_windowed_attention_answers_without_a_memory(tiny_model, tiny_tokenizer, n):
     """Of a window nothing can be taken: such a model's prompts are computed whole."""
