@@ -133,8 +133,8 @@ def _make_index(out, settings, passages, config, previous):
             raise InputError(f"{passages}: already in {out}")
         if previous and previous != read_manifest(out):
             raise InputError(f"{out}: was changed by another process just now; add to it again")
-        plan = {**settings, "files": [*previous["files"], file] if previous else [file]}
-        if manifest.exists() and read_manifest(out).items() >= plan.items():
+        plan = {"format": FORMAT, **settings, "files": [*previous["files"], file] if previous else [file]}
+        if _is_built(out, plan):
             print(f"{out}: already built", file=sys.stderr)
         else:
             if not history.rows or history.rows[-1] != plan:
@@ -144,8 +144,15 @@ def _make_index(out, settings, passages, config, previous):
             name = f"data-{len(history.rows)}"
             shutil.rmtree(out / name, ignore_errors=True)
             os.replace(data, out / name)
-            write_json(manifest, {"format": FORMAT, **plan, "passages": count, "data": name})
+            write_json(manifest, {**plan, "passages": count, "data": name})
         _clean(out, read_manifest(out))
+
+
+def _is_built(out, plan):
+    try:
+        return read_manifest(out).items() >= plan.items()
+    except InputError:  # none, or one that this program cannot read: it is built anew
+        return False
 
 
 def _make_data(out, path, plan, config, previous):

@@ -263,6 +263,16 @@ def test_search_skips_the_commonest_word(tmp_path, monkeypatch):
     assert max(scored) == 2
 
 
+def test_an_index_of_another_format_is_refused_and_built_again(tmp_path):
+    index = build(tmp_path, ["a text", "another"], "bm25")
+    expected = index.search(["text"])
+    manifest = index.folder / "index.json"
+    manifest.write_text(manifest.read_text().replace(f'"format": {retriever.FORMAT}', '"format": 1'))
+    with pytest.raises(InputError, match="format 1, but this program reads 2; build it again"):
+        retriever.load(index.folder)
+    assert build(tmp_path, ["a text", "another"], "bm25").search(["text"]) == expected
+
+
 def test_ties_are_in_the_order_of_ids(tmp_path):
     ids = ["b", "a10", "a9", "é", "Z", "a1"]
     index = build(tmp_path, ["same text"] * 6, ids=ids)
