@@ -343,7 +343,7 @@ def compare_dense(config):
         mapped = np.load(f"{folder}/vectors.npy", mmap_mode="r")
         queries = generator.standard_normal((64, config.dimensions), dtype=np.float32)
         rank = np.arange(config.vectors)
-        products = dense.NumpyProducts(mapped)
+        products = dense.CpuProducts(mapped)
 
         def plain(batch):
             scores = batch @ vectors.T
@@ -377,7 +377,7 @@ def compare_dense(config):
         print(f"{config.vectors:,} vectors of {config.dimensions}, one core, queries/s\n")
         print("| | batch 1 | batch 64 |\n|---|---|---|")
         for name, both in seconds.items():
-            print(f"| {name} |", " | ".join(f"{1 / statistics.median(times[1:]):,.0f}" for times in both), "|")
+            print(f"| {name} |", " | ".join(f"{1 / statistics.median(times[1:]):,.1f}" for times in both), "|")
 
 
 @dataclasses.dataclass(kw_only=True)

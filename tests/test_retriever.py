@@ -604,19 +604,35 @@ def test_products_do_not_depend_on_device_batch_or_place(k, monkeypatch):
     rank = generator.permutation(3000)
     places = [17, 5, 2900, 1, *generator.integers(0, 3000, 8)]
     queries = vectors[places] + generator.standard_normal((12, 24)).astype(np.float32) * 0.1
-    in_torch = dense.TorchProducts(vectors, "cpu")
+    in_torch = dense.GpuProducts(vectors, "cpu")
     in_torch.block = lambda queries: 333
-    in_numpy = dense.NumpyProducts(vectors)
-    together = dense.search_vectors(in_numpy, vectors, queries, k, rank)  # by matrix products
-    assert len(queries) > dense.DOT_PRODUCTS
-    alone = [dense.search_vectors(in_numpy, vectors, queries[i : i + 1], k, rank)[0] for i in range(12)]
-    torch_too = dense.search_vectors(in_torch, vectors, queries, k, rank)
-    for query, *tops in zip(queries, together, alone, torch_too, strict=True):
+    in_float32, screened = dense.CpuProducts(vectors), dense.CpuProducts(vectors)
+    in_float32.bfloat16_pays, screened.bfloat16_pays = False, True
+    assert len(queries) > dense.DOT_PRODUCTS  # so that these are matrix products:
+    together = [dense.search_vectors(ours, vectors, queries, k, rank) for ours in (in_float32, screened, in_torch)]
+    alone = [dense.search_vectors(in_float32, vectors, queries[i : i + 1], k, rank)[0] for i in range(12)]
+    for query, *tops in zip(queries, *together, alone, strict=True):
         exact = (vectors.astype(np.float64) * query.astype(np.float64)).sum(1)
         expected = np.lexsort((rank, -exact))[:k]
         for docs, scores in tops:
             assert docs.tolist() == expected.tolist()
             assert scores.tolist() == exact[expected].astype(np.float32).tolist()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_screen_in_bfloat16_misses_nothing(dtype, monkeypatch):
+    """Numbers a little below and above the middle of two bfloat16 numbers: every product is as far off as can be."""
+    monkeypatch.setattr(dense, "BLOCK", 50)
+    generator = np.random.default_rng(0)
+    numbers = (1 + generator.choice([0.75, 1.25], (2000, 32)) * 2**-8) * generator.choice([-1, 1], (2000, 32))
+    numbers *= 2.0 ** generator.integers(-4, 1, (2000, 1))  # of several lengths
+    vectors = numbers.astype(dtype)
+    queries = vectors[generator.integers(0, 2000, 20)].astype(np.float32)
+    screened = dense.CpuProducts(vectors)
+    screened.bfloat16_pays = True
+    exact = queries.astype(np.float64) @ vectors.T.astype(np.float64)
+    for row, (docs, _) in zip(exact, dense.search_vectors(screened, vectors, queries, 5, np.arange(2000)), strict=True):
+        assert docs.tolist() == np.lexsort((np.arange(2000), -row))[:5].tolist()
 
 
 def flat_index_bytes(vectors, kind=b"IxFI", metric=0):

@@ -98,7 +98,7 @@ def test_dense_search_equals_faiss(vectors, as_float16):
     peer = faiss.IndexFlatIP(48)
     peer.add(vectors.astype(np.float32))
     scores, docs = peer.search(queries, 10)
-    tops = dense.search_vectors(dense.NumpyProducts(vectors), vectors, queries, 10, np.arange(5000))
+    tops = dense.search_vectors(dense.CpuProducts(vectors), vectors, queries, 10, np.arange(5000))
     for expected_docs, expected_scores, (mine, mine_scores) in zip(docs, scores, tops, strict=True):
         assert mine.tolist() == expected_docs.tolist()
         np.testing.assert_allclose(mine_scores, expected_scores, atol=1e-5)
