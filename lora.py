@@ -207,7 +207,10 @@ def load_model(path, device="cpu", dtype=torch.float32, merge=True):
         load(model, path)
         if merge:
             fold(model)
-    return model.to(device).eval(), tokenizer
+    try:
+        return model.to(device).eval(), tokenizer
+    except torch.OutOfMemoryError:
+        raise InputError(f"model {path} does not fit into the memory of {device}") from None
 
 
 @dataclasses.dataclass(kw_only=True)

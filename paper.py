@@ -383,7 +383,7 @@ def measure_training(model, device):
     import train
     from chat import Example
 
-    config = train.Config(data=[], model="", out="")
+    config = train.Config(data=[], model="", out="", micro_tokens=16384)
     process, bf16 = devices.Process(device=device), devices.uses_bf16(config, device)
     model.cpu()
     lora.add(model, config.rank, config.alpha, config.dropout)
@@ -392,11 +392,11 @@ def measure_training(model, device):
     length, count = (2048, 8) if device.type == "cuda" else (256, 1)
     ids = torch.randint(0, model.config.vocab_size, (length,))
     trained = torch.arange(3 * length // 4, length)  # about a quarter of a trajectory is the assistant's
-    steps = 3
+    batch, steps = [Example(ids, trained)] * count, 3
     for step in range(steps):
         if step == 1:
             start = time.perf_counter()
-        train.accumulate(student, [[Example(ids, trained)] * count], count * len(trained), process, bf16)
+        train.accumulate_what_fits(student, student, batch, config, process, bf16, seed=step)
         optimizer.step()
         optimizer.zero_grad()
     if device.type == "cuda":

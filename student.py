@@ -13,6 +13,7 @@ from transformers import LogitsProcessor, StoppingCriteria
 
 from chat import render
 from client import cut_at_stop
+from common import InputError
 from kv_cache import ATTENTION, Cache
 from prefixes import Prefixes, pad, read
 
@@ -51,8 +52,8 @@ class Student:
     def answer(self, turns, keys, stop=()):
         """turns: list of Turn. keys: the seed of each turn's sampling. Returns an Answer with n texts for each.
 
-        A turn too long for the model's context gets None. The sampled answers depend on the key
-        alone, not on what else is in the batch (exact in float32).
+        A turn too long for the model's context gets None; one too large for the device's memory raises InputError.
+        The sampled answers depend on the key alone, not on what else is in the batch (exact in float32).
         """
         prompts = [self._encode(turn) for turn in turns]
         room = getattr(self.model.config, "max_position_embeddings", None) or 10**9
@@ -66,8 +67,11 @@ class Student:
             try:
                 answers = self._generate([prompts[i] for i in chunk], [keys[i] for i in chunk], stop, room)
             except torch.OutOfMemoryError:
+                answers = None  # only from here on are the tensors of that attempt gone
+            if answers is None:
                 if len(chunk) == 1 and not kept:
-                    raise
+                    tokens = len(prompts[chunk[0]]) + self.max_tokens
+                    raise InputError(f"{tokens:,} tokens, {self.n} times, do not fit into the device's memory")
                 self.prefixes.clear()
                 torch.cuda.empty_cache()
                 self.batch = max(1, len(chunk) // 2)

@@ -65,7 +65,9 @@ class Config(DataConfig):
     epochs: int = option(2, "passes over the data (paper)")
     batch_size: int = option(8, "conversations an optimiser step (paper)")
     batch_tokens: int | None = option(None, "tokens an optimiser step, at most, in place of --batch-size")
-    micro_tokens: int | None = option(None, "tokens at once on one device (default: 16,384 on a GPU, 2,048 on a CPU)")
+    micro_tokens: int | None = option(
+        None, "tokens at once on one device (default: 16,384 on a GPU, 2,048 on a CPU); fewer where memory runs out"
+    )
     beta2: float = option(0.999, "AdamW's second moment (HF default)")
     weight_decay: float = option(0.0, "AdamW's decay of the weight matrices (HF default)")
     clip: float = option(1.0, "largest gradient norm (HF default)")
@@ -74,7 +76,11 @@ class Config(DataConfig):
         "auto", "bf16 autocast (paper), where the hardware has instructions for it, over float32 trained weights"
     )
     parallel: Literal["ddp", "fsdp"] = option("ddp", "under torchrun: a copy of the model each, or its shards")
-    checkpointing: bool = option(False, "recompute activations in the backward pass: slower, much less memory")
+    checkpointing: bool = option(
+        False,
+        "recompute activations in the backward pass, always: slower, much less memory (default: on one device, "
+        "for the examples that do not fit into its memory otherwise)",
+    )
     compile: bool = option(False, "torch.compile the layers")
     save_every: int = option(100, "steps between checkpoints to resume from")
     validation: list[str] = option([], "JSONL files whose loss is measured, never trained")
@@ -168,12 +174,15 @@ class HeadLoss(torch.autograd.Function):
 
 
 class Student(nn.Module):
-    """The model with its loss: forward(micro-batch) -> sum over the trained tokens of -log p(token | before it)."""
+    """The model with its loss: forward(micro-batch) -> sum over the trained tokens of -log p(token | before it).
 
-    def __init__(self, model):
+    plain_tokens: of larger micro-batches the activations are not kept, but computed again in the backward pass.
+    """
+
+    def __init__(self, model, plain_tokens=math.inf):
         super().__init__()
         model.set_attn_implementation("packed")
-        self.model = model
+        self.model, self.plain_tokens, self.lengths = model, plain_tokens, []
         self.check_head()
 
     @torch.no_grad()
@@ -188,13 +197,18 @@ class Student(nn.Module):
             raise InputError(f"{type(self.model).__name__} does more than a linear layer to make its logits")
         self.model.train(training)
 
+    def checkpoint(self, wanted):
+        if wanted != self.model.is_activation_checkpointing:
+            self.model.activation_checkpointing_enable() if wanted else self.model.activation_checkpointing_disable()
+
     def forward(self, examples):
         device = self.model.device
         # An untrained filler makes the size of a batch a multiple of 128: oneDNN keeps a compiled kernel for every size
         # it meets (measured: 290 MiB after 25 steps of a tiny model), and GPUs multiply such matrices faster.
-        lengths = [len(example.ids) for example in examples]
-        filler = -sum(lengths) % 128 if examples else 128
-        packed_attention.lengths = lengths + [filler] * (filler > 0)
+        self.lengths = [len(example.ids) for example in examples]
+        filler = -sum(self.lengths) % 128 if examples else 128
+        packed_attention.lengths = self.lengths + [filler] * (filler > 0)
+        self.checkpoint(sum(self.lengths) > self.plain_tokens)
         ids = torch.cat([example.ids for example in examples] + [torch.zeros(filler, dtype=torch.int64)])  # (tokens,)
         positions = torch.cat([torch.arange(length) for length in packed_attention.lengths])  # (tokens,)
         starts = torch.tensor([0, *packed_attention.lengths]).cumsum(0).tolist()
@@ -239,9 +253,7 @@ def build_student(config, process, bf16):
         lora.load(model, config.model, config.dropout)
     elif config.tuning == "lora":
         lora.add(model, config.rank, config.alpha, config.dropout)
-    if config.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    student = Student(model).train()
+    student = Student(model, plain_tokens=0 if config.checkpointing else math.inf).train()
     if config.parallel == "ddp" or process.size == 1:  # FSDP takes each layer's shard to the device
         student.to(process.device)
     if config.compile:
@@ -279,6 +291,34 @@ def accumulate(student, micro_batches, trained_tokens, process, bf16):
     if process.size > 1:
         dist.all_reduce(loss)
     return loss
+
+
+def accumulate_what_fits(call, student, batch, config, process, bf16, seed):
+    """accumulate for the examples of one step, in micro-batches that fit into memory; dropout is drawn from seed.
+
+    Where memory runs out, micro-batches become smaller, and examples that are too long alone are checkpointed:
+    config.micro_tokens and student.plain_tokens say so from then on. The gradients are the same. Several processes
+    would have to agree, so there, and where nothing is left to try, it is an InputError.
+    """
+    trained_tokens = sum(len(example.trained) for example in batch)
+    while True:
+        torch.manual_seed(seed)
+        micro_batches = split_step(batch, config.micro_tokens, process.size)[process.rank]
+        try:
+            return accumulate(call, micro_batches, trained_tokens, process, bf16)
+        except torch.OutOfMemoryError:
+            pass  # only from here on are the tensors of that attempt gone
+        tokens, several = sum(student.lengths), len(student.lengths) > 1
+        if process.size == 1 and several:
+            config.micro_tokens = tokens // 2
+        elif process.size == 1 and tokens <= student.plain_tokens and student.model.supports_gradient_checkpointing:
+            student.plain_tokens = tokens - 1
+        else:
+            ways = [f"--micro-tokens {tokens // 2}"] * several + ["--checkpointing"] * (tokens <= student.plain_tokens)
+            advice = " or ".join(ways) or "--max-length, a smaller model or --parallel fsdp"
+            raise InputError(f"{tokens:,} tokens at once do not fit into the device's memory; try {advice}")
+        student.zero_grad()
+        torch.cuda.empty_cache()
 
 
 @torch.no_grad()
@@ -427,20 +467,21 @@ def fit(config):
         bar.update(done)
         for step in range(done, len(steps)):
             batch = [examples[i] for i in steps[step]]
-            trained_tokens = sum(len(example.trained) for example in batch)
-            # Dropout is drawn from (seed, step, process), so that a resumed run draws what it would have drawn.
-            torch.manual_seed(hash((config.seed, step, process.rank)))
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, len(steps), config)
-            micro_batches = split_step(batch, config.micro_tokens, process.size)[process.rank]
-            loss = accumulate(call, micro_batches, trained_tokens, process, bf16)
+            # Dropout is drawn from (seed, step, process), so that a resumed run draws what it would have drawn.
+            seed = hash((config.seed, step, process.rank))
+            loss = accumulate_what_fits(call, student, batch, config, process, bf16, seed)
             norm = nn.utils.clip_grad_norm_(parameters, config.clip)
             optimizer.step()
             optimizer.zero_grad()
 
             work.add(batch)
             row = {"step": step + 1, "loss": loss, "gradient_norm": norm, "lr": learning_rate(step, len(steps), config)}
-            row |= {"tokens": sum(len(example.ids) for example in batch), "trained_tokens": trained_tokens}
+            row |= {
+                "tokens": sum(len(example.ids) for example in batch),
+                "trained_tokens": sum(len(example.trained) for example in batch),
+            }
             if validation and (step + 1) in (len(steps), *range(0, len(steps), config.val_every or len(steps))):
                 row["validation_loss"] = validation_loss(call, validation, config, process, bf16)
             log.add(row)
@@ -456,7 +497,9 @@ def fit(config):
         "loss": log.rows[-1]["loss"],
         "validation_loss": log.rows[-1].get("validation_loss"),
     }
-    summary = counts | results | {"precision": "bf16" if bf16 else "fp32"} | work.summary()
+    memory = {"micro_tokens": config.micro_tokens, "checkpointed_above": student.plain_tokens}
+    results |= {"precision": "bf16" if bf16 else "fp32"} | {k: v for k, v in memory.items() if v < math.inf}
+    summary = counts | results | work.summary()
     save_model(student.model, tokenizer, config, base, process.first)
     if process.first:
         write_json(out / "summary.json", summary)  # from here on the folder counts as finished
@@ -466,7 +509,11 @@ def fit(config):
 
 def run_fit(config):
     """Fine-tune a model on conversations."""
-    summary = fit(config)
+    try:
+        summary = fit(config)
+    except torch.OutOfMemoryError:
+        less = "--tuning lora or --parallel fsdp take less"
+        raise InputError(f"the model and its optimiser do not fit into the device's memory; {less}") from None
     if not config.quiet and int(os.environ.get("RANK", 0)) == 0:
         print(json.dumps(summary, indent=2))
     stop_process()

@@ -28,7 +28,7 @@ import train
 from common import option, run_command_line
 from lora import load_tokenizer
 
-# Qwen2.5's shapes, by its config.json files; "small" has 0.5b's vocabulary, which is what the head's cost hangs on.
+# Qwen2.5's shapes, by its config.json files, and a small one.
 SHAPES = {
     "small": {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2,
               "intermediate_size": 1024},
@@ -39,7 +39,6 @@ SHAPES = {
     "3b": {"hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2,
            "intermediate_size": 11008},
 }  # fmt: skip
-VOCABULARY = 151936
 BATCH = 8  # conversations an optimiser step
 # How trl may be fed: sequences at once, and whether they are padded, concatenated or packed.
 TRL_MODES = {
@@ -59,6 +58,7 @@ TEMPLATE = (
 @dataclasses.dataclass(kw_only=True)
 class Config:
     shape: Literal["small", "0.5b", "1.5b", "3b"] = option("small", "of the model")
+    vocabulary: int = option(151936, "the model's words: Qwen2.5's number")
     tuning: Literal["lora", "full"] = option("lora", "what is trained")
     conversations: int = option(32, f"examples; {BATCH} an optimiser step")
     length: int = option(1329, "tokens an example, on average; they differ by up to a third")
@@ -89,7 +89,7 @@ def make_setting(config, folder):
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    shape = SHAPES[config.shape] | {"tie_word_embeddings": True, "vocab_size": VOCABULARY, "rope_theta": 1e6}
+    shape = SHAPES[config.shape] | {"tie_word_embeddings": True, "vocab_size": config.vocabulary, "rope_theta": 1e6}
     shape |= {"max_position_embeddings": 32768, "pad_token_id": 0, "eos_token_id": 2}
     Qwen2ForCausalLM(Qwen2Config(**shape)).to(torch.bfloat16).save_pretrained(folder)
     rng = random.Random(0)
@@ -204,7 +204,8 @@ def bench(config):
                 output = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True).stdout
                 results.setdefault(system, []).append(json.loads(output.splitlines()[-1]))
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {config.threads} thread(s)"
-    print(f"{config.shape}, {config.tuning}, {config.precision}, {results['train.py'][0]['tokens']:,} tokens, {name}")
+    tokens = results["train.py"][0]["tokens"]
+    print(f"{config.shape}, {config.vocabulary:,} words, {config.tuning} {config.precision}, {tokens:,} tokens; {name}")
     rate, memory = {}, {}
     for system in systems:
         rates, memory[system] = [run["rate"] for run in results[system]], max(run["memory"] for run in results[system])

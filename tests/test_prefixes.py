@@ -8,6 +8,7 @@ from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 import prefixes
 from agent_distill import Turn
+from common import InputError
 from prefixes import Prefixes
 from student import Student
 from test_student import reference, turns
@@ -133,7 +134,7 @@ def test_what_never_fits_is_given_up(tiny_model, tiny_tokenizer, monkeypatch):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(tiny_model, "generate", generate)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(InputError, match=r"\d+ tokens, 1 times, do not fit"):
         student.answer(turns(), range(5))
     assert calls == [5, 2, 1]
 

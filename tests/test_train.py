@@ -376,12 +376,64 @@ def test_an_observation_has_no_gradient_of_its_own(config):
 def test_checkpointing_changes_no_gradient(config):
     student, examples = make_student(config(dropout=0.1))
     other, _ = make_student(config(dropout=0.1, checkpointing=True))
-    assert other.model.is_gradient_checkpointing
     torch.manual_seed(5)
     _, plain = gradients(student, examples[:4])
     torch.manual_seed(5)
     _, recomputed = gradients(other, examples[:4])
+    assert other.model.is_activation_checkpointing and not student.model.is_activation_checkpointing
     assert largest_difference(plain, recomputed) < 1e-6
+
+
+class Memory:
+    """Room for so many tokens, and for four times as many if they are checkpointed: stands in for a GPU's."""
+
+    def __init__(self, monkeypatch, tokens):
+        self.tokens, self.attempts, self.forward = tokens, [], train.Student.forward
+        monkeypatch.setattr(train.Student, "forward", lambda student, examples: self.call(student, examples))
+
+    def call(self, student, examples):
+        loss = self.forward(student, examples)
+        checkpointed = student.model.is_activation_checkpointing
+        self.attempts.append((sum(student.lengths), len(examples), checkpointed))
+        if sum(student.lengths) > self.tokens * (4 if checkpointed else 1):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return loss
+
+
+def test_a_step_that_does_not_fit_is_cut_until_it_does(config, tmp_path, monkeypatch):
+    options = {"dropout": 0.0, "epochs": 1, "micro_tokens": 4096}
+    whole = train.fit(config(out=str(tmp_path / "whole"), **options))
+    _, examples = make_student(config())
+    longest = max(len(example.ids) for example in examples)
+    memory = Memory(monkeypatch, longest - 10)
+    cut = train.fit(config(out=str(tmp_path / "cut"), **options))
+    assert cut["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+    weights = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut")]
+    assert largest_difference(*weights) < 1e-5
+    assert whole["micro_tokens"] == 4096 and "checkpointed_above" not in whole
+    assert cut["micro_tokens"] < longest - 10 <= cut["checkpointed_above"] < longest
+    # What fitted was not checkpointed, and what did not fit was tried once.
+    failed = [attempt for attempt in memory.attempts if attempt[0] > memory.tokens and not attempt[2]]
+    assert len(failed) == len(set(failed)) <= 8
+    assert all(attempt[0] > memory.tokens and attempt[1] == 1 for attempt in memory.attempts if attempt[2])
+
+
+@pytest.mark.parametrize(
+    "processes, tokens, options, advice",
+    [
+        (1, 10, {}, "try --max-length, a smaller model or --parallel fsdp"),
+        (1, 10, {"checkpointing": True}, "try --max-length"),
+        (2, 150, {}, r"try --micro-tokens \d+ or --checkpointing"),
+        (2, 10, {"checkpointing": True, "micro_tokens": 1}, "try --max-length"),
+    ],
+)
+def test_what_never_fits_is_refused_with_advice(config, monkeypatch, processes, tokens, options, advice):
+    given = config(**options)
+    student, examples = make_student(given)
+    Memory(monkeypatch, tokens)
+    with pytest.raises(InputError, match="tokens at once do not fit into the device's memory; " + advice):
+        process = devices.Process(size=processes)
+        train.accumulate_what_fits(student, student, examples[:8], given, process, bf16=False, seed=0)
 
 
 def test_bf16_is_close_to_float32(config):
