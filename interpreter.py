@@ -33,7 +33,7 @@ import warnings
 from pathlib import Path
 
 import contain
-from wire import MESSAGE_LIMIT, Output, cut, pack, receive, send
+from wire import MESSAGE_LIMIT, Output, cut, pack, parents, receive, send
 
 CHANNEL, SCRATCH = 3, 4  # descriptors in the sandbox
 OPEN_FILES = 64
@@ -69,28 +69,35 @@ class _State:
                 self.step(*candidate)
 
     def fork(self, request, descriptors):
-        """One child a candidate. Returns None, and in the child its code and where its output goes."""
+        """One child a candidate; some are forked by another, before its code runs (see `parents`).
+
+        Returns None, and in each child its code, its folder's name and where its output goes.
+        """
         for name in request["remove"]:
             if not self.scratch.endswith(name):
                 shutil.rmtree(f"{self.settings['scratch']}/{name}", ignore_errors=True)
         self.reap()
-        for index, (code, name) in enumerate(zip(request["codes"], request["names"], strict=True)):
+        forked_by, index = parents(len(request["codes"])), None
+        while index in forked_by:
+            own = forked_by.index(index)
+            forked_by[own] = -1
             child = os.fork()
-            if child == 0:
-                if self.listing is not None:  # no candidate can see the others' folders
-                    os.close(self.listing)
-                    self.listing = None
-                if not self.settings["gated"]:  # a group of its own, to be killed as one
-                    os.setpgid(0, 0)
-                os.dup2(descriptors[2 * index], CHANNEL)
-                for descriptor in descriptors[2 * index :]:
-                    if descriptor != descriptors[2 * index + 1]:
-                        os.close(descriptor)
-                return code, name, descriptors[2 * index + 1]
-            self.children[index] = child
-            os.close(descriptors[2 * index])
-            os.close(descriptors[2 * index + 1])
-        return None
+            if child:
+                self.children[own] = child
+                continue
+            index, self.children = own, {}
+            if self.listing is not None:  # no candidate can see the others' folders
+                os.close(self.listing)
+                self.listing = None
+            if not self.settings["gated"]:  # a group of its own, to be killed as one
+                os.setpgid(0, 0)
+            os.dup2(descriptors[2 * index], CHANNEL)
+            send(self.channel, {"hello": os.getpid()})
+        output = None if index is None else descriptors[2 * index + 1]
+        for descriptor in descriptors:
+            if descriptor != output:
+                os.close(descriptor)
+        return None if index is None else (request["codes"][index], request["names"][index], output)
 
     def clean(self):
         """Remove all that code has left beside this process's own folder. Whether it is gone: a folder may be shut."""
@@ -117,7 +124,6 @@ class _State:
             os.dup2(output, 2)
             os.lseek(output, 8 + 8 * self.settings["half"], 0)
             os.close(output)
-            send(self.channel, {"hello": os.getpid()})
             self.move_scratch(name)
             sys.stdin = io.StringIO()
             sys.stdout = sys.stderr = sys.__stdout__ = sys.__stderr__ = self.output
@@ -346,6 +352,8 @@ class _Warm:
         if contain.LINUX:
             self.taken = contain.fill_holes()
             contain.collapse_heap()
+            with contextlib.suppress(OSError):
+                contain.share_library_data()
 
     def serve(self):
         send(self.control, {"missing": self.missing})

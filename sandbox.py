@@ -54,7 +54,7 @@ from typing import Literal
 import contain
 from common import InputError, option, run_command_line
 from processes import Candidate, Observation, Process, readable, reason, shared_memory, warm_interpreter
-from wire import RAW_OUTPUT, cut, pack, read_output, send
+from wire import RAW_OUTPUT, cut, pack, parents, read_output, send
 
 __all__ = ["Observation", "Sandbox", "Sandboxes"]
 THREADS = 256  # that the candidates of one step may start
@@ -267,7 +267,7 @@ class Sandbox:
 
     def _listen(self, started):
         """Answer the candidates and the gate until all have finished or the time is up."""
-        forks, threads = len(self.candidates), THREADS
+        forks, threads = collections.Counter(parents(len(self.candidates))), THREADS
         waiting = {candidate.channel.fileno(): candidate for candidate in self.candidates}
         poll = select.poll()
         for descriptor in waiting:
@@ -283,7 +283,8 @@ class Sandbox:
             ready = poll.poll(math.ceil(1000 * (left if self.folder is None else min(left, 0.05))))
             if self.folder is not None:
                 self._weigh(waiting.values())
-            for descriptor, _ in ready:
+            # The gate last: who asks it has said before who it is.
+            for descriptor in sorted((descriptor for descriptor, _ in ready), key=lambda d: d not in waiting):
                 candidate = waiting.get(descriptor)
                 if candidate:
                     self._hear(candidate)
@@ -296,8 +297,9 @@ class Sandbox:
                     if call != "clone":  # a signal
                         allow = contain.is_own_process(thread, arguments[0])
                     elif arguments[0] == contain.FORK:
-                        allow = thread == self.state.pid and forks > 0
-                        forks -= allow
+                        who = {self.state.pid: None} | {c.pid: i for i, c in enumerate(self.candidates)}
+                        allow = forks[who.get(thread, "nobody")] > 0
+                        forks[who.get(thread)] -= allow
                     else:
                         allow = threads > 0
                         threads -= allow
@@ -400,12 +402,17 @@ class Sandbox:
 
     def _status(self, index):
         """How a candidate ended, which its parent knows."""
-        if not self.state.send({"wait": index}) or not readable(self.state.channel, 0.2):
+        parent = parents(len(self.candidates))[index]
+        process = self.state if parent is None else self.candidates[parent]
+        process.signal(signal.SIGCONT)
+        if not process.send({"wait": index}) or not readable(process.channel, 0.2):
             return None
         try:
-            status = (self.state.receive() or [{}])[0].get("status")
+            status = (process.receive() or [{}])[0].get("status")
         except (OSError, ValueError):
             return None
+        if process is not self.state:
+            process.signal(signal.SIGSTOP)
         return status if isinstance(status, int) and -64 < status < 256 else None
 
 

@@ -30,6 +30,25 @@ def note(missing):
     return f"\n[... {missing:,} characters not shown ...]\n"
 
 
+def parents(count):
+    """Who forks each of `count` candidates: None for the state, or an earlier candidate, before its code runs.
+
+    A fork takes a process of this size a millisecond. So that several processors share in it, who forks half of what
+    there is to fork leaves the rest of that half to its child.
+    """
+    forked_by = {}
+
+    def spread(indices, parent):
+        while indices:
+            half = max(1, len(indices) // 2)
+            forked_by[indices[0]] = parent
+            spread(indices[1:half], indices[0])
+            indices = indices[half:]
+
+    spread(range(count), None)
+    return [forked_by[index] for index in range(count)]
+
+
 # Messages: four bytes of length, then JSON.
 
 

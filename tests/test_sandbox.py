@@ -25,6 +25,7 @@ import pytest
 
 import sandbox_check
 from sandbox import Observation, Sandbox, Sandboxes
+from wire import parents
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the attacks are on Linux")
@@ -738,6 +739,51 @@ def test_commit(sandbox):
         sandbox.commit(2)
     sandbox.commit(1)  # it has no state
     assert sandbox.run("x").result == "3"
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 8, 13])
+def test_every_candidate_starts_from_the_state_whoever_forked_it(sandbox, count):
+    forked_by = parents(count)
+    assert len(forked_by) == count and all(p is None or p < i for i, p in enumerate(forked_by))
+    sandbox.run("x = [0]\nopen('f', 'w').write('0')")
+    before = len(children(os.getpid()))
+    for chosen in range(count):
+        x, text = sandbox.run("x, open('f').read()").result, str(chosen)
+        codes = [f"seen = repr((x, open('f').read()))\nx.append({i})\nopen('f', 'w').write('{i}')\nseen"
+                 for i in range(count)]  # fmt: skip
+        assert [observation.result for observation in sandbox.run_candidates(codes)] == [repr(x)] * count
+        sandbox.commit(chosen)
+        assert sandbox.run("x[-1], open('f').read()").result == f"({chosen}, '{text}')"
+    assert eventually(lambda: len(children(os.getpid())) <= before)
+
+
+def test_no_candidate_forks_for_itself(sandbox):
+    """Some may fork, for the host, before their code runs: that permission must be used up by then."""
+    code = "import os\ntry: os.fork()\nexcept OSError as error: print(error.errno)"
+    for _ in range(5):
+        assert [observation.stdout for observation in sandbox.run_candidates([code] * 8)] == ["1\n"] * 8
+
+
+def test_how_a_candidate_ended_is_known_whoever_forked_it(sandbox):
+    for ended in range(8):
+        codes = ["import os\nos._exit(3)" if i == ended else "x = 1" for i in range(8)]
+        observations = sandbox.run_candidates(codes)
+        assert [i for i, observation in enumerate(observations) if observation.error] == [ended]
+        assert "exit status 3" in observations[ended].error
+    for observation in sandbox.run_candidates(["import os\nos._exit(3)"] * 8):  # also those who could tell
+        assert observation.error_kind == "killed" and "ended" in observation.error
+    assert sandbox.run("6 * 7").result == "42"
+
+
+def test_what_a_library_keeps_for_itself_is_each_candidates_own(sandbox):
+    code = "import ctypes\nm = ctypes.CDLL('libm.so.6')\nm.lgamma.argtypes = [ctypes.c_double]\n"
+    sandbox.run(code + "sign = lambda: ctypes.c_int.in_dll(m, 'signgam').value")
+    below, above = sandbox.run_candidates(["m.lgamma(-0.5)\nsign()", "m.lgamma(0.5)\nsign()"])
+    assert (below.result, above.result) == ("-1", "1")
+    sandbox.commit(0)
+    assert sandbox.run("sign()").result == "-1"
+    with Sandbox() as other:
+        assert other.run("import ctypes\nctypes.c_int.in_dll(ctypes.CDLL('libm.so.6'), 'signgam').value").result == "0"
 
 
 def random_program(rng):
