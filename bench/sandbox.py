@@ -294,6 +294,15 @@ def own(config):
     print(f"after {config.steps:,} steps  processes {after[0] - before[0]:+d}, descriptors {after[1] - before[1]:+d}, "
           f"host memory {after[2] - before[2]:+.1f} MB; the last state's share: {used:.0f} MB")  # fmt: skip
 
+    for name, state in (("numpy and sympy", SETUP), ("these, lists, arrays", STATE)):
+        with Sandbox() as sandbox:
+            sandbox.run(state)
+            rounds = []
+            for _ in range(60):
+                rounds.append(timed(sandbox.run_candidates, ["x += 1"] * 8))
+                sandbox.commit(0)
+        print(f"8 candidates from a state of {name + ':':<22}{summary(rounds)}")
+
     sandboxes = [Sandbox() for _ in range(config.sandboxes)]
     threads = [threading.Thread(target=sandbox.run, args=(SETUP,)) for sandbox in sandboxes]
     started = time.perf_counter()
