@@ -145,7 +145,7 @@ class _State:
             place = os.path.relpath(_getcwd(), old)
         try:
             os.mkdir(new, 0o700)
-            if os.listdir(SCRATCH):
+            if os.path.isdir(old) and os.listdir(old):  # by its name: a descriptor's place is shared by all candidates
                 shutil.copytree(old, new, symlinks=True, dirs_exist_ok=True)
                 _reopen_files(old, new)
         except OSError:  # no room for a copy: stay in the state's folder

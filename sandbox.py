@@ -283,7 +283,7 @@ class Sandbox:
             ready = poll.poll(math.ceil(1000 * (left if self.folder is None else min(left, 0.05))))
             if self.folder is not None:
                 self._weigh(waiting.values())
-            # The gate last: who asks it has said before who it is.
+            # The gate last: a candidate that asks to fork has said before who it is.
             for descriptor in sorted((descriptor for descriptor, _ in ready), key=lambda d: d not in waiting):
                 candidate = waiting.get(descriptor)
                 if candidate:

@@ -31,10 +31,10 @@ def note(missing):
 
 
 def parents(count):
-    """Who forks each of `count` candidates: None for the state, or an earlier candidate, before its code runs.
+    """Who forks each of `count` candidates: None for the state, or an earlier candidate, before its own code runs.
 
-    A fork takes a process of this size a millisecond. So that several processors share in it, who forks half of what
-    there is to fork leaves the rest of that half to its child.
+    To fork a process of this size takes a millisecond, so processors share the work: of what a process has to fork,
+    its first child takes half, forks the others of that half, and so on.
     """
     forked_by = {}
 
