@@ -312,7 +312,7 @@ def restrict_files(read, write, devices):
 # memfd_create, pidfd_*, process_vm_*, setsid, shmget, userfaultfd...
 
 ALLOWED = """
-read 0 63, write 1 64, close 3 57, stat 4 -, fstat 5 80, lstat 6 -, poll 7 -, lseek 8 62, mmap 9 222,
+read 0 63, write 1 64, close 3 57, stat 4 -, fstat 5 80, lstat 6 -, poll 7 -, lseek 8 62,
 mprotect 10 226, brk 12 214, munmap 11 215, rt_sigaction 13 134, rt_sigprocmask 14 135, rt_sigreturn 15 139,
 pread64 17 67, pwrite64 18 68, readv 19 65, writev 20 66, access 21 -, pipe 22 -, select 23 -, sched_yield 24 124,
 mremap 25 216, msync 26 227, mincore 27 232, madvise 28 233, dup 32 23, dup2 33 -, pause 34 -, nanosleep 35 101,
@@ -348,7 +348,7 @@ listxattr 194 11, llistxattr 195 12, flistxattr 196 13
 """
 # These depend on an argument, or are used here before the filter is in place.
 OTHERS = """
-open 2 -, openat 257 56,
+open 2 -, openat 257 56, mmap 9 222,
 clone 56 220, clone3 435 435, kill 62 129, tgkill 234 131, ioctl 16 29, fcntl 72 25, prctl 157 167, prlimit64 302 261,
 socketpair 53 199, setpgid 109 154, seccomp 317 277, capset 126 91, pivot_root 155 41, mount_setattr 442 442,
 landlock_create_ruleset 444 444, landlock_add_rule 445 445, landlock_restrict_self 446 446
@@ -383,6 +383,11 @@ def _filter(gate):
         tests = [step for value in values for step in (skip_unless_equal(value, 1), verdict(value_if))]
         when(name, argument(index), *tests, verdict(value_else))
 
+    # Memory that a fork would share, for writing: only what is printed goes to such, by descriptor 1.
+    alone = [(0x54, 0, 0, 1), skip_unless_equal(0, 1), verdict(ALLOW)]  # not MAP_SHARED
+    read_only = [argument(2), (0x54, 0, 0, 2), skip_unless_equal(0, 1), verdict(ALLOW)]  # not PROT_WRITE
+    printed = [argument(4), skip_unless_equal(1, 1), verdict(ALLOW)]
+    when("mmap", argument(3), *alone, *read_only, *printed, verdict(REFUSE | errno.EPERM))
     for name in _numbers(ALLOWED):
         when(name, verdict(ALLOW))
     for name in _numbers(IGNORED):

@@ -119,9 +119,9 @@ class _State:
         self.lock, self.final, self.step_number = threading.Lock(), None, self.step_number + 1
         process = os.getpid()
         try:
-            self.output.attach(output, self.settings["half"])
             os.dup2(output, 1)
             os.dup2(output, 2)
+            self.output.attach(1, self.settings["half"])
             os.lseek(output, 8 + 8 * self.settings["half"], 0)
             os.close(output)
             self.move_scratch(name)

@@ -375,7 +375,7 @@ def test_memory_is_bounded(sandbox):
     assert sandbox.run("a = []\nwhile True: a.append('x' * 10**6)").error_kind == "memory"
     assert sandbox.run("a[-1][:1]").result == "'x'"  # an exception keeps what ran before it
     assert sandbox.run("del a").error is None
-    assert sandbox.run("import mmap\nmmap.mmap(-1, 10**9)").error_kind == "memory"
+    assert sandbox.run("import mmap\nmmap.mmap(-1, 10**9, mmap.MAP_PRIVATE)").error_kind == "memory"
     assert sandbox.run("x = bytearray(3 * 10**8)\nlen(x)").result == "300000000"  # less than memory_mb is fine
 
 
@@ -784,6 +784,23 @@ def test_what_a_library_keeps_for_itself_is_each_candidates_own(sandbox):
     assert sandbox.run("sign()").result == "-1"
     with Sandbox() as other:
         assert other.run("import ctypes\nctypes.c_int.in_dll(ctypes.CDLL('libm.so.6'), 'signgam').value").result == "0"
+
+
+def test_no_memory_is_shared_between_candidates(sandbox):
+    sandbox.run("import mmap, numpy\nnumpy.save('a.npy', numpy.zeros(4))\nf = open('a.npy', 'r+b')")
+    sandbox.run("own = mmap.mmap(-1, 8, mmap.MAP_PRIVATE)")
+    shared = ["mmap.mmap(-1, 8)", "mmap.mmap(f.fileno(), 0)", "numpy.load('a.npy', mmap_mode='r+')",
+              "numpy.memmap('b', mode='w+', shape=4)"]  # fmt: skip
+    assert all("PermissionError" in observation.error for observation in sandbox.run_candidates(shared))
+    copies = ["mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)[0]", "numpy.load('a.npy', mmap_mode='c')[0]",
+              "numpy.load('a.npy', mmap_mode='r')[0]", "own[:1] = b'x'\nown[0]"]  # fmt: skip
+    assert [observation.result for observation in sandbox.run_candidates(copies)] == [
+        "147",
+        "np.float64(0.0)",
+        "np.float64(0.0)",
+        "120",
+    ]
+    assert sandbox.run("own[0]").result == "0"
 
 
 def random_program(rng):
