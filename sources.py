@@ -167,7 +167,7 @@ class Table:
     def __getitem__(self, name):
         if name not in self.rows and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
             names = ", ".join(name for name in self.rows if "/" not in name)
-            raise InputError(f"{name}: no such source: {names}, or a model's name on the Hub such as Qwen/Qwen2.5-7B")
+            raise InputError(f"{name}: no such source; there are {names}, and models by name, such as Qwen/Qwen2.5-7B")
         return self.rows.get(name) or Source(name, "models", "not in the table", whole=True)
 
 

@@ -126,7 +126,7 @@ def test_the_table_is_whole():
 
 
 def test_unknown_names_are_one_line():
-    with pytest.raises(InputError, match="wikipedia: no such source: benchmarks, agent-trajectories"):
+    with pytest.raises(InputError, match="wikipedia: no such source; there are benchmarks, agent-trajectories"):
         Table()["wikipedia"]
     assert Table()["meta-llama/Llama-3.2-1B-Instruct"].form == "models"
 
