@@ -402,18 +402,21 @@ class Sandbox:
             self.candidates = candidates
 
     def _status(self, index):
-        """How a candidate ended, which its parent knows."""
+        """How a candidate ended, which its parent knows, if that is still there."""
         parent = parents(len(self.candidates))[index]
         process = self.state if parent is None else self.candidates[parent]
-        process.signal(signal.SIGCONT)
-        if not process.send({"wait": index}) or not readable(process.channel, 0.2):
+        if not process.alive():
             return None
+        process.signal(signal.SIGCONT)
         try:
+            if not process.send({"wait": index}) or not readable(process.channel, 0.2):
+                return None
             status = (process.receive() or [{}])[0].get("status")
         except (OSError, ValueError):
             return None
-        if process is not self.state:
-            process.signal(signal.SIGSTOP)
+        finally:
+            if parent is not None:
+                process.signal(signal.SIGSTOP)
         return status if isinstance(status, int) and -64 < status < 256 else None
 
 

@@ -176,13 +176,14 @@ class HeadLoss(torch.autograd.Function):
 class Student(nn.Module):
     """The model with its loss: forward(micro-batch) -> sum over the trained tokens of -log p(token | before it).
 
-    plain_tokens: of larger micro-batches the activations are not kept, but computed again in the backward pass.
+    checkpoint_from: tokens of a micro-batch from which on its activations are not kept, but computed again in the
+    backward pass.
     """
 
-    def __init__(self, model, plain_tokens=math.inf):
+    def __init__(self, model, checkpoint_from=math.inf):
         super().__init__()
         model.set_attn_implementation("packed")
-        self.model, self.plain_tokens, self.lengths = model, plain_tokens, []
+        self.model, self.checkpoint_from, self.lengths = model, checkpoint_from, []
         self.check_head()
 
     @torch.no_grad()
@@ -208,7 +209,7 @@ class Student(nn.Module):
         self.lengths = [len(example.ids) for example in examples]
         filler = -sum(self.lengths) % 128 if examples else 128
         packed_attention.lengths = self.lengths + [filler] * (filler > 0)
-        self.checkpoint(sum(self.lengths) > self.plain_tokens)
+        self.checkpoint(sum(self.lengths) >= self.checkpoint_from)
         ids = torch.cat([example.ids for example in examples] + [torch.zeros(filler, dtype=torch.int64)])  # (tokens,)
         positions = torch.cat([torch.arange(length) for length in packed_attention.lengths])  # (tokens,)
         starts = torch.tensor([0, *packed_attention.lengths]).cumsum(0).tolist()
@@ -253,7 +254,7 @@ def build_student(config, process, bf16):
         lora.load(model, config.model, config.dropout)
     elif config.tuning == "lora":
         lora.add(model, config.rank, config.alpha, config.dropout)
-    student = Student(model, plain_tokens=0 if config.checkpointing else math.inf).train()
+    student = Student(model, checkpoint_from=0 if config.checkpointing else math.inf).train()
     if config.parallel == "ddp" or process.size == 1:  # FSDP takes each layer's shard to the device
         student.to(process.device)
     if config.compile:
@@ -297,7 +298,7 @@ def accumulate_what_fits(call, student, batch, config, process, bf16, seed):
     """accumulate for the examples of one step, in micro-batches that fit into memory; dropout is drawn from seed.
 
     Where memory runs out, micro-batches become smaller, and examples that are too long alone are checkpointed:
-    config.micro_tokens and student.plain_tokens say so from then on. The gradients are the same. Several processes
+    config.micro_tokens and student.checkpoint_from say so from then on. The gradients are the same. Several processes
     would have to agree, so there, and where nothing is left to try, it is an InputError.
     """
     trained_tokens = sum(len(example.trained) for example in batch)
@@ -311,10 +312,12 @@ def accumulate_what_fits(call, student, batch, config, process, bf16, seed):
         tokens, several = sum(student.lengths), len(student.lengths) > 1
         if process.size == 1 and several:
             config.micro_tokens = tokens // 2
-        elif process.size == 1 and tokens <= student.plain_tokens and student.model.supports_gradient_checkpointing:
-            student.plain_tokens = tokens - 1
+        elif process.size == 1 and tokens < student.checkpoint_from and student.model.supports_gradient_checkpointing:
+            student.checkpoint_from = tokens
         else:
-            ways = [f"--micro-tokens {tokens // 2}"] * several + ["--checkpointing"] * (tokens <= student.plain_tokens)
+            ways = [f"--micro-tokens {tokens // 2}"] * several + ["--checkpointing"] * (
+                tokens < student.checkpoint_from
+            )
             advice = " or ".join(ways) or "--max-length, a smaller model or --parallel fsdp"
             raise InputError(f"{tokens:,} tokens at once do not fit into the device's memory; try {advice}")
         student.zero_grad()
@@ -497,7 +500,7 @@ def fit(config):
         "loss": log.rows[-1]["loss"],
         "validation_loss": log.rows[-1].get("validation_loss"),
     }
-    memory = {"micro_tokens": config.micro_tokens, "checkpointed_above": student.plain_tokens}
+    memory = {"micro_tokens": config.micro_tokens, "checkpointed_from": student.checkpoint_from}
     results |= {"precision": "bf16" if bf16 else "fp32"} | {k: v for k, v in memory.items() if v < math.inf}
     summary = counts | results | work.summary()
     save_model(student.model, tokenizer, config, base, process.first)

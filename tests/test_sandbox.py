@@ -7,6 +7,7 @@ Every attack here answers "through" where it gets through. The same attacks are 
 there they do get through, so that a test that cannot fail is noticed.
 """
 
+import functools
 import gc
 import json
 import os
@@ -46,6 +47,10 @@ def children(pid):
         found += (new := parents.get(todo.pop(), []))
         todo += new
     return found
+
+
+def all_stand_still(pids):
+    return all(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T" for pid in pids)
 
 
 def eventually(condition, seconds=5.0):
@@ -770,6 +775,8 @@ def test_how_a_candidate_ended_is_known_whoever_forked_it(sandbox):
         observations = sandbox.run_candidates(codes)
         assert [i for i, observation in enumerate(observations) if observation.error] == [ended]
         assert "exit status 3" in observations[ended].error
+        alive = [candidate.pid for i, candidate in enumerate(sandbox.candidates) if i != ended]
+        assert eventually(functools.partial(all_stand_still, alive))  # also whoever was asked
     for observation in sandbox.run_candidates(["import os\nos._exit(3)"] * 8):  # also those who could tell
         assert observation.error_kind == "killed" and "ended" in observation.error
     assert sandbox.run("6 * 7").result == "42"

@@ -410,8 +410,8 @@ def test_a_step_that_does_not_fit_is_cut_until_it_does(config, tmp_path, monkeyp
     assert cut["loss"] == pytest.approx(whole["loss"], rel=1e-5)
     weights = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut")]
     assert largest_difference(*weights) < 1e-5
-    assert whole["micro_tokens"] == 4096 and "checkpointed_above" not in whole
-    assert cut["micro_tokens"] < longest - 10 <= cut["checkpointed_above"] < longest
+    assert whole["micro_tokens"] == 4096 and "checkpointed_from" not in whole
+    assert cut["micro_tokens"] < longest - 10 < cut["checkpointed_from"] <= longest
     # What fitted was not checkpointed, and what did not fit was tried once.
     failed = [attempt for attempt in memory.attempts if attempt[0] > memory.tokens and not attempt[2]]
     assert len(failed) == len(set(failed)) <= 8
