@@ -121,7 +121,7 @@ class _State:
         try:
             os.dup2(output, 1)
             os.dup2(output, 2)
-            self.output.attach(1, self.settings["half"])
+            self.output.attach(1, self.settings["half"])  # the only descriptor that the filter lets map like this
             os.lseek(output, 8 + 8 * self.settings["half"], 0)
             os.close(output)
             self.move_scratch(name)

@@ -383,7 +383,7 @@ def measure_training(model, device):
     import train
     from chat import Example
 
-    config = train.Config(data=[], model="", out="", micro_tokens=16384)
+    config = train.Config(data=[], model="", out="", micro_tokens=train.MICRO_TOKENS[device.type])
     process, bf16 = devices.Process(device=device), devices.uses_bf16(config, device)
     model.cpu()
     lora.add(model, config.rank, config.alpha, config.dropout)

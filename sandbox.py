@@ -298,9 +298,10 @@ class Sandbox:
                     if call != "clone":  # a signal
                         allow = contain.is_own_process(thread, arguments[0])
                     elif arguments[0] == contain.FORK:
-                        who = {self.state.pid: None} | {c.pid: i for i, c in enumerate(self.candidates)}
-                        allow = forks[who.get(thread, "nobody")] > 0
-                        forks[who.get(thread)] -= allow
+                        known = {self.state.pid: None} | {c.pid: i for i, c in enumerate(self.candidates)}
+                        who = known.get(thread, "nobody")
+                        allow = forks[who] > 0
+                        forks[who] -= allow
                     else:
                         allow = threads > 0
                         threads -= allow

@@ -46,6 +46,7 @@ from common import (
 )
 from devices import Work, like, start_process, stop_process, uses_bf16, whole
 
+MICRO_TOKENS = {"cuda": 16384, "cpu": 2048}  # at once, unless --micro-tokens says otherwise
 load_model = lora.load_model
 __all__ = ["Config", "encode", "fit", "load_model", "render"]
 
@@ -445,7 +446,7 @@ def fit(config):
             print(f"{out} is finished", file=sys.stderr)
         return summary
     given, config = config, dataclasses.replace(config)
-    config.micro_tokens = config.micro_tokens or (16384 if process.device.type == "cuda" else 2048)
+    config.micro_tokens = config.micro_tokens or MICRO_TOKENS[process.device.type]
     bf16 = uses_bf16(config, process.device)
 
     tokenizer = lora.load_tokenizer(config.model)
