@@ -14,6 +14,7 @@ Each raises OSError where this kernel, or the container around us, does not offe
 landlock(7), seccomp(2), seccomp_unotify(2), namespaces(7), pivot_root(2), and the headers of Linux.
 """
 
+import bisect
 import contextlib
 import ctypes
 import errno
@@ -60,10 +61,11 @@ def adopt_orphans():
 
 
 # Memory: fork copies page tables, and what a child writes to is copied page by page. Both are cheap as long as most
-# of the memory is in 2 MiB pages that no child writes to.
+# of the memory is in 2 MiB pages that no child writes to; one written byte makes 512 small ones of such a page. A child
+# writes where new objects go, and to the counts of references of old ones.
 
 
-def _own_memory():
+def own_memory():
     """[(start, end, is it the heap?)] of this process's anonymous memory."""
     areas = []
     for line in Path("/proc/self/maps").read_text().splitlines():
@@ -74,35 +76,39 @@ def _own_memory():
     return areas
 
 
-def fill_holes():
+def fill_holes(areas):
     """Take the free places between living objects for good, so that new objects go to new pages.
 
-    Returns what keeps them taken. Python's own allocator has places of 16 to 512 bytes; glibc's are of any size.
+    areas: where the memory so far begins and ends, in order. Returns what keeps the places taken: Python's own
+    allocator has places of 16 to 512 bytes.
     """
-    areas, taken = _own_memory(), []
-    is_new = lambda address: not any(start <= address < end for start, end, _ in areas)  # noqa: E731
-    gc.collect()  # empties the lists of freed objects that Python keeps for reuse
+    taken = [slice(0)]  # Python keeps a freed one for reuse
+    gc.collect()  # empties its lists of other freed objects
     for size in range(512, 0, -16):
         for _ in range(1 << 16):  # at most: an allocator of another kind may have mapped more than it will ever fill
-            taken.append(bytes(size - sys.getsizeof(b"")) if size > 33 else object())
-            if is_new(id(taken[-1])):
+            taken.append(bytes(size - sys.getsizeof(b"")) if size > 33 else 1j * size if size > 16 else object())
+            if bisect.bisect(areas, id(taken[-1])) % 2 == 0:
                 break
+    return taken
+
+
+def fill_heap():
+    """The same for glibc's allocator, whose places are of any size."""
     if hasattr(libc, "malloc_trim"):
         libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
         libc.free.argtypes = [ctypes.c_void_p]
         libc.malloc_trim(0)
-        top = max((end for _, end, heap in _own_memory() if heap), default=0) - 4096
+        top = max((end for _, end, heap in own_memory() if heap), default=0) - 4096
         for size in range(1 << 16, 0, -16):
             while (place := libc.malloc(size)) < top:
                 pass
             libc.free(place)
-    return taken
 
 
 def collapse_heap():
     """Put this process's anonymous memory on huge pages (MADV_COLLAPSE, Linux 6.1; elsewhere nothing happens)."""
     huge = 2 << 20
-    for start, end, _ in _own_memory():
+    for start, end, _ in own_memory():
         for address in range(-(-start // huge) * huge, end // huge * huge, huge):
             libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(huge), 25)
 
@@ -237,7 +243,8 @@ def drop_privileges(user):
 def address_space():
     """Bytes of address space this process has now."""
     try:
-        return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[0]) * resource.getpagesize()
     except OSError:
         return 0
 
@@ -263,7 +270,6 @@ def set_limits(memory, cpu_seconds, file_size, open_files, processes=None):
         except (ValueError, OSError):
             if LINUX:  # macOS refuses a limit on address space
                 raise
-    hold_limits(True)
 
 
 def hold_limits(foreign):
@@ -361,6 +367,7 @@ def _numbers(table):
 
 
 SYSTEM_CALLS = _numbers(ALLOWED) | _numbers(IGNORED) | _numbers(UNSUPPORTED) | _numbers(OTHERS)
+NAMES = {number: name for name, number in SYSTEM_CALLS.items()}
 
 THREAD = 0x10F00  # CLONE_THREAD and what must go with it: SIGHAND, VM, FS, FILES
 FORK = 0x1200011  # what glibc's fork() passes: CLONE_CHILD_SETTID, CLONE_CHILD_CLEARTID, SIGCHLD
@@ -456,15 +463,8 @@ class Gate:
             fcntl.ioctl(self.descriptor, 0xC0502100, question)  # SECCOMP_IOCTL_NOTIF_RECV
         except OSError:  # it was killed while it waited
             return None
-        (
-            number,
-            thread,
-            _,
-            call,
-            *_,
-        ) = struct.unpack_from("=QIIi", question)
-        name = next(name for name, code in SYSTEM_CALLS.items() if code == call)
-        return number, thread, name, struct.unpack_from("=6Q", question, 32)
+        number, thread, _, call = struct.unpack_from("=QIIi", question)
+        return number, thread, NAMES[call], struct.unpack_from("=6Q", question, 32)
 
     def answer(self, number, allow):
         reply = struct.pack("=QqiI", number, 0, 0 if allow else -errno.EPERM, 1 if allow else 0)

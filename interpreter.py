@@ -9,6 +9,8 @@ Foreign code runs in a _State and can do with it what it likes: the host trusts 
 holds it is set up in _Warm.become_sandbox, before any of it runs.
 """
 
+import _thread
+import array
 import ast
 import builtins
 import contextlib
@@ -17,6 +19,7 @@ import errno
 import fcntl
 import gc
 import io
+import json
 import linecache
 import math
 import os
@@ -37,6 +40,18 @@ from wire import MESSAGE_LIMIT, Output, cut, pack, parents, receive, send
 
 CHANNEL, SCRATCH = 3, 4  # descriptors in the sandbox
 OPEN_FILES = 64
+HELLO = pack({"hello": None})  # on Linux, where the kernel names the sender
+_libc = ctypes.PyDLL(None, use_errno=True)
+
+
+def _fork():
+    """fork(2). Python's own also mends what threads leave behind, for which it touches, and so copies, many pages."""
+    if _thread._count():
+        return os.fork()
+    child = _libc.fork()
+    if child < 0:
+        raise OSError(ctypes.get_errno(), "no fork")
+    return child
 
 
 class _State:
@@ -45,14 +60,13 @@ class _State:
     def __init__(self, channel, settings, home, listing=None):
         self.channel, self.settings, self.scratch, self.listing = channel, settings, home, listing
         self.output, self.step_number, self.children, self.final = Output(), 0, {}, None
-        self.main = types.ModuleType("__main__")
+        self.main = sys.modules["__main__"]
         self.given = {"final_answer": self.final_answer}
         self.given |= {name: self.make_tool(name) for name in settings["tools"]}
-        sys.modules["__main__"] = self.main
 
     def serve(self):
         while True:
-            contain.hold_limits(False)
+            self.channel.recv(1, socket.MSG_PEEK)  # wait in here, where Python touches next to nothing after a fork
             request, descriptors = receive(self.channel)
             if request is None:
                 os._exit(0)
@@ -81,7 +95,7 @@ class _State:
         while index in forked_by:
             own = forked_by.index(index)
             forked_by[own] = -1
-            child = os.fork()
+            child = _fork()
             if child:
                 self.children[own] = child
                 continue
@@ -92,7 +106,7 @@ class _State:
             if not self.settings["gated"]:  # a group of its own, to be killed as one
                 os.setpgid(0, 0)
             os.dup2(descriptors[2 * index], CHANNEL)
-            send(self.channel, {"hello": os.getpid()})
+            self.channel.sendall(HELLO if contain.LINUX else pack({"hello": os.getpid()}))
         output = None if index is None else descriptors[2 * index + 1]
         for descriptor in descriptors:
             if descriptor != output:
@@ -136,13 +150,14 @@ class _State:
             contain.hold_limits(False)
             outcome = {"error": cut(describe(error), 1000), "kind": _kind(error)}
         signal.alarm(0)
+        contain.hold_limits(False)
         send(self.channel, {"done": outcome})
 
     def move_scratch(self, name):
         """Go on in a folder of this candidate's own, with a copy of what is in the state's folder."""
         old, new, place = self.scratch, f"{self.settings['scratch']}/{name}", ""
         with contextlib.suppress(OSError):  # the code may have removed the folder it is in
-            place = os.path.relpath(_getcwd(), old)
+            place = _getcwd()
         try:
             os.mkdir(new, 0o700)
             if os.path.isdir(old) and os.listdir(old):  # by its name: a descriptor's place is shared by all candidates
@@ -155,19 +170,16 @@ class _State:
         os.dup2(folder, SCRATCH)
         os.close(folder)
         self.scratch = new
-        if not place.startswith(".."):
+        if place == old or place.startswith(old + "/"):
             with contextlib.suppress(OSError):
-                os.fchdir(SCRATCH)
-                os.chdir(place)
+                os.chdir(new + place[len(old) :])
 
     def execute(self, code):
         filename = f"<step {self.step_number}>"
         linecache.cache[filename] = (len(code), None, code.splitlines(True), filename)
         linecache.cache.pop(f"<step {self.step_number - 1000}>", None)
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                body, last = _compile(code, filename)
+            body, last = _compile(code, filename)
         except Exception as error:
             return {"error": cut(_describe_syntax(error), self.settings["limit"]), "kind": "syntax"}
         try:
@@ -193,6 +205,7 @@ class _State:
         if threading.current_thread() is threading.main_thread():
             # An exception might be swallowed, by a bare `except:` or a callback. So do not go back: wait for the next
             # step right here.
+            contain.hold_limits(False)
             send(self.channel, {"done": {}})
             self.serve()
         main = ctypes.c_ulong(threading.main_thread().ident)
@@ -342,18 +355,33 @@ class _Warm:
         if not self.rooted:
             import tempfile
 
-            self.folder = tempfile.mkdtemp(prefix="sandbox-")
+            self.folder = os.path.realpath(tempfile.mkdtemp(prefix="sandbox-"))
             os.chmod(self.folder, 0o711)
             self.link = self.folder + "/tmp"
             os.symlink(f"/proc/self/fd/{SCRATCH}", self.link)
+        for name in ("contain", "wire", "__mp_main__"):
+            sys.modules.pop(name, None)
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        sys._clear_type_cache()  # it is written anew, and would take names of attributes from old pages
         _rehearse()
         gc.collect()
         gc.freeze()  # a collection in a child would touch, and so copy, every page
         if contain.LINUX:
-            self.taken = contain.fill_holes()
-            contain.collapse_heap()
-            with contextlib.suppress(OSError):
-                contain.share_library_data()
+            self.part_memory()
+
+    def part_memory(self):
+        """Part what will be written to from what will not: from here on, new objects go to new pages (see contain)."""
+        edges = [edge for start, end, _ in contain.own_memory() for edge in (start, end)]
+        self.areas = array.array("Q", edges)
+        self.taken = [edges, contain.fill_holes(self.areas)]
+        contain.fill_heap()
+        # What becomes a sandbox reads these, and so writes to their counts of references.
+        self.libraries, self.devices = json.loads(json.dumps([self.libraries, self.devices]))
+        self.areas, self.taken = self.areas[:], [self.taken, contain.fill_holes(self.areas)]
+        gc.freeze()
+        contain.collapse_heap()
+        with contextlib.suppress(OSError):
+            contain.share_library_data()
 
     def serve(self):
         send(self.control, {"missing": self.missing})
@@ -371,7 +399,7 @@ class _Warm:
             if "close" in request:
                 self.end(request["close"])
                 continue
-            child = os.fork()
+            child = _fork()
             if child == 0:
                 os.setpgid(0, 0)
                 self.become_sandbox(request, descriptors[0])
@@ -405,6 +433,7 @@ class _Warm:
             os._exit(1)
 
     def set_up(self, request, channel):
+        self.fill_holes()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.dup2(channel, CHANNEL, inheritable=False)
         scratch = f"{self.folder}/{request['id']}"
@@ -426,16 +455,20 @@ class _Warm:
         if contain.LINUX:
             _hide_scratch(state, self.link)
         sys.argv = [""]
-        for name in ("contain", "wire", "__mp_main__"):
-            sys.modules.pop(name, None)
         descriptors = [descriptor for descriptor in (gate, folder) if descriptor is not None]
         hello = {"gate": gate is not None, "folder": folder is not None, "missing": self.missing}
         send(channel, {"hello": os.getpid()} | hello, descriptors)
         for descriptor in descriptors:
             os.close(descriptor)
+        self.fill_holes()
         limits = {"cpu_seconds": math.ceil(request["timeout"]) + 1, "file_size": request["scratch_mb"] << 20}
         contain.set_limits(memory, **limits, open_files=OPEN_FILES, processes=None if gate is not None else 4096)
         state.serve()
+
+    def fill_holes(self):
+        """The places that were freed since the last time."""
+        if contain.LINUX:
+            self.taken.append(contain.fill_holes(self.areas))
 
     def contain(self, scratch, home):
         os.chmod(scratch, 0o300)  # a candidate cannot find the others' folders: names are drawn at random
@@ -490,6 +523,7 @@ def _import_quietly():
     import numpy
     import sympy
 
+    warnings.simplefilter("ignore", SyntaxWarning)  # of a step's own text: it runs all the same
     random.seed(0)
     numpy.random.seed(0)
     sys.set_int_max_str_digits(0)
@@ -498,13 +532,13 @@ def _import_quietly():
 
 def _rehearse():
     """Go through what a step does, so that what Python writes down the first times is in no child's way."""
-    main = sys.modules["__main__"]
     state = _State(None, {"tools": [], "limit": 100}, "")
+    state.main = types.ModuleType("__main__")
     for _ in range(20):
         for code in ("x = [1]\nfor i in x: print(i)\nx", "1 / 0", "1 +"):
             pack(state.execute(code))
+    os.dup2(0, 0, inheritable=True)  # a function's first call with a keyword
     linecache.cache.clear()
-    sys.modules["__main__"] = main
 
 
 def _main(descriptor):

@@ -174,19 +174,23 @@ def readable(descriptor, seconds):
     return bool(poll.poll(max(0, math.ceil(seconds * 1000))))
 
 
+def _constant(text):
+    raise ValueError(f"{text} is not JSON")
+
+
+def _integer(digits):  # Python refuses to parse a longer one, which would take long
+    return int(digits) if len(digits) <= 4000 else digits
+
+
+_decoder = json.JSONDecoder(parse_int=_integer, parse_constant=_constant)
+
+
 def _parse(data):
     """A message from a candidate: any bytes may come. ValueError if it is not an object in JSON."""
-
-    def constant(text):
-        raise ValueError(f"{text} is not JSON")
-
-    def integer(digits):  # Python refuses to parse a longer one, which would take long
-        return int(digits) if len(digits) <= 4000 else digits
-
     try:
-        message = json.loads(data.decode(), parse_int=integer, parse_constant=constant)
+        message = _decoder.decode(data.decode())
         if b"\\ud" in data.lower():  # half a surrogate pair could not be written to a file later
-            message = json.loads(json.dumps(message, ensure_ascii=False).encode("utf-8", "replace"), parse_int=integer)
+            message = _decoder.decode(json.dumps(message, ensure_ascii=False).encode("utf-8", "replace").decode())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"its message was not JSON ({type(error).__name__})") from None
     if not isinstance(message, dict):

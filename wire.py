@@ -140,5 +140,6 @@ def read_output(descriptor, half):
         place = (count - half) % half
         head, ring = text[:half], text[half:]
         text = head + note(count - 2 * half) + ring[place:] + ring[:place]
-    raw = os.pread(descriptor, RAW_OUTPUT, 8 + 8 * half).rstrip(b"\0")
+    raw = os.pread(descriptor, RAW_OUTPUT, 8 + 8 * half)
+    raw = b"" if raw == bytes(len(raw)) else raw.rstrip(b"\0")  # which is slow, and most often there is nothing
     return text.encode("utf-8", "replace").decode() + raw.decode("utf-8", "replace")

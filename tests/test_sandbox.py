@@ -351,13 +351,21 @@ def test_a_candidates_time_out_leaves_the_others():
 
 def test_a_state_that_ignores_its_host_is_given_up():
     """Code may take over the process that holds the state; the next step then fails in time, the one after works."""
-    takeover = "import os, time\nos.fork = lambda: time.sleep(60)\nx = 1"
+    takeover = "import time\nfinal_answer.__self__.fork = lambda *_: time.sleep(60)\nx = 1"
     with Sandbox(timeout=0.5) as sandbox:
         sandbox.run(takeover)
         started = time.monotonic()
         assert sandbox.run("x").error_kind in ("timeout", "killed")
         assert time.monotonic() - started < 1.2
         assert sandbox.run("6 * 7").result == "42"
+
+
+def test_threads_end_with_their_step(sandbox):
+    """Also for the modules that count them: a fork that leaves them to themselves would wait for the dead."""
+    sandbox.run("import threading, time\nthread = threading.Thread(target=time.sleep, args=(60,))\nthread.start()")
+    assert sandbox.run("threading.active_count(), thread.is_alive()").result == "(1, False)"
+    assert sandbox.run("thread.join()\n'joined'").result == "'joined'"
+    assert sandbox.run("t = threading.Thread(target=print, args=(1,))\nt.start()\nt.join()").stdout == "1\n"
 
 
 def test_threads_left_behind_do_not_run_between_steps(sandbox):
@@ -599,6 +607,7 @@ def test_everything_printed_is_kept(sandbox):
     sandbox.run("import sys\nold = sys.stdout\nsys.stdout = None")
     assert sandbox.run("print('x')\nprint('y', file=old)").stdout == "x\ny\n"
     assert "RuntimeWarning" in sandbox.run("import numpy\nnumpy.float64(1) / 0").stdout
+    assert sandbox.run("n = 1\nprint(n is 1, '\\d')").stdout == "True \\d\n"  # what Python says of the text is not
 
 
 @pytest.mark.parametrize(
