@@ -249,7 +249,7 @@ def address_space():
         return 0
 
 
-_limits = {}  # name: (for foreign code, for ours, which must work when foreign code has used up its own)
+_foreign = {}  # kind: the limit for foreign code; ours is higher, as we must work when it has used up its own
 
 
 def set_limits(memory, cpu_seconds, file_size, open_files, processes=None):
@@ -257,12 +257,13 @@ def set_limits(memory, cpu_seconds, file_size, open_files, processes=None):
 
     processes: where there is no gate, a rough bound on what this user may have, in and outside of the sandbox.
     """
-    limits = {"CPU": (cpu_seconds, cpu_seconds), "FSIZE": (file_size, file_size), "CORE": (0, 0), "MEMLOCK": (0, 0)}
+    _foreign.update({resource.RLIMIT_AS: memory, resource.RLIMIT_NOFILE: open_files})
+    ours = {resource.RLIMIT_AS: memory + (64 << 20), resource.RLIMIT_NOFILE: open_files + 256}
+    ours |= {resource.RLIMIT_CPU: cpu_seconds, resource.RLIMIT_FSIZE: file_size}
+    ours |= {resource.RLIMIT_CORE: 0, resource.RLIMIT_MEMLOCK: 0}
     if processes:
-        limits["NPROC"] = (processes, processes)
-    _limits.update(AS=(memory, memory + (64 << 20)), NOFILE=(open_files, open_files + 256))
-    for name, (_, value) in (limits | _limits).items():
-        kind = getattr(resource, f"RLIMIT_{name}")
+        ours[resource.RLIMIT_NPROC] = processes
+    for kind, value in ours.items():
         hard = resource.getrlimit(kind)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         try:
@@ -274,11 +275,12 @@ def set_limits(memory, cpu_seconds, file_size, open_files, processes=None):
 
 def hold_limits(foreign):
     """Switch between the limits for foreign code and ours."""
-    for name, (soft, _) in _limits.items():
-        kind = getattr(resource, f"RLIMIT_{name}")
+    for kind, soft in _foreign.items():
         hard = resource.getrlimit(kind)[1]
-        with contextlib.suppress(ValueError, OSError):
+        try:
             resource.setrlimit(kind, (soft if foreign and soft < hard else hard, hard))
+        except (ValueError, OSError):  # it is lower already
+            pass
 
 
 # Landlock: opening, making, removing and renaming files is denied but beneath the folders named here. It does not

@@ -89,7 +89,7 @@ class _State:
         """
         for name in request["remove"]:
             if not self.scratch.endswith(name):
-                shutil.rmtree(f"{self.settings['scratch']}/{name}", ignore_errors=True)
+                _remove(f"{self.settings['scratch']}/{name}")
         self.reap()
         forked_by, index = parents(len(request["codes"])), None
         while index in forked_by:
@@ -118,16 +118,18 @@ class _State:
         folder, own = self.settings["scratch"], os.path.basename(self.scratch)
         for name in os.listdir(self.listing):
             if name != own:
-                shutil.rmtree(f"{folder}/{name}", ignore_errors=True)
+                _remove(f"{folder}/{name}")
                 with contextlib.suppress(OSError):
                     os.unlink(f"{folder}/{name}")
         return os.listdir(self.listing) == [own]
 
     def reap(self):
         self.children = {}
-        with contextlib.suppress(ChildProcessError):
+        try:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
+        except ChildProcessError:  # none is left
+            pass
 
     def step(self, code, name, output):
         self.lock, self.final, self.step_number = threading.Lock(), None, self.step_number + 1
@@ -155,12 +157,14 @@ class _State:
 
     def move_scratch(self, name):
         """Go on in a folder of this candidate's own, with a copy of what is in the state's folder."""
-        old, new, place = self.scratch, f"{self.settings['scratch']}/{name}", ""
+        old, new, place, files = self.scratch, f"{self.settings['scratch']}/{name}", "", []
         with contextlib.suppress(OSError):  # the code may have removed the folder it is in
             place = _getcwd()
+        with contextlib.suppress(OSError):
+            files = os.listdir(old)  # by its name: a descriptor's place is shared by all candidates
         try:
             os.mkdir(new, 0o700)
-            if os.path.isdir(old) and os.listdir(old):  # by its name: a descriptor's place is shared by all candidates
+            if files:
                 shutil.copytree(old, new, symlinks=True, dirs_exist_ok=True)
                 _reopen_files(old, new)
         except OSError:  # no room for a copy: stay in the state's folder
@@ -412,7 +416,7 @@ class _Warm:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(group, signal.SIGKILL)
         if not self.rooted:
-            _remove(f"{self.folder}/{name}")
+            _remove_closed(f"{self.folder}/{name}")
 
     def end_all(self):
         for name in list(self.groups):
@@ -423,7 +427,7 @@ class _Warm:
                     os.kill(int(child), signal.SIGKILL)
                 time.sleep(0.001)
         if not self.rooted:
-            _remove(self.folder)
+            _remove_closed(self.folder)
 
     def become_sandbox(self, request, channel):
         try:
@@ -487,6 +491,13 @@ class _Warm:
 
 
 def _remove(folder):
+    try:
+        os.rmdir(folder)
+    except OSError:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_closed(folder):
     """Remove a folder that the code may have closed to us."""
     folders = [folder]
     while folders:

@@ -84,7 +84,7 @@ def receive(channel):
         if not chunk:
             return None, []
         data += chunk
-    return json.loads(data), descriptors
+    return json.loads(data.decode()), descriptors
 
 
 class Output(io.TextIOBase):
