@@ -5,9 +5,11 @@
 
 `rate`: the server is a process of its own and answers each request from a script after a fixed delay, so that 64
 episodes could make 64 / 0.05 s = 1,280 turns a second at best. Each agent episode searches 1,800 passages, computes,
-and answers: three turns, three actions in a new sandbox. These cost processor time, which is an upper bound of its
-own: the same episodes, driven from memory without any server, show it. Rates are taken at the server, from the middle
-of the run. CPU is that of `collect` alone, its start included; memory that of its sandboxes, too, shared pages divided.
+and answers: three turns, three actions in a sandbox. Two more runs show what bounds the rate. Without a server: the
+same episodes, driven from memory; the sandboxes cost processor time. Without sandboxes: `collect` with actions that
+run in its own process; what is left is the client, the search and the server. Rates are taken at the server, from the
+middle of the run. CPU is that of `collect` alone, its start included; memory that of its sandboxes, too, shared pages
+divided.
 """
 
 import asyncio
@@ -28,12 +30,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import agent_distill  # noqa: E402
 import miniature  # noqa: E402
 import retriever  # noqa: E402
 from agent_distill import agent_episode, cot_episode, drive  # noqa: E402
 from client import in_parallel  # noqa: E402
 from common import option, read_jsonl, run_command_line, write_jsonl  # noqa: E402
-from sandbox import Sandboxes  # noqa: E402
+from sandbox import Observation, Sandboxes  # noqa: E402
 from tasks import Prompts, open_search  # noqa: E402
 
 TURNS = {"agent": 3, "cot": 1}
@@ -102,6 +105,38 @@ def serve(config):
     asyncio.run(run())
 
 
+class Uncontained:
+    """Stands in for Sandboxes: runs the script's code right here, at no cost and with no protection."""
+
+    def __init__(self, tools, **_):
+        self.tools = tools
+
+    @contextlib.contextmanager
+    def __call__(self):
+        sandbox = Uncontained(self.tools)
+        sandbox.state = dict(self.tools)
+        yield sandbox
+
+    def run_candidates(self, codes):
+        return [self.run(code) for code in codes]
+
+    def run(self, code):
+        printed, final = [], []
+        self.state |= {"print": lambda *values: printed.append(" ".join(map(str, values)) + "\n")}
+        self.state |= {"final_answer": final.append}
+        exec(code, self.state)
+        return Observation("".join(printed), is_final=bool(final), final_answer=final[0] if final else None)
+
+    def commit(self, index):
+        pass
+
+
+def uncontained(config):
+    """`collect` without sandboxes."""
+    agent_distill.Sandboxes = Uncontained
+    agent_distill.collect(config)
+
+
 @dataclasses.dataclass
 class RateConfig:
     concurrency: int = option(64, "episodes at once")
@@ -115,7 +150,7 @@ def rate(config):
     print(f"Python {platform.python_version()}, Linux {platform.release()}, {os.cpu_count()} cores")
     ideal = config.concurrency / config.delay
     print(f"{config.concurrency} at once, answers after {config.delay * 1e3:.0f} ms: at most {ideal:,.0f} turns/s\n")
-    print("| | turns/s | of the ideal | without a server | of the lower | own CPU ms a turn | peak MB |")
+    print("| | turns/s | of the ideal | without a server | without sandboxes | own CPU ms a turn | peak MB |")
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         questions = make_world(Path(folder))
@@ -125,13 +160,14 @@ def rate(config):
                 for i in range(config.episodes if method == "agent" else 4 * config.episodes)
             ]
             write_jsonl(f"{folder}/{method}.jsonl", tasks)
-            alone, rounds = [], []
-            for number in range(config.rounds):  # by turns, so that whoever else is at work slows both
+            alone, free, rounds = [], [], []
+            for number in range(config.rounds):  # by turns, so that whoever else is at work slows all
                 alone.append(without_server(config, method, folder, tasks))
+                free.append(collect(config, method, folder, f"free{number}", [__file__, "uncontained"])[0])
                 rounds.append(collect(config, method, folder, number))
-            alone, (reached, milliseconds, memory) = max(alone), max(rounds)
-            print(f"| {method}, {turns} turns | {reached:,.0f} | {reached / ideal:.0%} | {alone:,.0f} "
-                  f"| {reached / min(ideal, alone):.0%} | {milliseconds:.2f} | {memory:.0f} |", flush=True)  # fmt: skip
+            reached, milliseconds, memory = max(rounds)
+            print(f"| {method}, {turns} turns | {reached:,.0f} | {reached / ideal:.0%} | {max(alone):,.0f} "
+                  f"| {max(free):,.0f} | {milliseconds:.2f} | {memory:.0f} |", flush=True)  # fmt: skip
 
 
 def make_world(folder):
@@ -162,13 +198,13 @@ def without_server(config, method, folder, tasks):
     return len(tasks) * TURNS[method] / (time.perf_counter() - started)
 
 
-def collect(config, method, folder, number):
+def collect(config, method, folder, number, program=(str(ROOT / "agent_distill.py"), "collect")):
     """(turns/s, its own CPU milliseconds a turn, peak MB with its sandboxes) of one `collect` run."""
     command = [sys.executable, __file__, "serve", "--delay", str(config.delay)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         url = f"http://127.0.0.1:{int(server.stdout.readline())}"
         command = [
-            sys.executable, str(ROOT / "agent_distill.py"), "collect", f"{folder}/{method}.jsonl", "--method", method,
+            sys.executable, *program, f"{folder}/{method}.jsonl", "--method", method,
             "--url", f"{url}/v1", "--search", f"{folder}/index", "--concurrency", str(config.concurrency),
             "--out", f"{folder}/{method}.{number}.out.jsonl",
         ]  # fmt: skip
@@ -220,4 +256,5 @@ def kills(config):
 
 if __name__ == "__main__":
     commands = {"rate": (RateConfig, rate), "kills": (KillsConfig, kills), "serve": (ServeConfig, serve)}
+    commands["uncontained"] = (agent_distill.CollectConfig, uncontained)
     run_command_line(__doc__, commands, default="rate")
