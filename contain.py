@@ -14,17 +14,14 @@ Each raises OSError where this kernel, or the container around us, does not offe
 landlock(7), seccomp(2), seccomp_unotify(2), namespaces(7), pivot_root(2), and the headers of Linux.
 """
 
-import bisect
 import contextlib
 import ctypes
 import errno
 import fcntl
-import gc
 import os
 import platform
 import resource
 import struct
-import sys
 from pathlib import Path
 
 LINUX = os.uname().sysname == "Linux"
@@ -33,7 +30,7 @@ SUPPORTED = LINUX and platform.machine() in ("x86_64", "aarch64")
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _check(result, name):
+def check(result, name):
     if result < 0:
         code = ctypes.get_errno()
         raise OSError(code, f"{name}: {os.strerror(code)}")
@@ -44,12 +41,12 @@ def _syscall(name, *arguments):
     """A system call by its number; bytes pass as pointers."""
     number = SYSTEM_CALLS[name]
     wide = [a if isinstance(a, bytes | ctypes.Array) or a is None else ctypes.c_long(a) for a in arguments]
-    return _check(libc.syscall(ctypes.c_long(number), *wide), name)
+    return check(libc.syscall(ctypes.c_long(number), *wide), name)
 
 
 def _prctl(option, value):
     zero = ctypes.c_ulong(0)
-    _check(libc.prctl(option, ctypes.c_ulong(value), zero, zero, zero), "prctl")
+    check(libc.prctl(option, ctypes.c_ulong(value), zero, zero, zero), "prctl")
 
 
 def die_with_parent():
@@ -58,85 +55,6 @@ def die_with_parent():
 
 def adopt_orphans():
     _prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
-
-
-# Memory: fork copies page tables, and what a child writes to is copied page by page. Both are cheap as long as most
-# of the memory is in 2 MiB pages that no child writes to; one written byte makes 512 small ones of such a page. A child
-# writes where new objects go, and to the counts of references of old ones.
-
-
-def own_memory():
-    """[(start, end, is it the heap?)] of this process's anonymous memory."""
-    areas = []
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        fields = line.split()
-        if fields[1] == "rw-p" and fields[4] == "0" and (len(fields) == 5 or fields[5] == "[heap]"):
-            start, end = (int(side, 16) for side in fields[0].split("-"))
-            areas.append((start, end, len(fields) > 5))
-    return areas
-
-
-def fill_holes(areas):
-    """Take the free places between living objects for good, so that new objects go to new pages.
-
-    areas: where the memory so far begins and ends, in order. Returns what keeps the places taken: Python's own
-    allocator has places of 16 to 512 bytes.
-    """
-    taken = [slice(0)]  # Python keeps a freed one for reuse
-    gc.collect()  # empties its lists of other freed objects
-    for size in range(512, 0, -16):
-        for _ in range(1 << 16):  # at most: an allocator of another kind may have mapped more than it will ever fill
-            taken.append(bytes(size - sys.getsizeof(b"")) if size > 33 else 1j * size if size > 16 else object())
-            if bisect.bisect(areas, id(taken[-1])) % 2 == 0:
-                break
-    return taken
-
-
-def fill_heap():
-    """The same for glibc's allocator, whose places are of any size."""
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-        libc.free.argtypes = [ctypes.c_void_p]
-        libc.malloc_trim(0)
-        top = max((end for _, end, heap in own_memory() if heap), default=0) - 4096
-        for size in range(1 << 16, 0, -16):
-            while (place := libc.malloc(size)) < top:
-                pass
-            libc.free(place)
-
-
-def collapse_heap():
-    """Put this process's anonymous memory on huge pages (MADV_COLLAPSE, Linux 6.1; elsewhere nothing happens)."""
-    huge = 2 << 20
-    for start, end, _ in own_memory():
-        for address in range(-(-start // huge) * huge, end // huge * huge, huge):
-            libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(huge), 25)
-
-
-def share_library_data():
-    """Map the libraries' own data anew, from a file in memory that holds what is in it now.
-
-    Of every mapping that was ever written to, the kernel keeps its ancestors' list and copies the page tables at each
-    fork. Loading a library writes to its data, so there are over a hundred; hardly any is written to again.
-    """
-    changing = ("libpython", "libc.", "libc-", "ld-", "_ctypes", "libffi")  # while this runs; but not read-only parts
-    parts = []
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        fields = line.split(maxsplit=5)
-        if "-" in fields[0]:
-            start, end = (int(side, 16) for side in fields[0].split("-"))
-            rights, name = fields[1], os.path.basename(fields[5]) if len(fields) > 5 else ""
-        elif fields[0] == "Anonymous:" and fields[1] != "0" and ".so" in name:
-            if rights == "r--p" or (rights == "rw-p" and not name.startswith(changing)):
-                parts.append((start, end - start, 3 if "w" in rights else 1))
-    libc.mmap.restype, size = ctypes.c_void_p, ctypes.c_size_t
-    file = os.memfd_create("libraries", os.MFD_CLOEXEC)
-    for start, length, protection in parts:
-        offset = os.lseek(file, 0, os.SEEK_END)
-        os.write(file, ctypes.string_at(start, length))
-        place = libc.mmap(size(start), size(length), protection, 0x12, file, size(offset))  # MAP_PRIVATE, MAP_FIXED
-        _check(0 if place == start else -1, "mmap")
-    os.close(file)
 
 
 # Namespaces: what is not there cannot be reached.
@@ -148,7 +66,7 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4
 def _mount(source, target, kind=None, flags=0, data=None):
     encode = lambda text: None if text is None else os.fsencode(text)  # noqa: E731
     result = libc.mount(encode(source), encode(target), encode(kind), ctypes.c_ulong(flags), encode(data))
-    _check(result, f"mount {target}")
+    check(result, f"mount {target}")
 
 
 def enter_namespaces():
@@ -159,7 +77,7 @@ def enter_namespaces():
     uid, gid = os.geteuid(), os.getegid()
     spaces = NEWNS | NEWUTS | NEWIPC | NEWPID | NEWNET
     if uid or libc.unshare(spaces):
-        _check(libc.unshare(spaces | NEWUSER), "unshare")
+        check(libc.unshare(spaces | NEWUSER), "unshare")
         Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
         Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
@@ -200,7 +118,7 @@ def build_root(visible, scratch, links, descriptor):
     os.symlink(f"/proc/self/fd/{descriptor}", root + link)
     os.chdir(root)
     _syscall("pivot_root", b".", b".")
-    _check(libc.umount2(b".", 2), "umount2")  # MNT_DETACH
+    check(libc.umount2(b".", 2), "umount2")  # MNT_DETACH
     os.chdir("/")
     readonly = struct.pack("=QQQQ", MS_RDONLY | MS_NOSUID, 0, 0, 0)
     _syscall("mount_setattr", -100, b"/", 0x8000, readonly, len(readonly))  # AT_FDCWD, AT_RECURSIVE
@@ -209,7 +127,7 @@ def build_root(visible, scratch, links, descriptor):
 
 def mount_scratch(scratch, megabytes):
     """A tmpfs of bounded size in a mount namespace of this sandbox alone: it vanishes with its last process."""
-    _check(libc.unshare(NEWNS), "unshare")
+    check(libc.unshare(NEWNS), "unshare")
     _mount("scratch", scratch, "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, f"size={megabytes}m,nr_inodes=10k,mode=700")
 
 

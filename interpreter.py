@@ -9,15 +9,12 @@ Foreign code runs in a _State and can do with it what it likes: the host trusts 
 holds it is set up in _Warm.become_sandbox, before any of it runs.
 """
 
-import _thread
-import array
 import ast
 import builtins
 import contextlib
 import ctypes
 import errno
 import fcntl
-import gc
 import io
 import json
 import linecache
@@ -36,22 +33,12 @@ import warnings
 from pathlib import Path
 
 import contain
+import forks
 from wire import MESSAGE_LIMIT, Output, cut, pack, parents, receive, send
 
 CHANNEL, SCRATCH = 3, 4  # descriptors in the sandbox
 OPEN_FILES = 64
 HELLO = pack({"hello": None})  # on Linux, where the kernel names the sender
-_libc = ctypes.PyDLL(None, use_errno=True)
-
-
-def _fork():
-    """fork(2). Python's own also mends what threads leave behind, for which it touches, and so copies, many pages."""
-    if _thread._count():
-        return os.fork()
-    child = _libc.fork()
-    if child < 0:
-        raise OSError(ctypes.get_errno(), "no fork")
-    return child
 
 
 class _State:
@@ -60,7 +47,7 @@ class _State:
     def __init__(self, channel, settings, home, listing=None):
         self.channel, self.settings, self.scratch, self.listing = channel, settings, home, listing
         self.output, self.step_number, self.children, self.final = Output(), 0, {}, None
-        self.main = sys.modules["__main__"]
+        self.main = sys.modules["__main__"]  # a new one, as all is in a fork of the warm interpreter
         self.given = {"final_answer": self.final_answer}
         self.given |= {name: self.make_tool(name) for name in settings["tools"]}
 
@@ -95,7 +82,7 @@ class _State:
         while index in forked_by:
             own = forked_by.index(index)
             forked_by[own] = -1
-            child = _fork()
+            child = forks.fork()
             if child:
                 self.children[own] = child
                 continue
@@ -353,8 +340,9 @@ class _Warm:
         _import_quietly()
         self.libraries = _library_paths(sys.path)
         self.folder, links = "/scratch", ("/work", "/sandbox")
-        layout = (self.libraries + self.devices, self.folder, links, SCRATCH)
-        self.link = separate and self.attempt("file tree", contain.build_root, *layout)
+        self.link = separate and self.attempt(
+            "file tree", contain.build_root, self.libraries + self.devices, self.folder, links, SCRATCH
+        )
         self.rooted = bool(self.link)
         if not self.rooted:
             import tempfile
@@ -363,29 +351,16 @@ class _Warm:
             os.chmod(self.folder, 0o711)
             self.link = self.folder + "/tmp"
             os.symlink(f"/proc/self/fd/{SCRATCH}", self.link)
-        for name in ("contain", "wire", "__mp_main__"):
+        for name in ("contain", "forks", "wire", "__mp_main__"):
             sys.modules.pop(name, None)
-        sys.modules["__main__"] = types.ModuleType("__main__")
         sys._clear_type_cache()  # it is written anew, and would take names of attributes from old pages
         _rehearse()
-        gc.collect()
-        gc.freeze()  # a collection in a child would touch, and so copy, every page
-        if contain.LINUX:
-            self.part_memory()
-
-    def part_memory(self):
-        """Part what will be written to from what will not: from here on, new objects go to new pages (see contain)."""
-        edges = [edge for start, end, _ in contain.own_memory() for edge in (start, end)]
-        self.areas = array.array("Q", edges)
-        self.taken = [edges, contain.fill_holes(self.areas)]
-        contain.fill_heap()
+        forks.use_new_pages()
         # What becomes a sandbox reads these, and so writes to their counts of references.
+        sys.modules["__main__"] = types.ModuleType("__main__")
         self.libraries, self.devices = json.loads(json.dumps([self.libraries, self.devices]))
-        self.areas, self.taken = self.areas[:], [self.taken, contain.fill_holes(self.areas)]
-        gc.freeze()
-        contain.collapse_heap()
-        with contextlib.suppress(OSError):
-            contain.share_library_data()
+        forks.fill_holes()
+        forks.settle()
 
     def serve(self):
         send(self.control, {"missing": self.missing})
@@ -403,7 +378,7 @@ class _Warm:
             if "close" in request:
                 self.end(request["close"])
                 continue
-            child = _fork()
+            child = forks.fork()
             if child == 0:
                 os.setpgid(0, 0)
                 self.become_sandbox(request, descriptors[0])
@@ -437,7 +412,7 @@ class _Warm:
             os._exit(1)
 
     def set_up(self, request, channel):
-        self.fill_holes()
+        forks.fill_holes()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.dup2(channel, CHANNEL, inheritable=False)
         scratch = f"{self.folder}/{request['id']}"
@@ -464,15 +439,10 @@ class _Warm:
         send(channel, {"hello": os.getpid()} | hello, descriptors)
         for descriptor in descriptors:
             os.close(descriptor)
-        self.fill_holes()
+        forks.fill_holes()
         limits = {"cpu_seconds": math.ceil(request["timeout"]) + 1, "file_size": request["scratch_mb"] << 20}
         contain.set_limits(memory, **limits, open_files=OPEN_FILES, processes=None if gate is not None else 4096)
         state.serve()
-
-    def fill_holes(self):
-        """The places that were freed since the last time."""
-        if contain.LINUX:
-            self.taken.append(contain.fill_holes(self.areas))
 
     def contain(self, scratch, home):
         os.chmod(scratch, 0o300)  # a candidate cannot find the others' folders: names are drawn at random
