@@ -33,9 +33,10 @@ What is covered, on Linux 5.13 and later, as root or not (contain.py sets up eac
   the host    an empty environment and no inherited descriptors; when the host dies, everything here dies
 What is not covered: bugs of the kernel itself; timing and cache side channels; using the CPU up to the time-out;
 stat() on any path where namespaces are not allowed (existence and size of files, not their contents); a pipe that a
-step leaves open is the same pipe for all candidates of the next (shared memory it cannot make); a tool that is itself
-unsafe: tools run in the host, with what arguments the code likes, in several threads at once; a tool that hangs is
-left behind in its thread. On macOS, and with isolation="off": time-outs, rlimits and process groups only.
+step leaves open is the same pipe for all candidates of the next (memory that is shared for writing is refused, but
+who maps a file for reading and calls mprotect by hand has some); a tool that is itself unsafe: tools run in the host,
+with what arguments the code likes, in several threads at once; a tool that hangs is left behind in its thread. On
+macOS, and with isolation="off": time-outs, rlimits and process groups only.
 """
 
 import collections
