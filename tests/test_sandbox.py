@@ -1227,3 +1227,48 @@ def test_after_an_exception_a_sandbox_is_not_used_again():
     assert sandbox.closed
     with sandboxes() as again:
         assert again is not sandbox and again.run("1").result == "1"
+
+
+# Cheap forks (forks.py).
+
+
+def test_new_objects_go_to_new_pages():
+    code = """
+import bisect, forks
+
+def make():
+    some = [slice(1), {}, set(), lambda: 0, *map(bytes, range(2, 480)), *map(float, range(99))]
+    return some + [[1] * (n % 9) for n in range(99)] + [(n,) * (n % 20 + 1) for n in range(99)]
+
+def old(objects):
+    return sum(bisect.bisect(forks._areas, id(item)) % 2 for item in objects)
+
+kept = [item for _ in range(20) for item in make()]
+del kept[::2]
+forks.use_new_pages()
+assert old(make()) < 10  # what forks.py itself has freed at last
+del kept[::3]
+assert old(make()) > 100
+forks.fill_holes()
+assert old(make()) < 10
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def huge_pages(pid):
+    """kB of a process's memory on huge pages."""
+    fields = dict(line.split(":") for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
+    return int(fields["AnonHugePages"].split()[0])
+
+
+def test_what_steps_write_to_is_not_on_huge_pages(sandbox):
+    """One page written to would take a fork 512 small pages to copy."""
+    try:
+        warm = max(map(huge_pages, children(sandbox.warm.process.pid)))
+    except PermissionError:
+        pytest.skip("only root may look into the sandbox's memory here")
+    if warm < 8 << 10:
+        pytest.skip("this kernel has no huge pages to give")
+    for _ in range(20):
+        sandbox.run("x = [1]\nprint(x)")
+    assert huge_pages(sandbox.state.pid) > 0.5 * warm
