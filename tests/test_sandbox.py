@@ -1052,6 +1052,8 @@ one.run("x = 41")
 print(one.run("import socket, os\\nos.listdir('/')").error_kind, one.run("socket.socket()").error_kind)
 print(one.run("x = 0\\nwhile True: pass").error_kind, one.run("x + 1").result)
 print(one.run_candidates(["open('f', 'w').write('1')", "os.path.exists('f')"])[1].result)
+one.run("os.mkdir('d')\\nos.chdir('d')\\nopen('g', 'w').write('1')")
+print(one.run("os.listdir('.'), os.listdir('..')").result)
 """
 X86 = os.uname().machine == "x86_64"
 
@@ -1067,7 +1069,7 @@ X86 = os.uname().machine == "x86_64"
 def test_a_home_that_offers_less(refused, flags, missing):
     script = POORER_HOME.format(refused=refused, flags=flags) + USE
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=ROOT)
-    expected = f"['{missing}']\nrefused\nruntime runtime\ntimeout 42\nFalse\n"
+    expected = f"['{missing}']\nrefused\nruntime runtime\ntimeout 42\nFalse\n(['g'], ['d'])\n"
     assert result.stdout == expected, result.stderr
 
 
