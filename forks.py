@@ -62,7 +62,8 @@ _taken = []
 
 
 def fill_holes():
-    """Take the places that were freed since the last time. Python's own allocator has some of 16 to 512 bytes."""
+    """Take the places that were freed since the last time. Python's own allocator has some of 16 to 512 bytes: bytes
+    fit into most, a complex number takes 32, an object 16."""
     _taken.append(slice(0))  # Python keeps a freed one for reuse
     gc.collect()  # empties its lists of other freed objects
     for size in range(512, 0, -16):

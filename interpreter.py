@@ -144,14 +144,12 @@ class _State:
 
     def move_scratch(self, name):
         """Go on in a folder of this candidate's own, with a copy of what is in the state's folder."""
-        old, new, place, files = self.scratch, f"{self.settings['scratch']}/{name}", "", []
+        old, new, place = self.scratch, f"{self.settings['scratch']}/{name}", ""
         with contextlib.suppress(OSError):  # the code may have removed the folder it is in
             place = _getcwd()
-        with contextlib.suppress(OSError):
-            files = os.listdir(old)  # by its name: a descriptor's place is shared by all candidates
         try:
             os.mkdir(new, 0o700)
-            if files:
+            if os.path.isdir(old) and os.listdir(old):  # by its name: a descriptor's place is shared by all candidates
                 shutil.copytree(old, new, symlinks=True, dirs_exist_ok=True)
                 _reopen_files(old, new)
         except OSError:  # no room for a copy: stay in the state's folder
