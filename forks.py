@@ -1,8 +1,7 @@
 """Cheap forks of a large interpreter: what its children will write to is parted from what they will not.
 
-    use_new_pages()     # for new objects, once everything is imported
-    settle()            # the old ones become huge
-    fill_holes()        # in a child that may have freed old objects
+    taken = use_new_pages()     # for new objects, once everything is imported
+    settle()                    # the old ones become huge
     fork()
 
 fork(2) copies page tables, and what a child or its parent writes to afterwards is copied page by page. Both are cheap
@@ -12,7 +11,6 @@ a fork and its end take 1.7 ms without this file, and 0.8 with it.
 """
 
 import _thread
-import array
 import bisect
 import contextlib
 import ctypes
@@ -48,30 +46,21 @@ def _own_memory():
 
 
 def use_new_pages():
-    """From here on, new objects go to new pages: the free places between the old ones are taken for good."""
-    global _areas, _taken
+    """From here on, new objects go to new pages: the free places between the old ones are taken for good.
+
+    Returns what keeps them taken. Python's own allocator has places of 16 to 512 bytes: bytes fit into most, a complex
+    number takes 32, an object 16.
+    """
     edges = [edge for start, end, _ in _own_memory() for edge in (start, end)]
-    _areas = array.array("Q", edges)
-    fill_holes()
-    _fill_heap()
-    _areas, _taken = _areas[:], [edges, _areas, _taken]  # which took old places themselves
-
-
-_areas = array.array("Q")  # where the memory with the old objects begins and ends, again and again
-_taken = []
-
-
-def fill_holes():
-    """Take the places that were freed since the last time. Python's own allocator has some of 16 to 512 bytes: bytes
-    fit into most, a complex number takes 32, an object 16."""
-    _taken.append(slice(0))  # Python keeps a freed one for reuse
-    gc.collect()  # empties its lists of other freed objects
+    taken = [edges]
+    gc.collect()  # empties the lists of freed objects that Python keeps for reuse
     for size in range(512, 0, -16):
         for _ in range(1 << 16):  # at most: another allocator may have mapped more than it will ever fill
-            place = bytes(size - sys.getsizeof(b"")) if size > 33 else 1j * size if size > 16 else object()
-            _taken.append(place)
-            if bisect.bisect(_areas, id(place)) % 2 == 0:
+            taken.append(bytes(size - sys.getsizeof(b"")) if size > 33 else 1j * size if size > 16 else object())
+            if bisect.bisect(edges, id(taken[-1])) % 2 == 0:
                 break
+    _fill_heap()
+    return taken
 
 
 def _fill_heap():

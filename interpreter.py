@@ -16,7 +16,6 @@ import ctypes
 import errno
 import fcntl
 import io
-import json
 import linecache
 import math
 import os
@@ -153,7 +152,7 @@ class _State:
                 shutil.copytree(old, new, symlinks=True, dirs_exist_ok=True)
                 _reopen_files(old, new)
         except OSError:  # no room for a copy: stay in the state's folder
-            shutil.rmtree(new, ignore_errors=True)
+            _remove(new)
             return
         folder = os.open(new, os.O_RDONLY | os.O_DIRECTORY)
         os.dup2(folder, SCRATCH)
@@ -353,11 +352,8 @@ class _Warm:
             sys.modules.pop(name, None)
         sys._clear_type_cache()  # it is written anew, and would take names of attributes from old pages
         _rehearse()
-        forks.use_new_pages()
-        # What becomes a sandbox reads these, and so writes to their counts of references.
+        self.taken = forks.use_new_pages()
         sys.modules["__main__"] = types.ModuleType("__main__")
-        self.libraries, self.devices = json.loads(json.dumps([self.libraries, self.devices]))
-        forks.fill_holes()
         forks.settle()
 
     def serve(self):
@@ -410,7 +406,6 @@ class _Warm:
             os._exit(1)
 
     def set_up(self, request, channel):
-        forks.fill_holes()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.dup2(channel, CHANNEL, inheritable=False)
         scratch = f"{self.folder}/{request['id']}"
@@ -437,7 +432,6 @@ class _Warm:
         send(channel, {"hello": os.getpid()} | hello, descriptors)
         for descriptor in descriptors:
             os.close(descriptor)
-        forks.fill_holes()
         limits = {"cpu_seconds": math.ceil(request["timeout"]) + 1, "file_size": request["scratch_mb"] << 20}
         contain.set_limits(memory, **limits, open_files=OPEN_FILES, processes=None if gate is not None else 4096)
         state.serve()
@@ -460,7 +454,7 @@ class _Warm:
 
 def _remove(folder):
     try:
-        os.rmdir(folder)
+        os.rmdir(folder)  # most are empty, and rmtree is slow
     except OSError:
         shutil.rmtree(folder, ignore_errors=True)
 

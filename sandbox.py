@@ -269,7 +269,7 @@ class Sandbox:
 
     def _listen(self, started):
         """Answer the candidates and the gate until all have finished or the time is up."""
-        forks, threads = parents(len(self.candidates)), THREADS
+        forkers, threads = parents(len(self.candidates)), THREADS
         waiting = {candidate.channel.fileno(): candidate for candidate in self.candidates}
         poll = select.poll()
         for descriptor in waiting:
@@ -301,9 +301,9 @@ class Sandbox:
                     elif arguments[0] == contain.FORK:
                         known = {self.state.pid: None} | {c.pid: i for i, c in enumerate(self.candidates)}
                         who = known.get(thread, "nobody")
-                        allow = who in forks
+                        allow = who in forkers
                         if allow:
-                            forks.remove(who)
+                            forkers.remove(who)
                     else:
                         allow = threads > 0
                         threads -= allow

@@ -311,14 +311,13 @@ def accumulate_what_fits(call, student, batch, config, process, bf16, seed):
         except torch.OutOfMemoryError:
             pass  # only from here on are the tensors of that attempt gone
         tokens, several = sum(student.lengths), len(student.lengths) > 1
+        kept = tokens < student.checkpoint_from  # its activations
         if process.size == 1 and several:
             config.micro_tokens = tokens // 2
-        elif process.size == 1 and tokens < student.checkpoint_from and student.model.supports_gradient_checkpointing:
+        elif process.size == 1 and kept and student.model.supports_gradient_checkpointing:
             student.checkpoint_from = tokens
         else:
-            ways = [f"--micro-tokens {tokens // 2}"] * several + ["--checkpointing"] * (
-                tokens < student.checkpoint_from
-            )
+            ways = [f"--micro-tokens {tokens // 2}"] * several + ["--checkpointing"] * kept
             advice = " or ".join(ways) or "--max-length, a smaller model or --parallel fsdp"
             raise InputError(f"{tokens:,} tokens at once do not fit into the device's memory; try {advice}")
         student.zero_grad()

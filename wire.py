@@ -33,8 +33,8 @@ def note(missing):
 def parents(count):
     """Who forks each of `count` candidates: None for the state, or an earlier candidate, before its own code runs.
 
-    To fork a process of this size takes a millisecond, so processors share the work: of what a process has to fork,
-    its first child takes half, forks the others of that half, and so on.
+    Processors share the work, as a fork takes as long as a short step: of what a process has to fork, its first child
+    takes half, forks the others of that half, and so on.
     """
     forked_by = {}
 

@@ -109,13 +109,11 @@ class Uncontained:
     """Stands in for Sandboxes: runs the script's code right here, at no cost and with no protection."""
 
     def __init__(self, tools, **_):
-        self.tools = tools
+        self.tools, self.state = tools, dict(tools)
 
     @contextlib.contextmanager
     def __call__(self):
-        sandbox = Uncontained(self.tools)
-        sandbox.state = dict(self.tools)
-        yield sandbox
+        yield Uncontained(self.tools)
 
     def run_candidates(self, codes):
         return [self.run(code) for code in codes]
@@ -255,6 +253,6 @@ def kills(config):
 
 
 if __name__ == "__main__":
-    commands = {"rate": (RateConfig, rate), "kills": (KillsConfig, kills), "serve": (ServeConfig, serve)}
-    commands["uncontained"] = (agent_distill.CollectConfig, uncontained)
+    commands = {"rate": (RateConfig, rate), "kills": (KillsConfig, kills)}
+    commands |= {"serve": (ServeConfig, serve), "uncontained": (agent_distill.CollectConfig, uncontained)}
     run_command_line(__doc__, commands, default="rate")

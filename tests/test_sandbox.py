@@ -1243,15 +1243,16 @@ def make():
     return some + [[1] * (n % 9) for n in range(99)] + [(n,) * (n % 20 + 1) for n in range(99)]
 
 def old(objects):
-    return sum(bisect.bisect(forks._areas, id(item)) % 2 for item in objects)
+    return sum(bisect.bisect(edges, id(item)) % 2 for item in objects)
 
 kept = [item for _ in range(20) for item in make()]
 del kept[::2]
-forks.use_new_pages()
+edges = [edge for start, end, _ in forks._own_memory() for edge in (start, end)]
+taken = forks.use_new_pages()
 assert old(make()) < 10  # what forks.py itself has freed at last
 del kept[::3]
 assert old(make()) > 100
-forks.fill_holes()
+taken += forks.use_new_pages()
 assert old(make()) < 10
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
