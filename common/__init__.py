@@ -1,0 +1,384 @@
+"""What every script shares: command-line options, one-line errors, files that a crash cannot harm, HTTP.
+
+    from common import InputError, Journal, option, run_command_line
+
+All other modules import this one; it imports none of them.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import fcntl
+import gzip
+import hashlib
+import http.server
+import json
+import os
+import sys
+import threading
+import traceback
+import types
+import typing
+import zlib
+from pathlib import Path
+
+import requests
+import urllib3
+from tqdm import tqdm
+
+
+class InputError(Exception):
+    """Bad input. The message is one line: what is wrong, where, and what would be right."""
+
+    exit_status = 2
+
+
+# ---------------------------------------------------------------------------------------------
+# Options. A script's configuration is a dataclass, and its command line is made from it: each default is written once,
+# with its reason, and holds for the shell and for importers alike.
+# ---------------------------------------------------------------------------------------------
+
+REQUIRED = object()
+
+
+def option(default, help, positional=False, **argparse_options):
+    """A dataclass field that is also a command-line option (or a positional argument).
+
+    default: REQUIRED means that it must be given (such a dataclass is kw_only).
+    """
+    metadata = {"help": help, "positional": positional, "argparse": argparse_options}
+    if default is REQUIRED:
+        return dataclasses.field(metadata=metadata)
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def _add_option(parser, field, annotation):
+    """Add one dataclass field to the parser. An option that is not given keeps the dataclass's default."""
+    required = field.default is field.default_factory  # both are MISSING
+    arguments = {"default": argparse.SUPPRESS, **field.metadata["argparse"], "help": field.metadata["help"]}
+    if field.default not in (None, dataclasses.MISSING):
+        arguments["help"] += f" (default: {field.default})"
+    arguments["help"] = arguments["help"].replace("%", "%%")
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):  # `float | None` is parsed as float
+        annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
+    if annotation is bool:
+        arguments["action"] = argparse.BooleanOptionalAction
+    elif typing.get_origin(annotation) is typing.Literal:
+        arguments["choices"] = typing.get_args(annotation)
+    elif typing.get_origin(annotation) is list:
+        arguments = {"nargs": "+" if required else "*", "type": typing.get_args(annotation)[0], **arguments}
+    else:
+        arguments["type"] = annotation
+    if not field.metadata["positional"]:
+        parser.add_argument("--" + field.name.replace("_", "-"), required=required, **arguments)
+    elif required:
+        parser.add_argument(field.name, **arguments)
+    else:
+        parser.add_argument(field.name, **{"nargs": "?", **arguments})
+
+
+def run_command_line(description, commands, default=None, argv=None):
+    """Parse the command line, run the command, and exit with its status.
+
+    description: the script's docstring. commands: {name: (Config dataclass, function(config))}; a function's docstring
+    is its help, and it may return an exit status. default: the command that is meant when none is named.
+    An InputError is printed as one line and exits with status 2, Ctrl-C with 130.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if default and (not argv or argv[0] not in commands) and argv[:1] not in (["-h"], ["--help"]):
+        argv.insert(0, default)
+    style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = _Parser(description=description, **style)
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (config_class, function) in commands.items():
+        doc = (function.__doc__ or "").strip()
+        summary = doc.split("\n")[0] + (" (the default command)" if name == default else "")
+        subparser = subparsers.add_parser(name, help=summary.replace("%", "%%"), description=doc, **style)
+        annotations = typing.get_type_hints(config_class)
+        for field in dataclasses.fields(config_class):
+            _add_option(subparser, field, annotations[field.name])
+    try:
+        values = vars(parser.parse_args(argv))
+        config_class, function = commands[values.pop("command")]
+        status = function(config_class(**values)) or 0
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = error.exit_status
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues from here", file=sys.stderr)
+        status = 130
+    except BrokenPipeError:  # `... | head` closed our output: not an error of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status:
+        os._exit(status)  # sys.exit would first wait for every thread that still waits for a server
+    sys.exit(0)
+
+
+def progress(iterable=None, *, total=None, done=0, desc="", unit="it", quiet=False):
+    """A tqdm bar on stderr, updated rarely where stderr is a log file. done: items that an earlier run finished."""
+    return tqdm(
+        iterable,
+        total=total,
+        initial=done,
+        desc=desc,
+        unit=unit,
+        disable=quiet,
+        mininterval=0.1 if sys.stderr.isatty() else 30,
+        dynamic_ncols=True,
+        unit_scale=unit == "B",
+        unit_divisor=1024,
+    )
+
+
+def stable_seed(*parts):
+    """A 31-bit seed from values. Unlike hash(), it is the same in every process."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") >> 1
+
+
+# ---------------------------------------------------------------------------------------------
+# Files. JSON lines are appended whole; any other file is written aside and renamed.
+# ---------------------------------------------------------------------------------------------
+
+
+def read_text(path):
+    """The text of a file without its last newline; InputError if it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8").removesuffix("\n")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+
+
+def read_jsonl(path):
+    """Yield (line number, object) for each non-empty line of a JSONL file, plain or gzipped.
+
+    Raises InputError with file and line for a line that is not a JSON object, and for a missing file.
+    """
+    try:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, parse_object(line, f"{path}:{number}")
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise InputError(f"{path}: not a complete gzip file: {error}") from None
+
+
+def write_jsonl(path, rows):
+    """Write a JSONL file that appears under its name only when it is complete."""
+    with replace_file(path) as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def parse_object(line, where):
+    """The JSON object in bytes or text; otherwise an InputError that starts with `where`."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{where}: not JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: a JSON object was expected, not {type(row).__name__}")
+    return row
+
+
+def load_tasks(paths, kind=None, limit=None):
+    """Rows {"id", "task", "kind", "question", "answer", ...} from JSONL files or {"examples": [...]} files.
+
+    kind: "fact" or "math" for files that do not state it. limit: only the first n of each file.
+    Raises InputError, with file and row, for a missing field or a repeated id.
+    """
+    rows, seen = [], set()
+    for path in paths:
+        for where, row in list(_task_rows(path))[:limit]:
+            row = {"task": Path(path).stem, **({"kind": kind} if kind else {}), **row}
+            for field in ("id", "question", "answer"):
+                if row.get(field) in (None, ""):
+                    raise InputError(f"{where}: a task needs the field {field!r}")
+            if row.get("kind") not in ("fact", "math"):
+                raise InputError(f'{where}: the kind must be stated: "kind": "fact" or "math", or --kind')
+            row["id"] = str(row["id"])
+            if (row["task"], row["id"]) in seen:
+                raise InputError(f"{where}: task {row['task']} has id {row['id']!r} twice")
+            seen.add((row["task"], row["id"]))
+            rows.append(row)
+    return rows
+
+
+def _task_rows(path):
+    if Path(path).suffix != ".json":
+        return [(f"{path}:{number}", row) for number, row in read_jsonl(path)]
+    examples = parse_object(read_text(path), path).get("examples")
+    if not isinstance(examples, list):
+        raise InputError(f'{path}: {{"examples": [...]}} was expected')
+    return [(f"{path}: example {number}", row) for number, row in enumerate(examples)]
+
+
+@contextlib.contextmanager
+def replace_file(path, mode="w"):
+    """Open a file that appears under its name only when it is complete."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(aside, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    """Write one JSON value as a file that appears under its name only when it is complete."""
+    with replace_file(path) as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+
+
+class Journal:
+    """An append-only JSONL file that a kill, a full disk or a second process cannot corrupt.
+
+    Opening it reads the finished rows (`rows`), drops an incomplete last line, and locks the file. `append` writes one
+    line with one system call, so a kill leaves at most one incomplete line. Threads may share a journal.
+    Raises InputError if another process has the file open, or if a complete line is not a JSON object.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._lock = threading.Lock()
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._file)
+            raise InputError(f"{self.path}: another process is writing this file; wait for it or end it") from None
+        content = self.path.read_bytes()
+        complete = content.rfind(b"\n") + 1
+        if complete < len(content):
+            os.ftruncate(self._file, complete)
+        lines = content[:complete].splitlines()
+        self.rows = [parse_object(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+
+    def append(self, row):
+        line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+        with self._lock:
+            length = os.fstat(self._file).st_size
+            try:
+                while line:
+                    line = line[os.write(self._file, line) :]
+            except OSError as error:  # a full disk took half a line: remove it, so that the file stays valid
+                os.ftruncate(self._file, length)
+                raise InputError(f"{self.path}: cannot write ({error.strerror}); earlier rows are intact") from None
+            self.rows.append(row)
+
+    def close(self):
+        os.close(self._file)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+
+def keep_config(path, config, may_change=(), binding=True):
+    """Write the configuration (a dict) beside the results. A restart with another configuration is refused.
+
+    Rows made under two configurations must not be mixed in one file. may_change: names of settings that do not alter
+    results. binding: False as long as there are no results, so that a mistyped first command can be corrected.
+    """
+    path = Path(path)
+    if binding and path.exists():
+        old = parse_object(path.read_text(encoding="utf-8"), str(path))
+        for name, value in config.items():
+            if name not in may_change and name in old and old[name] != value:
+                raise InputError(
+                    f"{path}: these results were made with {name.replace('_', '-')} {old[name]}, not {value}: "
+                    "name another --out to keep both, or delete it"
+                )
+    write_json(path, config)
+
+
+# ---------------------------------------------------------------------------------------------
+# HTTP: one retry policy for all clients, one way to serve JSON.
+# ---------------------------------------------------------------------------------------------
+
+
+def http_session(retries=8):
+    """A requests.Session that retries lost connections, 408, 429 and 5xx, with exponential backoff and Retry-After.
+
+    When the retries are used up, the last response is returned, or requests raises a ConnectionError.
+    """
+    retry = urllib3.util.Retry(
+        retries,
+        backoff_factor=0.5,  # waits 0.5 s, 1 s, 2 s, ... before the retries
+        backoff_max=30,
+        backoff_jitter=0.5,
+        status_forcelist=[408, 429, 500, 502, 503, 504],
+        allowed_methods=None,  # POST too: a repeated question harms nothing
+        raise_on_status=False,
+        retry_after_max=120,
+    )
+    session = requests.Session()
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retry, pool_maxsize=64))
+    return session
+
+
+def serve_json(answer, host="127.0.0.1", port=0):
+    """An HTTP server (not yet started) that answers every request with JSON.
+
+    answer(method, path, body) -> (status, object); body is None for a GET. An InputError raised in it becomes status
+    400. Call .serve_forever(); .server_address has the port that was chosen for port 0.
+    """
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
+
+        def do_GET(self):
+            self.reply(None)
+
+        def do_POST(self):
+            self.reply(self.rfile.read(int(self.headers.get("Content-Length", 0))))
+
+        def reply(self, data):
+            try:
+                body = None if data is None else parse_object(data, "request")
+                status, value = answer(self.command, self.path, body)
+            except InputError as error:
+                status, value = 400, {"error": str(error)}
+            content = json.dumps(value).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            with contextlib.suppress(ConnectionError):  # the client has gone
+                self.wfile.write(content)
+
+        def log_message(self, *arguments):
+            pass
+
+    class Server(http.server.ThreadingHTTPServer):
+        daemon_threads = True
+        request_queue_size = 128
+
+    try:
+        return Server((host, port), Handler)
+    except OSError as error:
+        raise InputError(f"port {port} on {host}: {error.strerror}") from None
