@@ -1,4 +1,4 @@
-"""Options, errors, and files that a crash cannot harm."""
+"""Options, one-line errors, files that a crash cannot harm, tasks.  `make test ROOM=common`"""
 
 import gzip
 import json
@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from common import InputError, Journal, read_jsonl, replace_file
+from common import InputError, Journal, http_session, keep_config, load_tasks, read_jsonl, replace_file, serve_json
 
 ROOT = Path(__file__).parent.parent
 
@@ -99,7 +100,7 @@ def test_read_jsonl_plain_gzipped_and_broken(tmp_path):
     with pytest.raises(InputError, match=r"gz:2: a JSON object was expected, not list"):
         list(read_jsonl(tmp_path / "a.jsonl.gz"))
     (tmp_path / "cut.gz").write_bytes(gzip.compress(b'{"a": 1}\n')[:-6])
-    with pytest.raises(InputError, match="not a whole gzip file"):
+    with pytest.raises(InputError, match="not a complete gzip file"):
         list(read_jsonl(tmp_path / "cut.gz"))
     with pytest.raises(InputError, match="nowhere: No such file"):
         list(read_jsonl(tmp_path / "nowhere"))
@@ -155,19 +156,53 @@ def test_command_line(arguments, status, shown):
 
 
 def test_config_of_a_run_is_kept(tmp_path):
-    import dataclasses
+    path = tmp_path / "run.json"
+    keep_config(path, {"seed": 0, "quiet": False})
+    keep_config(path, {"seed": 0, "quiet": True}, may_change=["quiet"])
+    assert json.loads(path.read_text()) == {"seed": 0, "quiet": True}
+    with pytest.raises(InputError, match="made with seed 0, not 1"):
+        keep_config(path, {"seed": 1, "quiet": True})
+    keep_config(path, {"seed": 1}, binding=False)
+    assert json.loads(path.read_text())["seed"] == 1
 
-    from common import keep_config
 
-    @dataclasses.dataclass
-    class Config:
-        seed: int = 0
-        quiet: bool = False
+def test_serve_json_answers_and_names_bad_requests():
+    def answer(method, path, body):
+        if path == "/bad":
+            raise InputError("the field x is missing")
+        return 200, {"method": method, "path": path, "body": body}
 
-    keep_config(tmp_path / "run.json", Config())
-    keep_config(tmp_path / "run.json", Config(quiet=True), may_change=["quiet"])
-    assert json.loads((tmp_path / "run.json").read_text()) == {"seed": 0, "quiet": True}
-    with pytest.raises(InputError, match="made with --seed 0, not 1"):
-        keep_config(tmp_path / "run.json", Config(seed=1))
-    keep_config(tmp_path / "run.json", Config(seed=1), binding=False)
-    assert json.loads((tmp_path / "run.json").read_text())["seed"] == 1
+    server = serve_json(answer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_address[1]}"
+    with http_session(retries=0) as session:
+        assert session.get(url + "/a").json() == {"method": "GET", "path": "/a", "body": None}
+        assert session.post(url + "/b", json={"x": "é"}).json()["body"] == {"x": "é"}
+        bad = session.post(url + "/bad", json={})
+        assert (bad.status_code, bad.json()) == (400, {"error": "the field x is missing"})
+        assert session.post(url + "/b", data="[1").status_code == 400
+    server.shutdown()
+    server.server_close()
+
+
+def test_tasks_from_jsonl_and_from_published_files(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"id": 1, "question": "q", "answer": "a", "kind": "math"}\n')
+    (tmp_path / "b.json").write_text(
+        json.dumps({"examples": [{"id": i, "question": "q", "answer": "a"} for i in "xy"]})
+    )
+    rows = load_tasks([tmp_path / "a.jsonl", tmp_path / "b.json"], kind="fact", limit=1)
+    assert [(row["task"], row["id"], row["kind"]) for row in rows] == [("a", "1", "math"), ("b", "x", "fact")]
+
+
+BAD_TASKS = {
+    '{"id": 1, "question": "q", "kind": "fact"}': "a.jsonl:1: a task needs the field 'answer'",
+    '{"id": 1, "question": "q", "answer": "a"}': "the kind must be stated",
+    '{"id": 1, "question": "q", "answer": "a", "kind": "fact"}\n' * 2: "a.jsonl:2: task a has id '1' twice",
+}
+
+
+@pytest.mark.parametrize("text", BAD_TASKS)
+def test_bad_tasks_are_refused_with_their_place(tmp_path, text):
+    (tmp_path / "a.jsonl").write_text(text)
+    with pytest.raises(InputError, match=BAD_TASKS[text]):
+        load_tasks([tmp_path / "a.jsonl"])
