@@ -1,13 +1,13 @@
-"""The code sandbox beside its peers: round trips, candidates, time-outs, attacks; and its own scaling.
+"""The sandbox beside its peers, and its own scaling.
 
-    python bench/sandbox.py peers        # needs smolagents, jupyter_client and ipykernel, and bwrap, where there
-    python bench/sandbox.py own          # new sandboxes, long episodes, 64 at once, what 10,000 steps leave behind
+    python bench/sandbox.py own      # new sandboxes, steps, candidates, many at once, what a long episode leaves behind
+    python bench/sandbox.py peers    # beside smolagents, a fresh subprocess per step and a jupyter kernel
 
-What is not installed is left out with a line. Each peer is used as an agent would use it: code in, what it printed
-out. A fresh subprocess and bubblewrap have no state, so what came before is run again (replay). Rounds of the peers
-take turns, so that a busy machine slows all alike; medians are printed, with the fastest tenth beside them. The
-attacks are those of tests/test_sandbox.py; smolagents refuses their imports, which does not make it a boundary: its
-documentation says that it is none, and attacks that need no import are known.
+`peers` needs smolagents, jupyter_client and ipykernel; a peer that is not installed is left out with a line. Each peer
+is used as an agent would use it: code in, printed text out. A fresh subprocess has no state, so the code that set up
+the state runs again before each step. The peers take turns in every round, so that a busy machine slows all alike.
+Printed are medians, the fastest tenth, and the ratio to this sandbox. The attacks are those of tests/test_sandbox.py.
+smolagents' executor refuses most of their imports, but its documentation says that it is not a security boundary.
 """
 
 import contextlib
@@ -15,7 +15,6 @@ import dataclasses
 import io
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
@@ -31,7 +30,7 @@ from common import option, run_command_line  # noqa: E402
 from sandbox import Sandbox  # noqa: E402
 
 SETUP = "import numpy, sympy\nx = 1\n"
-# For the candidates: a state with something in it, all of which each of them must have for itself.
+# A larger state for the candidates; each of them must have its own copy of it.
 STATE = (
     SETUP
     + """table = {str(i): [i, i + 1] for i in range(10000)}
@@ -72,9 +71,9 @@ class Ours:
 
 
 class Replay:
-    """A fresh process a step; the history is run again before it."""
+    """A fresh process per step, which first runs the history again."""
 
-    name, command = "fresh subprocess", []
+    name = "fresh subprocess"
 
     def __init__(self, timeout=60):
         self.timeout, self.history = timeout, ""
@@ -82,7 +81,7 @@ class Replay:
     def run(self, code, keep=True):
         program = self.history + f"def final_answer(x): print(x); raise SystemExit\n{code}"
         with contextlib.suppress(subprocess.TimeoutExpired):
-            command = [*self.command, sys.executable, "-c", program]
+            command = [sys.executable, "-c", program]
             done = subprocess.run(command, capture_output=True, text=True, timeout=self.timeout)
             self.history += code * keep * (code in (SETUP, STATE))
             return done.stdout
@@ -94,19 +93,6 @@ class Replay:
 
     def close(self):
         pass
-
-
-class Bubblewrap(Replay):
-    name = "bubblewrap + subprocess"
-
-    def __init__(self, timeout=60):
-        super().__init__(timeout)
-        if not shutil.which("bwrap"):
-            raise ImportError("bwrap is not installed")
-        folders = {"/usr", "/lib", "/lib64", "/bin", sys.prefix, sys.base_prefix}
-        binds = [part for folder in sorted(folders) if os.path.exists(folder) for part in ("--ro-bind", folder, folder)]
-        self.command = ["bwrap", "--unshare-all", "--die-with-parent", "--clearenv", "--proc", "/proc", "--dev", "/dev",
-                        "--tmpfs", "/tmp", *binds]  # fmt: skip
 
 
 class Jupyter(Replay):
@@ -127,7 +113,7 @@ class Jupyter(Replay):
 
         try:
             self.client.execute_interactive(code, timeout=self.timeout, output_hook=hear)
-        except (TimeoutError, RuntimeError):  # it hangs, or is dead
+        except (TimeoutError, RuntimeError):  # it hangs, or it has ended
             with contextlib.suppress(Exception):
                 self.manager.interrupt_kernel()
                 self.client.get_shell_msg(timeout=10)
@@ -178,13 +164,13 @@ class Smolagents:
 
 @dataclasses.dataclass
 class PeersConfig:
-    rounds: int = option(5, "rounds of everything; the peers take turns")
-    steps: int = option(50, "steps a round")
+    rounds: int = option(5, "rounds; the peers take turns in each")
+    steps: int = option(50, "steps per round")
 
 
 @dataclasses.dataclass
 class OwnConfig:
-    steps: int = option(10_000, "steps of the long episode")
+    steps: int = option(2_000, "steps of the long episode")
     sandboxes: int = option(64, "sandboxes at once")
 
 
@@ -195,16 +181,16 @@ def timed(function, *arguments):
 
 
 def summary(seconds):
-    """Median and fastest tenth, in milliseconds."""
+    """Returns the median and the fastest tenth as text, in milliseconds."""
     ordered = sorted(seconds)
     return f"{statistics.median(ordered) * 1e3:9.2f} ms   ({ordered[len(ordered) // 10] * 1e3:.2f})"
 
 
 def peers(config):
-    """Ours and each peer that is installed, side by side."""
+    """This sandbox and each installed peer, side by side."""
     print(f"Python {platform.python_version()}, Linux {platform.release()}, {os.cpu_count()} cores")
     available = []
-    for peer in (Ours, Smolagents, Replay, Jupyter, Bubblewrap):
+    for peer in (Ours, Smolagents, Replay, Jupyter):
         try:
             with contextlib.redirect_stderr(io.StringIO()):
                 peer().close()
@@ -220,7 +206,7 @@ def peers(config):
             one.run(SETUP)
             row.setdefault("ready with numpy and sympy", []).append(time.perf_counter() - started)
             steps = config.steps if peer in (Ours, Smolagents, Jupyter) else 5
-            plain = peer() if peer in (Replay, Bubblewrap) else one
+            plain = peer() if peer is Replay else one
             row.setdefault("step", []).extend(timed(plain.run, "y = 1\ny += 1\nprint(y)") for _ in range(steps))
             one.run(STATE)
             repeats = 3 if peer in (Ours, Smolagents) else 1
@@ -231,11 +217,12 @@ def peers(config):
                 row["sleep, 2 s limit"] = [_limit(peer, "import time\ntime.sleep(6)")]
                 row["attacks through"] = _attacks(peer)
             one.close()
-    for what in rows[Ours]:
+    for what, ours in rows[Ours].items():
         print(f"\n{what}")
         for peer in available:
             value = rows[peer][what]
-            print(f"  {peer.name:32}{summary(value) if isinstance(value, list) else value}")
+            ratio = "" if isinstance(value, str) else f"   {statistics.median(value) / statistics.median(ours):8.1f}x"
+            print(f"  {peer.name:32}{value if ratio == '' else summary(value)}{ratio}")
 
 
 def _limit(peer, code):
@@ -246,7 +233,7 @@ def _limit(peer, code):
 
 
 def _attacks(peer):
-    """Of the attacks that need no special rights, those that got through."""
+    """Counts the attacks that get through, of those that need no special rights."""
     import test_sandbox
 
     attacks = [name for name, attack in test_sandbox.ATTACKS.items() if isinstance(attack, str)]
@@ -264,7 +251,7 @@ def _attacks(peer):
 
 
 def own(config):
-    """What the peers are not asked: how it scales, and what it leaves behind."""
+    """How this sandbox scales, and what it leaves behind."""
     import test_sandbox
 
     print(f"Python {platform.python_version()}, Linux {platform.release()}, {os.cpu_count()} cores")
@@ -282,6 +269,7 @@ def own(config):
         inside = min(timed(sandbox.run, PRIMES) for _ in range(3))
     print(f"primes below 200,000         {inside / plain:.2f} times CPython's {plain:.2f} s")
 
+    time.sleep(0.5)  # until the processes of the sandboxes above have ended
     before = len(test_sandbox.children(os.getpid())), len(os.listdir("/proc/self/fd")), _resident()
     with Sandbox() as sandbox:
         sandbox.run(SETUP)
@@ -292,7 +280,7 @@ def own(config):
     time.sleep(0.5)
     after = len(test_sandbox.children(os.getpid())), len(os.listdir("/proc/self/fd")), _resident()
     print(f"after {config.steps:,} steps  processes {after[0] - before[0]:+d}, descriptors {after[1] - before[1]:+d}, "
-          f"host memory {after[2] - before[2]:+.1f} MB; the last state's share: {used:.0f} MB")  # fmt: skip
+          f"host memory {after[2] - before[2]:+.1f} MB; the last state: {used:.0f} MB")  # fmt: skip
 
     for name, state in (("numpy and sympy", SETUP), ("these, lists, arrays", STATE)):
         with Sandbox() as sandbox:
@@ -322,7 +310,7 @@ def _resident():
 
 
 def _proportional(pid):
-    """MB of memory, shared pages divided among those who share them."""
+    """Returns the MB of memory of a process (Pss): a page that n processes share counts as 1/n."""
     with contextlib.suppress(OSError):
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
         return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith("Pss:"))
@@ -330,5 +318,6 @@ def _proportional(pid):
 
 
 if __name__ == "__main__":
-    os.chdir(tempfile.mkdtemp(prefix="bench-"))  # attacks on the peers leave files
-    run_command_line(__doc__, {"peers": (PeersConfig, peers), "own": (OwnConfig, own)})
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        os.chdir(folder)  # attacks that get through a peer leave files here
+        run_command_line(__doc__, {"peers": (PeersConfig, peers), "own": (OwnConfig, own)})

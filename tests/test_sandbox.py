@@ -1,13 +1,12 @@
 # ruff: noqa: E501
-"""The sandbox against hostile and clumsy code. Each attack is judged by its effect, not by an exception's type.
+"""The sandbox against hostile and clumsy code: python -m pytest tests/test_sandbox.py
 
-    pytest tests/test_sandbox.py
-
-Every attack here answers "through" where it gets through. The same attacks are run without containment first:
-there they do get through, so that a test that cannot fail is noticed.
+Each attack answers "through" if it gets what it wanted; the tests judge this effect, not the type of an exception.
+test_attacks_work_without_containment runs the same attacks with isolation="off", where they must get through.
+Tests of time-outs assert the elapsed time.
 """
 
-import functools
+import contextlib
 import gc
 import json
 import os
@@ -24,16 +23,15 @@ from pathlib import Path
 
 import pytest
 
-import sandbox_check
-from sandbox import Observation, Sandbox, Sandboxes
-from wire import parents
+from common import InputError
+from sandbox import Observation, Sandbox
 
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the attacks are on Linux")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the attacks are written for Linux")
 
 
 def children(pid):
-    """Every descendant of a process, zombies too."""
+    """Returns the PIDs of all descendants of a process, zombies included."""
     found, parents = [], {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -49,8 +47,13 @@ def children(pid):
     return found
 
 
-def all_stand_still(pids):
-    return all(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T" for pid in pids)
+def in_group(group):
+    """Returns the PIDs of a sandbox's processes: its guard, its state and candidates."""
+    found = []
+    for pid in children(os.getpid()):
+        with contextlib.suppress(ProcessLookupError):
+            found += [pid] if os.getpgid(pid) == group else []
+    return found
 
 
 def eventually(condition, seconds=5.0):
@@ -64,7 +67,7 @@ def eventually(condition, seconds=5.0):
 
 @pytest.fixture(scope="module")
 def shared():
-    """One sandbox for tests that leave nothing behind."""
+    """One sandbox for tests that change no state."""
     with Sandbox(timeout=10, memory_mb=512) as sandbox:
         yield sandbox
 
@@ -76,8 +79,8 @@ def sandbox():
 
 
 def victims():
-    """What there is to steal and to break: a secret, a victim process, sockets that listen."""
-    # Open to everyone, parents too, so that only the sandbox can be what keeps an attack out.
+    """Set up targets: a file with a secret, a process to attack, listening sockets. Yields their names."""
+    # Everyone may read and write here, so that only the sandbox can stop an attack.
     folder = Path(tempfile.mkdtemp(prefix="victim-", dir="/var/tmp"))
     folder.chmod(0o777)
     secret = folder / "answers.jsonl"
@@ -113,7 +116,7 @@ def world():
     yield from victims()
 
 
-# Attacks. `through` is what an attack calls when it got what it wanted; constants come from `world`.
+# Attacks. An attack calls through() if it got what it wanted. The constants in capitals come from `world`.
 
 PREPARE = """
 import ctypes, os, sys, time, signal, socket, subprocess, threading
@@ -124,7 +127,7 @@ def call(number, *arguments):
     return libc.syscall(ctypes.c_long(number), *[a if isinstance(a, bytes) or a is None else ctypes.c_long(a) for a in arguments])
 """
 
-# name: code, or (code, "strong") where the attack fails without containment too, for want of rights or of a target
+# name: code, or (code, "strong") if the attack fails without containment too, for lack of rights or of a target
 ATTACKS = {
     # files: reading
     "read_passwd": "through('root' in open('/etc/passwd').read())",
@@ -246,8 +249,8 @@ ATTACKS = {
     "descriptors": (
         "import stat\nkinds = []\nfor fd in range(256):\n  try: kinds.append((fd, os.fstat(fd).st_mode))\n"
         "  except OSError: pass\n"
-        # 0: /dev/null; 1, 2, 5: its output; 3: its channel; 4: its folder
-        "through([fd for fd, _ in kinds] != [0, 1, 2, 3, 4, 5] or [fd for fd, mode in kinds if stat.S_ISSOCK(mode)] != [3])",
+        # 0: /dev/null; 1 and 2: the output; 3: the channel
+        "through([fd for fd, _ in kinds] != [0, 1, 2, 3] or [fd for fd, mode in kinds if stat.S_ISSOCK(mode)] != [3])",
         "strong"),
 }  # fmt: skip
 
@@ -260,7 +263,7 @@ def attack(sandbox, name, world):
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attack_fails(shared, world, name):
-    if name == "descriptors":  # earlier attacks leave some open
+    if name == "descriptors":  # earlier attacks leave descriptors open
         with Sandbox() as fresh:
             assert attack(fresh, name, world).final_answer == "nothing"
         return
@@ -274,11 +277,11 @@ def test_attack_fails(shared, world, name):
 
 @pytest.mark.filterwarnings("ignore")
 def test_attacks_work_without_containment(tmp_path):
-    """The attacks are real: with isolation="off", those that need no special rights get through."""
+    """With isolation="off", every attack that needs no special rights gets through. So each attack test can fail."""
     script = tmp_path / "control.py"
     script.write_text(
         textwrap.dedent(f"""
-        import sys, json
+        import json, os, sys
         sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
         import test_sandbox as tests
         from sandbox import Sandbox
@@ -289,6 +292,8 @@ def test_attacks_work_without_containment(tmp_path):
             if isinstance(attack, str) and name not in ("execve_self", "chmod"):
                 with Sandbox(timeout=10, isolation="off") as sandbox:
                     observation = tests.attack(sandbox, name, world)
+                if os.path.lexists("link"):
+                    os.unlink("link")
                 if observation.final_answer != "through":
                     failed.append([name, repr(observation)])
                 if name in ("write_answers", "read_by_rename", "truncate_on_reading"):
@@ -297,11 +302,11 @@ def test_attacks_work_without_containment(tmp_path):
         print(json.dumps(failed))
     """)
     )
-    result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert json.loads(result.stdout or "null") == [], result.stderr
 
 
-# Time-outs: back within 0.2 s of the limit (more is allowed for a busy machine), with output and state kept.
+# Time-outs. run() returns within 0.2 s of the limit (0.5 s here, for a busy machine) and keeps output and state.
 
 LOOPS = {
     "loop": "while True: pass",
@@ -316,10 +321,10 @@ LOOPS = {
     "threads": "import threading\nfor _ in range(4): threading.Thread(target=lambda: [0 for _ in iter(int, 1)]).start()\nwhile True: pass",
     "thread_left": "import threading, time\nt = threading.Thread(target=time.sleep, args=(60,))\nt.start()\nt.join()",
     "atexit": "import atexit, time\natexit.register(time.sleep, 60)\ntime.sleep(60)",
-    "printing": "while True: print('x' * 1000)",
+    "printing": "while True:\n  try: print('x' * 1000)\n  except OSError: pass",
     "input_from_pipe": "import os\nr, w = os.pipe()\nos.read(r, 1)",
     "lock": "import threading\nl = threading.Lock()\nl.acquire()\nl.acquire()",
-    "stopped": "import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)",
+    "stopped": "import os, signal\ntry: os.kill(os.getpid(), signal.SIGSTOP)\nexcept OSError: pass\nwhile True: pass",
     "channel_flood": "import os\nwhile True: os.write(3, b'\\0\\0\\0\\x01' b'0')",
     "fork_and_setsid": "import os, time\ntry:\n  if os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0: time.sleep(60)\nexcept OSError: pass\ntime.sleep(60)",
     "sympy": "import sympy\nsympy.factorint(10**90 + 289)\nwhile True: pass",
@@ -328,17 +333,16 @@ LOOPS = {
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_time_out(name):
-    with Sandbox(timeout=0.5) as sandbox:
+    with Sandbox(timeout=0.3) as sandbox:
         sandbox.run("kept = 41")
-        before = set(children(os.getpid()))
         started = time.monotonic()
         observation = sandbox.run("print('before')\nkept = 0\n" + LOOPS[name])
         elapsed = time.monotonic() - started
         assert observation.stdout.startswith("before\n")
         assert observation.error_kind == ("killed" if name == "channel_flood" else "timeout")
-        assert 0.5 <= elapsed < 1.0 or (name == "channel_flood" and elapsed < 1.0)
+        assert elapsed < 0.8 and (elapsed >= 0.3 or name == "channel_flood")
         assert sandbox.run("kept + 1").result == "42"
-        assert eventually(lambda: len(set(children(os.getpid())) - before) <= 1)  # the new state
+        assert eventually(lambda: len(in_group(os.getpgid(sandbox.state.pid))) == 2)  # the guard and the state
 
 
 def test_a_candidates_time_out_leaves_the_others():
@@ -349,19 +353,29 @@ def test_a_candidates_time_out_leaves_the_others():
         assert (slow.error_kind, slow.stdout, quick.result, quick.error) == ("timeout", "1\n", "42", None)
 
 
-def test_a_state_that_ignores_its_host_is_given_up():
-    """Code may take over the process that holds the state; the next step then fails in time, the one after works."""
-    takeover = "import time\nfinal_answer.__self__.fork = lambda *_: time.sleep(60)\nx = 1"
-    with Sandbox(timeout=0.5) as sandbox:
-        sandbox.run(takeover)
+# Code can change everything in the process that holds the state, here the function that forks it.
+TAKEOVERS = {
+    "does_not_fork": "lambda: time.sleep(60)",
+    "answers_itself": "lambda: 0",
+    "child_is_silent": "lambda: os.fork() or time.sleep(60)",
+    "parent_ends": "lambda: os._exit(0)",
+}
+
+
+@pytest.mark.parametrize("name", TAKEOVERS)
+def test_a_state_that_does_not_fork_as_asked_is_given_up(name):
+    """The next step fails in time, nothing of the old state survives, and the step after that works."""
+    with Sandbox(timeout=0.4) as sandbox:
+        group = os.getpgid(sandbox.state.pid)
+        sandbox.run(f"import os, time\nfinal_answer.__func__.__globals__['_fork'] = {TAKEOVERS[name]}\nx = 1")
         started = time.monotonic()
-        assert sandbox.run("x").error_kind in ("timeout", "killed")
-        assert time.monotonic() - started < 1.2
-        assert sandbox.run("6 * 7").result == "42"
+        assert [o.error_kind for o in sandbox.run_candidates(["x = 2", "x"])] == ["killed", "killed"]
+        assert time.monotonic() - started < 1.0
+        assert sandbox.run("'x' in globals()").result == "False"
+        assert eventually(lambda: not in_group(group))
 
 
 def test_threads_end_with_their_step(sandbox):
-    """Also for the modules that count them: a fork that leaves them to themselves would wait for the dead."""
     sandbox.run("import threading, time\nthread = threading.Thread(target=time.sleep, args=(60,))\nthread.start()")
     assert sandbox.run("threading.active_count(), thread.is_alive()").result == "(1, False)"
     assert sandbox.run("thread.join()\n'joined'").result == "'joined'"
@@ -397,15 +411,6 @@ def test_memory_of_all_candidates_together_is_bounded(sandbox):
     assert [observation.error_kind for observation in observations] == ["memory"] * 4
 
 
-def test_scratch_folder_is_bounded():
-    with Sandbox(scratch_mb=8, timeout=20) as sandbox:
-        code = "n = 0\ntry:\n  for i in range(200):\n    n += open(f'f{i}', 'wb').write(bytes(10**6))\nexcept OSError as e: print(e)\nn"
-        observation = sandbox.run(code)
-        assert observation.error_kind == "killed" or int(observation.result) <= 9 * 10**6
-        assert sandbox.run("open('big', 'wb').truncate(10**9)").error_kind in ("runtime", "killed")
-        assert sandbox.run("6 * 7").result == "42"
-
-
 def test_threads_and_open_files_are_bounded(sandbox):
     assert sandbox.run(
         "import threading, time\nfor _ in range(2000): threading.Thread(target=time.sleep, args=(9,)).start()"
@@ -416,41 +421,45 @@ def test_threads_and_open_files_are_bounded(sandbox):
 
 
 def test_fork_bomb_is_none(sandbox):
-    before = len(children(os.getpid()))
     sandbox.run("import os\nwhile True:\n  try: os.fork()\n  except OSError: break")
-    assert len(children(os.getpid())) <= before + 1
+    assert eventually(lambda: len(in_group(os.getpgid(sandbox.state.pid))) == 2)
 
 
 def test_processor_time_is_bounded():
-    """Threads that leave the interpreter lock burn several processors at once; the clock of them all counts."""
+    """The CPU time of all threads counts, so code that releases the interpreter lock cannot use several cores for long."""
     with Sandbox(timeout=1) as sandbox:
         assert sandbox.run("import resource\nresource.getrlimit(resource.RLIMIT_CPU)").result == "(2, 2)"
 
 
-def test_printing_costs_the_host_nothing(sandbox):
+def test_printed_output_is_bounded(sandbox):
+    """The host's memory does not grow with what is printed. More than 1 MiB is an error in the code."""
     gc.collect()
     resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096  # noqa: E731
     before = resident()
     observation = sandbox.run("for i in range(500): print('x' * 10**6)\nprint('end')")
     assert resident() - before < 20e6
-    assert len(observation.stdout) < 10_100 and observation.stdout.endswith("end\n")
-    assert f"{500 * (10**6 + 1) + 4 - 10_000:,} characters not shown" in observation.stdout
+    assert observation.error_kind == "runtime" and "a step can print 1,024 KiB" in observation.error
+    assert len(observation.stdout) < 10_100 and f"{2**20 - 10_000:,} characters not shown" in observation.stdout
+    endless = "import os\nwhile True:\n  try: os.write(1, b'x' * 10**5)\n  except OSError: break"
+    assert len(sandbox.run(endless).stdout) < 10_100
+    assert "PermissionError" in sandbox.run("os.ftruncate(1, 10**12)").error
+    assert "PermissionError" in sandbox.run("os.posix_fallocate(1, 0, 10**12)").error
 
 
-@pytest.mark.parametrize("size", [0, 1, 9, 10, 11, 19, 20, 21, 27, 35, 1000])
-def test_long_output_is_cut_in_the_middle(size):
+@pytest.mark.parametrize("size", [0, 1, 9_999, 10_000, 10_001, 123_456])
+def test_long_output_is_cut_in_the_middle(shared, size):
     text = "".join(chr(97 + i % 26) for i in range(size))
-    expected = text if size <= 20 else f"{text[:10]}\n[... {size - 20:,} characters not shown ...]\n{text[-10:]}"
-    with Sandbox(output_limit=20) as sandbox:
-        for pieces in (1, 3, 7, 1000):
-            observation = sandbox.run(f"for i in range(0, {size}, {pieces}): print({text!r}[i:i+{pieces}], end='')")
-            assert observation.stdout == expected
-        assert sandbox.run(repr(text)).result == (
-            repr(text) if size <= 18 else
-            f"{repr(text)[:10]}\n[... {size + 2 - 20:,} characters not shown ...]\n{repr(text)[-10:]}")  # fmt: skip
+
+    def short(text):
+        missing = len(text) - 10_000
+        return text if missing <= 0 else f"{text[:5000]}\n[... {missing:,} characters not shown ...]\n{text[-5000:]}"
+
+    code = f"text = ''.join(chr(97 + i % 26) for i in range({size}))\nfor i in range(0, {size}, 999): print(text[i:i+999], end='')\ntext"
+    observation = shared.run(code)
+    assert observation.stdout == short(text) and observation.result == short(repr(text))
 
 
-# Misuse of the channel: nothing that the code sends is more than its own observation.
+# Messages that the code sends itself. They can change its own observation, and nothing else.
 
 FORGERIES = {
     "garbage": "os.write(3, os.urandom(1000))",
@@ -468,6 +477,10 @@ FORGERIES = {
     "close": "os.close(3)",
     "descriptors": "socket.send_fds(socket.socket(fileno=3), [b'\\0\\0\\0\\x02{}'], [0, 1, 2])",
     "output": "os.ftruncate(1, 0)",
+    "half": "os.write(3, b'\\0\\0\\1\\0{')\ntime.sleep(60)",
+    "trickle": "os.write(3, b'\\0\\0\\xff\\0')\nwhile True: os.write(3, b' '); time.sleep(0.01)",
+    "not_reading": "send(b'{\"tool\": \"large\", \"args\": [], \"kwargs\": {}}')\ntime.sleep(60)",
+    "lone_surrogate": "send(b'{\"final\": \"\\xed\\xa0\\x80\"}')",
     "huge_integer": "send(b'{\"final\": ' + b'9' * 100000 + b'}')",
 }  # fmt: skip
 
@@ -476,18 +489,21 @@ FORGERIES = {
 def test_forged_message(name):
     code = "import os, socket, time\ndef send(data): os.write(3, len(data).to_bytes(4, 'big') + data)\n"
     calls = []
-    tools = {"add": lambda a, b: calls.append((a, b)), "slow": lambda: time.sleep(0.2)}
-    with Sandbox(tools=tools, timeout=2) as sandbox:
+    tools = {"add": lambda a, b: calls.append((a, b)), "slow": lambda: time.sleep(0.2), "large": lambda: "x" * 10**7}
+    with Sandbox(tools=tools, timeout=0.8) as sandbox:
         sandbox.run("x = 42")
-        descriptors = len(os.listdir("/proc/self/fd"))
+        count = lambda: len(os.listdir("/proc/self/fd")) + threading.active_count()  # noqa: E731
+        before = count()
+        started = time.monotonic()
         forged, honest = sandbox.run_candidates([code + FORGERIES[name] + "\ntime.sleep(0.3)", "x"])
-        assert forged.error or name == "huge_integer"
-        assert honest == Observation(result="42", seconds=honest.seconds)
+        assert time.monotonic() - started < 1.4
+        assert forged.error or name == "two_calls"  # which only calls the tool twice
+        assert honest == Observation(result="42", seconds=honest.seconds) and honest.seconds < 0.7
         assert calls == []
         sandbox.commit(1)
         assert sandbox.run("x").result == "42"
-        assert len(os.listdir("/proc/self/fd")) <= descriptors
-    json.dumps(forged.final_answer)
+        del forged, honest
+        assert eventually(lambda: count() <= before)  # no descriptor and no thread is left
 
 
 def test_forging_an_observation_gains_only_that_observation(sandbox):
@@ -502,7 +518,7 @@ def test_half_a_surrogate_pair_can_be_written_to_a_file(sandbox):
     assert observation.final_answer == ["?"]
 
 
-def test_the_warm_interpreter_is_not_poisoned():
+def test_code_does_not_change_the_warm_interpreter():
     poison = "import builtins, math, numpy, sympy, json, os\nbuiltins.sum = lambda x: 13\nmath.pi = 3\nsympy.pi = 3\nnumpy.ones = None"
     with Sandbox() as one:
         one.run(poison)
@@ -516,15 +532,12 @@ def test_the_warm_interpreter_is_not_poisoned():
 
 def test_sandboxes_do_not_see_each_other():
     with Sandbox() as one, Sandbox() as other:
-        one.run("open('mine', 'w').write('secret')\nx = 1")
-        found = (
-            "import os\n[f for root, _, files in os.walk('/') for f in files if f == 'mine'], os.path.exists('mine')"
-        )
-        assert other.run(found).result == "([], False)"
+        one.run("x = 1")
         assert other.run("x").error_kind == "runtime"
+        assert other.run(f"import os\nos.kill({one.state.pid}, 9)").error and one.run("x").result == "1"
 
 
-# The state: as in a REPL.
+# The state, as in a REPL.
 
 
 def test_state_persists(sandbox):
@@ -576,10 +589,10 @@ def test_result_is_the_repr_of_a_last_expression(shared, code, result):
      ("class R:\n  def __repr__(self): raise ValueError('no repr')\nR()", "runtime", ["ValueError: no repr"]),
      ("raise ValueError('x' * 10**6)", "runtime", ["characters not shown"]),
      ("exec('1 +')", "runtime", ["SyntaxError"]),
-     ("import os\nos._exit(3)", "killed", ["exit status 3"]),
-     ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "killed", ["SIGKILL"]),
-     ("import ctypes\nctypes.string_at(1)", "killed", ["SIGSEGV"]),
-     ("import os\nos.abort()", "killed", ["SIGABRT"]),
+     ("import os\nos._exit(3)", "killed", ["process ended"]),
+     ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "runtime", ["PermissionError"]),
+     ("import ctypes\nctypes.string_at(1)", "killed", ["process ended"]),
+     ("import os\nos.abort()", "killed", ["process ended"]),
      ("x = 'a' * 10**12", "memory", ["MemoryError"])],
 )  # fmt: skip
 def test_errors(shared, code, kind, parts):
@@ -607,7 +620,7 @@ def test_everything_printed_is_kept(sandbox):
     sandbox.run("import sys\nold = sys.stdout\nsys.stdout = None")
     assert sandbox.run("print('x')\nprint('y', file=old)").stdout == "x\ny\n"
     assert "RuntimeWarning" in sandbox.run("import numpy\nnumpy.float64(1) / 0").stdout
-    assert sandbox.run("n = 1\nprint(n is 1, '\\d')").stdout == "True \\d\n"  # what Python says of the text is not
+    assert sandbox.run("n = 1\nprint(n is 1, '\\d')").stdout == "True \\d\n"  # syntax warnings are not shown
 
 
 @pytest.mark.parametrize(
@@ -626,26 +639,35 @@ def test_final_answer(shared, expression, answer):
 
 @pytest.mark.parametrize(
     "code",
-    ["try:\n  final_answer(1)\nexcept Exception:\n  print('after')",
-     "try:\n  final_answer(1)\nexcept:\n  print('after')\n  final_answer(2)",
-     "try:\n  final_answer(1)\nfinally:\n  print('after')",
-     "while True:\n  try:\n    final_answer(1)\n  except BaseException:\n    pass\n    print('after')",
-     "def f():\n  try:\n    return final_answer(1)\n  except:\n    return 2\nx = f()\nprint('after')",
-     "import contextlib\nwith contextlib.suppress(BaseException):\n  final_answer(1)\nprint('after')",
-     "class A:\n  def __del__(self): final_answer(1)\na = A()\ndel a\nprint('after')",
+    ["final_answer(answer=1)\nprint('after')",
+     "final_answer(1)\n1 / 0",
      "list(map(final_answer, [1, 2]))\nprint('after')",
+     "try:\n  final_answer(1)\nexcept Exception:\n  print('after')",
      "from concurrent.futures import ThreadPoolExecutor\nwith ThreadPoolExecutor() as pool:\n"
-     "  list(pool.map(final_answer, [1]))\nprint('after')",
-     "import threading\nt = threading.Thread(target=final_answer, args=(1,))\nt.start()\nt.join()\nprint('after')",
-     "final_answer(answer=1)\nprint('after')",
-     "final_answer(1)\n1 / 0"],
+     "  list(pool.map(final_answer, [1]))\nprint('after')"],
 )  # fmt: skip
-def test_final_answer_ends_the_action_at_once(sandbox, code):
+def test_final_answer_ends_the_action(sandbox, code):
     observation = sandbox.run(code)
     assert (observation.final_answer, observation.error, observation.stdout) == (1, None, "") and observation.is_final
-    assert observation.seconds < 5
     assert sandbox.run("final_answer = 5\n6 * 7").result == "42"
     assert sandbox.run("final_answer('again')").final_answer == "again"
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["try:\n  final_answer(1)\nexcept:\n  final_answer(2)",
+     "try:\n  final_answer(1)\nfinally:\n  1 / 0",
+     "while True:\n  try: final_answer(1)\n  except BaseException: pass",
+     "try: final_answer(1)\nexcept SystemExit: 1 / 0",
+     "import contextlib, os\nwith contextlib.suppress(BaseException): final_answer(1)\nos._exit(1)",
+     "class A:\n  def __del__(self): final_answer(1)\na = A()\ndel a",
+     "import threading\nt = threading.Thread(target=final_answer, args=(1,))\nt.start()\nt.join()\nx = 2"],
+)  # fmt: skip
+def test_a_final_answer_stands_whatever_the_code_does_next(code):
+    with Sandbox(timeout=0.5) as sandbox:
+        observation = sandbox.run(code)
+        assert observation.is_final and (observation.final_answer, observation.error) == (1, None)
+        assert observation.error_kind is None and sandbox.run("6 * 7").result == "42"
 
 
 def test_unseeded_draws_repeat_and_seeded_ones_continue():
@@ -658,45 +680,15 @@ def test_unseeded_draws_repeat_and_seeded_ones_continue():
         assert one.run("random.random()").result == repr(expected.random())
 
 
-# Files.
+# Files are closed; everything else goes on as usual.
 
 
-def test_files_persist_and_are_each_candidates_own(sandbox):
-    sandbox.run(
-        "import os\nopen('a.txt', 'w').write('1')\nos.mkdir('d')\npath = os.path.abspath('a.txt')\nhere = os.getcwd()"
-    )
-    first, second = sandbox.run_candidates([
-        "open('a.txt', 'a').write('2')\nopen(path).read(), sorted(os.listdir(here))",
-        "import time\ntime.sleep(0.2)\nopen('d/b.txt', 'w').close()\nopen(path).read(), sorted(os.listdir('.'))"])  # fmt: skip
-    assert (first.result, second.result) == ("('12', ['a.txt', 'd'])", "('1', ['a.txt', 'd'])")
-    sandbox.commit(0)
-    assert (
-        sandbox.run("open(path).read(), os.path.exists('d/b.txt'), os.getcwd() == here").result == "('12', False, True)"
-    )
-    assert sandbox.run("open('a.txt', 'w').write('x' * 9)\nos._exit(0)").error_kind == "killed"
-    assert sandbox.run("open('a.txt').read()").result == "'12'"
-    assert sandbox.run("import pathlib\np = pathlib.Path('a.txt').resolve()\nos.chdir('d')").error is None
-    assert (
-        sandbox.run("p.read_text(), os.path.basename(os.getcwd()), os.listdir('..')").result
-        == "('12', 'd', ['a.txt', 'd'])"
-    )
-
-
-def test_open_files_go_on_in_the_copies(sandbox):
-    sandbox.run("f = open('log', 'w+')\nf.write('0')\nf.flush()")
-    sandbox.run_candidates([f"f.write('{i}')\nf.flush()" for i in (1, 2, 3)])
-    sandbox.commit(1)
-    assert sandbox.run("f.write('!')\nf.close()\nopen('log').read()").result == "'02!'"
-
-
-def test_a_state_in_odd_shape_goes_on(sandbox):
+def test_a_state_in_odd_shape_still_runs_steps(sandbox):
     for code in (
-        "import os, shutil\nos.mkdir('d')\nos.chdir('d')\nos.rmdir('../d')",
-        "shutil.rmtree('/proc/self/cwd', ignore_errors=True)",
-        "os.chdir('/')",
+        "import os\nos.chdir('/')",
         "import signal\nsignal.alarm(1)",
-        "os.umask(0o777)\nos.mkdir('closed')\nopen('closed2', 'w').close()",
         "f = [os.open('/dev/null', 0) for _ in range(99)]",
+        "os.close(0), os.close(1), os.close(2)",
         "a = []\nwhile True: a.append(bytearray(10**6))",
         "import sys\nsys.setrecursionlimit(10**6)\ndef f(n): return f(n + 1)\nf(0)",
         "import gc\ngc.disable()\ngc.set_threshold(1)",
@@ -709,18 +701,22 @@ def test_a_state_in_odd_shape_goes_on(sandbox):
     assert sandbox.run("6 * 7").error_kind != "timeout"
 
 
+def test_files_are_closed(sandbox):
+    observations = sandbox.run_candidates(
+        ["open('f', 'w')", "import os\nos.mkdir('d')", "import tempfile\ntempfile.mkdtemp()",
+         "import sqlite3\nsqlite3.connect('x.db').execute('create table t (a)')", "open('/dev/null', 'w')"])  # fmt: skip
+    assert all(observation.error_kind == "runtime" for observation in observations)
+
+
 def test_libraries_work(sandbox):
     code = """
-        import asyncio, csv, decimal, hashlib, io, json, shutil, sqlite3, tempfile, zipfile
+        import asyncio, csv, decimal, fractions, hashlib, io, itertools, json, re, sqlite3, statistics, zipfile
         from concurrent.futures import ThreadPoolExecutor
         import numpy as np, sympy as sp
         x = sp.symbols('x')
-        with tempfile.TemporaryDirectory() as folder:
-            open(folder + '/a', 'w').write('hi')
-            shutil.copy2(folder + '/a', folder + '/b')
-            with zipfile.ZipFile('z.zip', 'w') as z: z.write(folder + '/b', 'b')
+        with zipfile.ZipFile(io.BytesIO(), 'w') as z: z.writestr('a', 'b')
         async def two(): await asyncio.sleep(0.01); return 2
-        db = sqlite3.connect('x.db'); db.execute('create table t (a)'); db.execute('insert into t values (3)'); db.commit()
+        db = sqlite3.connect(':memory:'); db.execute('create table t (a)'); db.execute('insert into t values (3)')
         with ThreadPoolExecutor(4) as pool: fourth = list(pool.map(lambda n: n * n, range(3)))[2]
         [sp.solve(x**2 - 1)[1], asyncio.run(two()), db.execute('select a from t').fetchone()[0], fourth, float(np.linalg.det(np.eye(2) * 2)) + 1]
     """
@@ -755,84 +751,48 @@ def test_commit(sandbox):
     assert sandbox.run("x").result == "3"
 
 
-@pytest.mark.parametrize("count", [1, 2, 4, 8, 13])
-def test_every_candidate_starts_from_the_state_whoever_forked_it(sandbox, count):
-    forked_by = parents(count)
-    assert len(forked_by) == count and all(p is None or p < i for i, p in enumerate(forked_by))
-    sandbox.run("x = [0]\nopen('f', 'w').write('0')")
-    before = len(children(os.getpid()))
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_every_candidate_starts_from_the_state(sandbox, count):
+    sandbox.run("x = [0]")
     for chosen in range(count):
-        x, text = sandbox.run("x, open('f').read()").result, str(chosen)
-        codes = [f"seen = repr((x, open('f').read()))\nx.append({i})\nopen('f', 'w').write('{i}')\nseen"
-                 for i in range(count)]  # fmt: skip
+        x = sandbox.run("x").result
+        codes = [f"seen = repr(x)\nx.append({i})\nseen" for i in range(count)]
         assert [observation.result for observation in sandbox.run_candidates(codes)] == [repr(x)] * count
         sandbox.commit(chosen)
-        assert sandbox.run("x[-1], open('f').read()").result == f"({chosen}, '{text}')"
-    assert eventually(lambda: len(children(os.getpid())) <= before)
+        assert sandbox.run("x[-1]").result == str(chosen)
+    assert eventually(lambda: len(in_group(os.getpgid(sandbox.state.pid))) == 2)
 
 
 def test_no_candidate_forks_for_itself(sandbox):
-    """Some may fork, for the host, before their code runs: that permission must be used up by then."""
+    """The permission to fork belongs to the state, and it is used up when the code starts."""
     code = "import os\ntry: os.fork()\nexcept OSError as error: print(error.errno)"
-    for _ in range(5):
+    for _ in range(3):
         assert [observation.stdout for observation in sandbox.run_candidates([code] * 8)] == ["1\n"] * 8
 
 
-def test_how_a_candidate_ended_is_known_whoever_forked_it(sandbox):
-    for ended in range(8):
-        codes = ["import os\nos._exit(3)" if i == ended else "x = 1" for i in range(8)]
-        observations = sandbox.run_candidates(codes)
-        assert [i for i, observation in enumerate(observations) if observation.error] == [ended]
-        assert "exit status 3" in observations[ended].error
-        alive = [candidate.pid for i, candidate in enumerate(sandbox.candidates) if i != ended]
-        assert eventually(functools.partial(all_stand_still, alive))  # also whoever was asked
-    for observation in sandbox.run_candidates(["import os\nos._exit(3)"] * 8):  # also those who could tell
-        assert observation.error_kind == "killed" and "ended" in observation.error
-    assert sandbox.run("6 * 7").result == "42"
-
-
-def test_what_a_library_keeps_for_itself_is_each_candidates_own(sandbox):
-    code = "import ctypes\nm = ctypes.CDLL('libm.so.6')\nm.lgamma.argtypes = [ctypes.c_double]\n"
-    sandbox.run(code + "sign = lambda: ctypes.c_int.in_dll(m, 'signgam').value")
-    below, above = sandbox.run_candidates(["m.lgamma(-0.5)\nsign()", "m.lgamma(0.5)\nsign()"])
-    assert (below.result, above.result) == ("-1", "1")
-    sandbox.commit(0)
-    assert sandbox.run("sign()").result == "-1"
-    with Sandbox() as other:
-        assert other.run("import ctypes\nctypes.c_int.in_dll(ctypes.CDLL('libm.so.6'), 'signgam').value").result == "0"
-
-
 def test_no_memory_is_shared_between_candidates(sandbox):
-    sandbox.run("import mmap, numpy\nnumpy.save('a.npy', numpy.zeros(4))\nf = open('a.npy', 'r+b')")
-    sandbox.run("own = mmap.mmap(-1, 8, mmap.MAP_PRIVATE)")
-    shared = ["mmap.mmap(-1, 8)", "mmap.mmap(f.fileno(), 0)", "numpy.load('a.npy', mmap_mode='r+')",
-              "numpy.memmap('b', mode='w+', shape=4)"]  # fmt: skip
+    sandbox.run("import mmap, numpy, os\nown = mmap.mmap(-1, 8, mmap.MAP_PRIVATE)")
+    shared = ["mmap.mmap(-1, 8)", "mmap.mmap(-1, 8, mmap.MAP_SHARED, mmap.PROT_READ)", "print(8 * 'x')\nmmap.mmap(1, 8)",
+              "os.memfd_create('x')", "import multiprocessing\nmultiprocessing.Value('i')"]  # fmt: skip
     assert all("PermissionError" in observation.error for observation in sandbox.run_candidates(shared))
-    copies = ["mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)[0]", "numpy.load('a.npy', mmap_mode='c')[0]",
-              "numpy.load('a.npy', mmap_mode='r')[0]", "own[:1] = b'x'\nown[0]"]  # fmt: skip
-    assert [observation.result for observation in sandbox.run_candidates(copies)] == [
-        "147",
-        "np.float64(0.0)",
-        "np.float64(0.0)",
-        "120",
-    ]
+    sandbox.run_candidates(["own[:1] = b'x'", "own[0]"])
     assert sandbox.run("own[0]").result == "0"
 
 
 def random_program(rng):
-    lines = ["import random", "open('log', 'a').write('.')"]
+    lines = ["import random"]
     for _ in range(rng.randint(1, 4)):
         lines.append(rng.choice([
             "v['n'] = v.get('n', 0) + {0}", "l.append({0})", "print(l, v)", "print(random.random())", "l = l[-{0}:]",
-            "print(open('log').read())", "1 / ({0} - 3)", "def g(): return {0}", "print(g())", "l[{0}]", "v = dict(v)",
-            "random.seed({0})", "open('log', 'w').close()", "(sum(l), v, random.getrandbits(9))", "x =", "final_answer(l)",
+            "1 / ({0} - 3)", "def g(): return {0}", "print(g())", "l[{0}]", "v = dict(v)", "random.seed({0})",
+            "(sum(l), v, random.getrandbits(9))", "x =", "final_answer(l)",
         ]).format(rng.randint(0, 6)))  # fmt: skip
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_candidates_against_replay_in_fresh_sandboxes(seed):
-    """What a fork gives is what running the whole history again in a new sandbox gives."""
+    """A fork gives the same observation as a new sandbox that runs the whole history again."""
     rng = random.Random(seed)
     history = ["l, v = [], {}\ndef g(): return 0"]
 
@@ -888,7 +848,7 @@ def test_candidates_call_tools_at_the_same_time():
         assert [o.result for o in sandbox.run_candidates(["meet()"] * 4)] == ["True"] * 4
 
 
-def test_a_tool_that_hangs_counts_as_time():
+def test_a_tool_that_hangs_does_not_hang_run():
     done = threading.Event()
     with Sandbox(tools={"hang": lambda: done.wait(30)}, timeout=0.5) as sandbox:
         started = time.monotonic()
@@ -914,7 +874,7 @@ def test_many_sandboxes_in_many_threads():
                 if (result := sandbox.run("x").result) != str(number + step + 1):
                     failures.append((number, step, result))
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(64)]
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(16)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -923,20 +883,22 @@ def test_many_sandboxes_in_many_threads():
 
 
 def test_steps_leave_nothing_behind():
+    """Neither processes nor descriptors nor threads."""
+    Sandbox().close()  # starts the warm interpreter
+    now = lambda: (len(os.listdir("/proc/self/fd")), threading.active_count())  # noqa: E731
+    time.sleep(0.2)
+    before = now()
     with Sandbox(timeout=0.3) as sandbox:
-        sandbox.run("open('f', 'w').write('x')")
-    eventually(lambda: len(children(os.getpid())) <= 2)
-    before = len(children(os.getpid())), len(os.listdir("/proc/self/fd")), threading.active_count()
-    with Sandbox(timeout=0.3) as sandbox:
-        for i in range(100):
-            sandbox.run_candidates([f"x = {i}\nopen('f', 'w').write('x')", "1 / 0"])
+        for i in range(30):
+            sandbox.run_candidates([f"x = {i}", "1 / 0"])
             sandbox.commit(0)
+        group = os.getpgid(sandbox.state.pid)
+        assert eventually(lambda: len(in_group(group)) == 2)  # the guard and the state
         sandbox.run("while True: pass")
         sandbox.run("import os\nos._exit(1)")
         sandbox.run_candidates(["1"] * 4)
-        assert sandbox.run("import os\nx, os.listdir('.')").result == "(99, ['f'])"
-    now = lambda: (len(children(os.getpid())), len(os.listdir("/proc/self/fd")), threading.active_count())  # noqa: E731
-    assert eventually(lambda: now() == before), (before, now())
+        assert sandbox.run("x").result == "29"
+    assert eventually(lambda: not in_group(group) and now() == before), (in_group(group), before, now())
 
 
 def test_everything_dies_with_the_host(tmp_path):
@@ -944,35 +906,29 @@ def test_everything_dies_with_the_host(tmp_path):
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport threading\nfrom sandbox import Sandbox\n"
         "one, two = Sandbox(), Sandbox(timeout=60)\n"
         "threading.Thread(target=two.run, args=('import time\\nwhile True: time.sleep(1)',)).start()\n"
-        "import time; time.sleep(0.5); one.run_candidates(['1'] * 3); print('ready', flush=True); time.sleep(60)"
+        "import time; time.sleep(0.3); one.run_candidates(['1'] * 3); print('ready', flush=True); time.sleep(60)"
     )
     for number in (signal.SIGKILL, signal.SIGTERM):
         host = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         assert host.stdout.readline() == b"ready\n"
         descendants = children(host.pid)
-        assert len(descendants) >= 7  # the warm interpreter, two states, three candidates and one at work
+        assert len(descendants) >= 9  # the warm interpreter, two guards, two states, three candidates and one running
         host.send_signal(number)
         host.wait()
         assert eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in descendants))  # noqa: B023
         host.stdout.close()
 
 
-def test_a_fork_of_the_host_harms_no_sandbox(sandbox):
-    sandbox.run("x = 42")
-    child = os.fork()
-    if child == 0:
-        sandbox.close()
-        os._exit(0)
-    os.waitpid(child, 0)
-    assert sandbox.run("x").result == "42"
-
-
-def test_a_fork_of_the_host_makes_its_own():
+def test_a_fork_of_the_host_makes_its_own_sandboxes():
+    """It can neither use nor close the host's sandboxes."""
     with Sandbox() as sandbox:
         sandbox.run("x = 42")
         read, write = os.pipe()
         child = os.fork()
         if child == 0:
+            with contextlib.suppress(RuntimeError):
+                sandbox.run("x = 0")
+            sandbox.close()
             with Sandbox() as own:
                 os.write(write, own.run("6 * 7").result.encode())
             os._exit(0)
@@ -999,15 +955,15 @@ def test_ctrl_c_stops_what_is_running():
 @pytest.mark.parametrize(
     "options",
     [{"timeout": 0}, {"timeout": float("inf")}, {"memory_mb": 0}, {"isolation": "maybe"}, {"tools": {"a b": print}},
-     {"tools": {"final_answer": print}}, {"tools": {"x": 5}}, {"output_limit": 0}, {"scratch_mb": 0}],
+     {"tools": {"final_answer": print}}, {"tools": {"x": 5}}],
 )  # fmt: skip
 def test_wrong_options_are_refused(options):
-    with pytest.raises(ValueError):
+    with pytest.raises(InputError):
         Sandbox(**options)
 
 
 def test_wrong_use_is_refused(sandbox):
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError):
         sandbox.run(5)
     with pytest.raises(ValueError):
         sandbox.run_candidates(["1"] * 101)
@@ -1023,10 +979,11 @@ def test_long_code(sandbox):
     assert sandbox.run("x = [" + "1," * 10**5 + "]\nlen(x)").result == "100000"
 
 
-# The command line, and homes that offer less.
+# Machines that offer less.
 
-POORER_HOME = """
-import contain, ctypes, os, struct, sys
+POORER_MACHINE = """
+import ctypes, os, struct
+from common import contain
 program = [(0x20, 0, 0, 0)]
 for number in {refused}:
     program += [(0x15, 0, 1, number), (0x06, 0, 0, 0x50001)]
@@ -1041,237 +998,31 @@ import warnings
 from common import InputError
 from sandbox import Sandbox
 with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    one, two = Sandbox(timeout=1), Sandbox()
-    print([str(warning.message).split("missing: ")[1].split()[0] for warning in caught])
+    warnings.simplefilter("default")
+    one, two = Sandbox(timeout=0.5), Sandbox()
+    print([str(warning.message).split("missing: ")[1] for warning in caught])
 try:
     Sandbox(isolation="require")
 except InputError as error:
     print("refused")
 one.run("x = 41")
-print(one.run("import socket, os\\nos.listdir('/')").error_kind, one.run("socket.socket()").error_kind)
+print(one.run("import socket\\nopen('f', 'w')").error_kind, one.run("socket.socket()").error_kind)
 print(one.run("x = 0\\nwhile True: pass").error_kind, one.run("x + 1").result)
-print(one.run_candidates(["open('f', 'w').write('1')", "os.path.exists('f')"])[1].result)
-one.run("os.mkdir('d')\\nos.chdir('d')\\nopen('g', 'w').write('1')")
-print(one.run("os.listdir('.'), os.listdir('..')").result)
 """
 X86 = os.uname().machine == "x86_64"
 
 
-@pytest.mark.skipif(not X86, reason="the numbers of the system calls below are x86-64's")
+@pytest.mark.skipif(not X86, reason="the numbers of the system calls below are those of x86-64")
 @pytest.mark.parametrize(
     ("refused", "flags", "missing"),
     [
-        ([272, 165, 166, 155], 0, "namespaces"),  # unshare, mount...: a container with its usual filter
-        ([], 8, "gate"),  # a container manager that has a gate of its own
+        # a container whose filter denies Landlock; a container manager that uses the gate itself
+        ([444], 0, "Landlock (Operation not permitted (landlock_create_ruleset))"),
+        ([], 8, "the gate of seccomp"),
     ],
 )
-def test_a_home_that_offers_less(refused, flags, missing):
-    script = POORER_HOME.format(refused=refused, flags=flags) + USE
+def test_a_machine_that_offers_less(refused, flags, missing):
+    script = POORER_MACHINE.format(refused=refused, flags=flags) + USE
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=ROOT)
-    expected = f"['{missing}']\nrefused\nruntime runtime\ntimeout 42\nFalse\n(['g'], ['d'])\n"
+    expected = f"['{missing}']\nrefused\nruntime runtime\ntimeout 42\n"
     assert result.stdout == expected, result.stderr
-
-
-def test_check_tries_everything():
-    result = subprocess.run(
-        [sys.executable, "sandbox.py", "check"], capture_output=True, text=True, timeout=120, cwd=ROOT
-    )
-    rows = result.stdout.splitlines()[1:]
-    assert len(rows) == 20 and "FAILED" not in result.stdout, result.stdout + result.stderr
-    assert (result.returncode == 0) == all(row.endswith("held") for row in rows)
-
-
-def test_check_fails_without_containment(monkeypatch, capsys):
-
-    class Uncontained(Sandbox):
-        def __init__(self, **options):
-            super().__init__(isolation="off", **options)
-
-    monkeypatch.setattr(sandbox_check, "Sandbox", Uncontained)
-    assert sandbox_check.check() == 1
-    assert capsys.readouterr().out.count("FAILED") >= 8
-
-
-def test_repl():
-    typed = "x = 41\nfor i in range(2):\n  print(i)\n\nx + 1\n1 / 0\nfinal_answer([x])\n"
-    result = subprocess.run(
-        [sys.executable, "sandbox.py"], input=typed, capture_output=True, text=True, timeout=60, cwd=ROOT
-    )
-    for expected in ("0\n1\n", "42\n", "ZeroDivisionError", "final answer: [41]"):
-        assert expected in result.stdout
-    result = subprocess.run(
-        [sys.executable, "sandbox.py", "--timeout", "0"], capture_output=True, text=True, timeout=60, cwd=ROOT
-    )
-    assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
-
-
-# One sandbox for one episode after another.
-
-
-def open_descriptors(pid):
-    return len(os.listdir(f"/proc/{pid}/fd"))
-
-
-def test_a_reused_sandbox_is_as_good_as_new():
-    """Neither variables, modules, files, random state nor what the code hid beside its folder outlive a reset."""
-    sandboxes = Sandboxes(timeout=5)
-    leave = """
-import builtins, os, random, sys
-x, builtins.y, sys.z = 1, 2, 3
-drawn = random.random()
-place = os.path.dirname(os.readlink('/proc/self/cwd'))
-for path in ('own', place + '/beside'):
-    with open(path, 'w') as file: file.write('left')
-os.mkdir(place + '/folder'); os.mkdir(place + '/folder/inner')
-drawn, place
-"""
-    look = """
-import builtins, os, random, sys
-found = [name for name in ('x', 'drawn') if name in globals()] + [n for n in 'yz' if hasattr(builtins, n) or hasattr(sys, n)]
-place = os.path.dirname(os.readlink('/proc/self/cwd'))
-found += [path for path in ('own', place + '/beside', place + '/folder') if os.path.lexists(path)]
-found, random.random()
-"""
-    with sandboxes() as sandbox:
-        first = sandbox.run(leave)
-        sandbox.run("x += 1")
-        assert first.error is None and sandbox.run("x").result == "2"
-    for steps in (1, 3):
-        with sandboxes() as again:
-            assert again is sandbox
-            drawn = first.result.split(",")[0].strip("(")
-            assert again.run(look).result == f"([], {drawn})"
-            for _ in range(steps):
-                again.run("x = 5")
-            assert again.run("x").result == "5"
-
-
-def test_what_cannot_be_removed_is_not_found_by_the_next_episode():
-    """A folder that can be entered but not listed survives its removal; the sandbox is not used again then."""
-    sandboxes, place = Sandboxes(timeout=5), "os.path.dirname(os.readlink('/proc/self/cwd'))"
-    with sandboxes() as sandbox:
-        leave = (
-            f"import os; place = {place}\nos.mkdir(place + '/shut', 0o300)\nopen(place + '/shut/known', 'w').write('x')"
-        )
-        assert sandbox.run(leave).error is None
-    with sandboxes() as again:
-        assert "FileNotFoundError" in again.run(f"import os; open({place} + '/shut/known').read()").error
-        assert again.run("6 * 7").result == "42"
-
-
-@pytest.mark.parametrize("end", ["while True: pass", "import os; os._exit(3)", "1 / 0"])
-def test_a_reused_sandbox_survives_what_ended_an_episode(end):
-    sandboxes = Sandboxes(timeout=0.4)
-    for before in (0, 2):
-        with sandboxes() as sandbox:
-            for i in range(before):
-                sandbox.run(f"x = {i}")
-            assert sandbox.run(end).error_kind in ("timeout", "killed", "runtime")
-            assert sandbox.run("x").result == ("1" if before else None)
-        with sandboxes() as again:
-            assert again is sandbox and again.run("'x' in globals()").result == "False"
-
-
-def test_a_reused_sandbox_whose_origin_died_is_made_anew():
-    sandboxes = Sandboxes(timeout=5)
-    with sandboxes() as sandbox:
-        sandbox.run("x = 1")
-        sandbox.origin.kill(wait=1.0)
-    with sandboxes() as again:
-        assert again.run("x").error_kind == "runtime" and again.run("6 * 7").result == "42"
-
-
-def test_no_candidate_of_a_reused_sandbox_can_list_the_others_folders():
-    code = """
-import os
-place, seen = os.path.dirname(os.readlink('/proc/self/cwd')), []
-for where in [place, '..', *range(64)]:
-    try: names = os.listdir(where)
-    except OSError: continue
-    seen += names if not isinstance(where, int) or os.readlink(f'/proc/self/fd/{where}') == place else []
-seen
-"""
-    with Sandboxes(timeout=5)() as sandbox:
-        results = sandbox.run_candidates([code, code])
-        assert [o.result for o in results] == ["[]", "[]"], results
-
-
-def test_reuse_leaves_nothing_behind():
-    sandboxes = Sandboxes(timeout=5)
-    with sandboxes() as sandbox:
-        sandbox.run("1")
-        warm = sandbox.warm.process.pid
-    ours = open_descriptors(os.getpid())
-    processes = count_processes(warm)
-    for i in range(60):
-        with sandboxes() as again:
-            again.run_candidates([f"x = {i}"] * 3)
-            again.commit(1)
-            again.run("open('file', 'w').write('x' * 100)")
-    assert open_descriptors(os.getpid()) == ours
-    deadline = time.monotonic() + 2
-    # The last three candidates are zombies until their origin forks again.
-    while count_processes(warm) > processes + 3 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert count_processes(warm) <= processes + 3
-    sandbox.close()
-
-
-def count_processes(session):
-    return sum(sandbox_check._session(int(pid)) == session for pid in os.listdir("/proc") if pid.isdigit())
-
-
-def test_after_an_exception_a_sandbox_is_not_used_again():
-    sandboxes = Sandboxes(timeout=5)
-    with pytest.raises(KeyError), sandboxes() as sandbox:
-        raise KeyError
-    assert sandbox.closed
-    with sandboxes() as again:
-        assert again is not sandbox and again.run("1").result == "1"
-
-
-# Cheap forks (forks.py).
-
-
-def test_new_objects_go_to_new_pages():
-    code = """
-import bisect, forks
-
-def make():
-    some = [slice(1), {}, set(), lambda: 0, *map(bytes, range(2, 480)), *map(float, range(99))]
-    return some + [[1] * (n % 9) for n in range(99)] + [(n,) * (n % 20 + 1) for n in range(99)]
-
-def old(objects):
-    return sum(bisect.bisect(edges, id(item)) % 2 for item in objects)
-
-kept = [item for _ in range(20) for item in make()]
-del kept[::2]
-edges = [edge for start, end, _ in forks._own_memory() for edge in (start, end)]
-taken = forks.use_new_pages()
-assert old(make()) < 10  # what forks.py itself has freed at last
-del kept[::3]
-assert old(make()) > 100
-taken += forks.use_new_pages()
-assert old(make()) < 10
-"""
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-
-
-def huge_pages(pid):
-    """kB of a process's memory on huge pages."""
-    fields = dict(line.split(":") for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
-    return int(fields["AnonHugePages"].split()[0])
-
-
-def test_what_steps_write_to_is_not_on_huge_pages(sandbox):
-    """One page written to would take a fork 512 small pages to copy."""
-    try:
-        warm = max(map(huge_pages, children(sandbox.warm.process.pid)))
-    except PermissionError:
-        pytest.skip("only root may look into the sandbox's memory here")
-    if warm < 8 << 10:
-        pytest.skip("this kernel has no huge pages to give")
-    for _ in range(20):
-        sandbox.run("x = [1]\nprint(x)")
-    assert huge_pages(sandbox.state.pid) > 0.5 * warm
