@@ -5,11 +5,11 @@
     python bench/retriever.py dense --vectors 100000
     python bench/retriever.py serve --questions QUESTIONS --corpus CORPUS
 
-It needs bm25s, numba, PyStemmer, rank_bm25, scikit-learn and faiss-cpu beside the project's packages; what is
-not installed is left out. QUESTIONS and CORPUS are files as HippoRAG publishes them (data/hotpotqa_train.json,
-data/hotpotqa_train_corpus.json): HotpotQA's rows with supporting_facts, and {title: [sentences]}. Synthetic
-passages are 100 words of sentences drawn from the corpus. Every peer runs in a process of its own on one core;
-query rounds take turns, so that a busy machine slows all alike, and medians are printed.
+It needs bm25s, numba, scikit-learn and faiss-cpu beside the project's packages; a peer that is not installed is left
+out. QUESTIONS and CORPUS are files as HippoRAG publishes them (data/hotpotqa_train.json,
+data/hotpotqa_train_corpus.json): HotpotQA's rows with supporting_facts, and {title: [sentences]}. `speed` makes
+passages of 100 words from random sentences of the corpus. Every peer runs in a process of its own on one core; the
+rounds of queries take turns, so that a busy machine slows all of them, and medians are printed.
 """
 
 import dataclasses
@@ -22,37 +22,37 @@ import resource
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ[name] = "1"  # read when the libraries are imported
+    os.environ[name] = "1"  # the libraries read these when they are imported
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np  # noqa: E402
 
-import dense  # noqa: E402
 import retriever  # noqa: E402
-from common import REQUIRED, option, run_command_line  # noqa: E402
+from common import REQUIRED, option, run_command_line, serve_json  # noqa: E402
 
 CUTS = (2, 3, 5, 10)
 
 
 def read_questions(path):
-    """[(question, titles of its supporting passages)]"""
+    """Returns [(question, titles of its supporting passages)]."""
     rows = json.loads(Path(path).read_text(encoding="utf-8"))
     return [(row["question"], {title for title, _ in row["supporting_facts"]}) for row in rows]
 
 
 def read_corpus(path):
-    """{title: sentences}"""
+    """Returns {title: sentences}."""
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def write_passages(path, rows):
     with open(path, "w", encoding="utf-8") as file:
-        for identity, title, text in rows:
-            row = {"id": identity, "contents": f'"{title}"\n{text}'}
+        for number, (title, text) in enumerate(rows):
+            row = {"id": str(number), "contents": f'"{title}"\n{text}'}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
@@ -60,14 +60,14 @@ def synthetic_passages(corpus, count, seed=0):
     generator = random.Random(seed)
     titles = list(corpus)
     sentences = [words for texts in corpus.values() for text in texts if (words := text.split())]
-    for number in range(count):
+    for _ in range(count):
         words = []
         while len(words) < 100:
             words += generator.choice(sentences)
-        yield str(number), generator.choice(titles), " ".join(words[:100])
+        yield generator.choice(titles), " ".join(words[:100])
 
 
-# The peers. Each has build(path, folder), load(folder), and search(queries) -> passage numbers, three a query.
+# The peers. Each has build(path, folder), load(folder), and search(queries, k) -> passage numbers for each query.
 
 
 class Ours:
@@ -88,14 +88,14 @@ class OursTfIdf(Ours):
 
 
 class Bm25s:
-    """As its README has it: English stop words, no stemmer, and the texts in a list."""
+    """As in its README: English stop words, no stemmer, all texts in a list."""
 
-    needs, backend, stemmer = ("bm25s",), "numpy", None
+    needs, backend = ("bm25s",), "numpy"
 
     def tokens(self, texts):
         import bm25s
 
-        return bm25s.tokenize(texts, stopwords="en", stemmer=self.stemmer, show_progress=False)
+        return bm25s.tokenize(texts, stopwords="en", show_progress=False)
 
     def build(self, path, folder):
         import bm25s
@@ -122,31 +122,6 @@ class Bm25sNumba(Bm25s):
     needs, backend = ("bm25s", "numba"), "numba"
 
 
-class Bm25sStemmer(Bm25s):
-    needs = ("bm25s", "Stemmer")
-
-    def __init__(self):
-        import Stemmer
-
-        self.stemmer = Stemmer.Stemmer("english")
-
-
-class RankBm25:
-    needs = ("rank_bm25",)
-
-    def build(self, path, folder):
-        import rank_bm25
-
-        with open(path, encoding="utf-8") as file:
-            self.index = rank_bm25.BM25Okapi([json.loads(line)["contents"].lower().split() for line in file])
-
-    def load(self, folder):
-        pass
-
-    def search(self, queries, k=3):
-        return [np.argsort(-self.index.get_scores(query.lower().split()), kind="stable")[:k] for query in queries]
-
-
 class ScikitLearn:
     needs = ("sklearn",)
 
@@ -154,11 +129,11 @@ class ScikitLearn:
         import joblib
         from sklearn.feature_extraction.text import TfidfVectorizer
 
-        self.vectorizer = TfidfVectorizer(sublinear_tf=True, dtype=np.float32)
+        vectorizer = TfidfVectorizer(sublinear_tf=True, dtype=np.float32)
         with open(path, encoding="utf-8") as file:
-            self.vectors = self.vectorizer.fit_transform(json.loads(line)["contents"] for line in file)
+            vectors = vectorizer.fit_transform(json.loads(line)["contents"] for line in file)
         os.makedirs(folder, exist_ok=True)
-        joblib.dump((self.vectorizer, self.vectors.T.tocsr()), Path(folder) / "index")
+        joblib.dump((vectorizer, vectors.T.tocsr()), Path(folder) / "index")
 
     def load(self, folder):
         import joblib
@@ -167,12 +142,8 @@ class ScikitLearn:
 
     def search(self, queries, k=3):
         scores = self.vectorizer.transform(queries) @ self.vectors
-        found = []
-        for row in range(len(queries)):
-            row = scores[row]
-            best = np.argsort(-row.data, kind="stable")[:k] if row.nnz < 1000 else np.argpartition(-row.data, k)[:k]
-            found.append(row.indices[best])
-        return found
+        rows = [scores[number] for number in range(len(queries))]
+        return [row.indices[np.argsort(-row.data, kind="stable")[:k]] for row in rows]
 
 
 PEERS = {
@@ -180,8 +151,6 @@ PEERS = {
     "ours, TF-IDF": OursTfIdf,
     "bm25s numpy": Bm25s,
     "bm25s numba": Bm25sNumba,
-    "bm25s stemmer": Bm25sStemmer,
-    "rank_bm25": RankBm25,
     "scikit-learn": ScikitLearn,
 }
 
@@ -203,20 +172,19 @@ class Child:
 
 
 def use_one_core():
-    """Also for the threads that libraries start."""
+    """Restrict this process, with the threads that libraries start, to one core."""
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[-1]})
 
 
 def _serve_calls(peer_class, pipe):
     use_one_core()
-    peer = None
+    peer = peer_class()
     while True:
         try:
             method, arguments = pipe.recv()
         except EOFError:  # the bench has ended
             return
         try:
-            peer = peer or peer_class()
             started = time.perf_counter()
             if method == "search_each":
                 result = [peer.search([query]) for query in arguments[0]]
@@ -230,7 +198,7 @@ def _serve_calls(peer_class, pipe):
 
 
 def installed(names):
-    """Those peers whose packages are there."""
+    """Yields the peers whose packages are installed."""
     for name in names:
         missing = [package for package in PEERS[name].needs if not importlib.util.find_spec(package)]
         if missing:
@@ -243,8 +211,7 @@ def installed(names):
 class Recall:
     questions: str = option(REQUIRED, "questions, as HotpotQA's JSON")
     corpus: str = option(REQUIRED, "passages, {title: [sentences]}")
-    encoder: str | None = option(None, "also dense and hybrid retrieval with this encoder")
-    encoder_prefix: bool = option(False, 'the encoder wants e5\'s "query: " and "passage: "')
+    encoder: str | None = option(None, "also dense retrieval with this encoder")
 
 
 def recall(config):
@@ -254,33 +221,26 @@ def recall(config):
 
     def row(name, rankings):
         found = [[titles[number] for number in numbers] for numbers in rankings]
-        means = [
-            statistics.mean(
-                len(gold.intersection(best[:k])) / len(gold) for (_, gold), best in zip(questions, found, strict=True)
-            )
-            for k in CUTS
-        ]
-        print(f"| {name} |", " | ".join(f"{mean:.3f}" for mean in means), "|", flush=True)
+        shares = {k: [] for k in CUTS}
+        for (_, gold), best in zip(questions, found, strict=True):
+            for k in CUTS:
+                shares[k].append(len(gold.intersection(best[:k])) / len(gold))
+        print(f"| {name} |", " | ".join(f"{statistics.mean(shares[k]):.3f}" for k in CUTS), "|", flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "passages.jsonl"
-        write_passages(path, ((str(i), title, "".join(corpus[title])) for i, title in enumerate(titles)))
+        write_passages(path, ((title, "".join(corpus[title])) for title in titles))
         print(f"{len(questions)} questions, {len(titles):,} passages\n")
         print("| recall | " + " | ".join(f"@{k}" for k in CUTS) + " |\n|---|" + "---|" * len(CUTS))
-        for name in [*installed(PEERS)]:
+        for name in installed(PEERS):
             child = Child(name)
             child.call("build", path, f"{folder}/{name}")
             child.call("load", f"{folder}/{name}")
             row(name, child.call("search", asked, max(CUTS))[0])
         if config.encoder:
-            prefixes = {} if config.encoder_prefix else {"query_prefix": "", "passage_prefix": ""}
-            retriever.build(path, f"{folder}/dense", "dense", encoder=config.encoder, quiet=True, **prefixes)
-            indexes = {
-                "ours, dense": retriever.load(f"{folder}/dense"),
-                "ours, BM25 + dense": retriever.load(f"{folder}/ours, BM25", f"{folder}/dense"),
-            }
-            for name, index in indexes.items():
-                row(name, [docs for docs, _ in index.top(asked, max(CUTS))])
+            retriever.build(path, f"{folder}/dense", "dense", encoder=config.encoder, quiet=True)
+            best = retriever.load(f"{folder}/dense").top(asked, max(CUTS))
+            row("ours, dense", [docs for docs, _ in best])
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -290,38 +250,38 @@ class Speed:
     passages: int = option(100_000, "how many synthetic passages")
     rounds: int = option(7, "rounds of queries")
     peers: list[str] = option(["ours, BM25", "bm25s numpy", "bm25s numba", "scikit-learn"], "which to run")
-    work: str | None = option(None, "folder to keep passages and indexes in; what is there is not built again")
+    work: str | None = option(None, "folder that keeps passages and indexes; what is there is not built again")
 
 
 def speed(config):
-    """Build speed and memory, load time, first query, queries a second."""
+    """Build speed and memory, load time, first query, queries per second."""
     queries = [question for question, _ in read_questions(config.questions)]
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(config.work or temporary)
+        work.mkdir(parents=True, exist_ok=True)
         path = work / f"passages-{config.passages}.jsonl"
         if not path.exists():
             write_passages(path, synthetic_passages(read_corpus(config.corpus), config.passages))
         print(f"{config.passages:,} passages, one core\n")
         print("| | build passages/s | peak GiB | load s | first query s | queries/s one | batch |")
         print("|---|---|---|---|---|---|---|")
-        open_peers, rows = {}, {}
-        for name in [*installed(config.peers)]:
+        peers, rows = {}, {}
+        for name in installed(config.peers):
             folder = f"{work}/{name}-{config.passages}"
             rows[name] = ["built before", ""]
             if not Path(folder).exists():
-                builder = Child(name)
-                _, seconds, memory = builder.call("build", path, folder)
+                _, seconds, memory = Child(name).call("build", path, folder)
                 rows[name] = [f"{config.passages / seconds:,.0f}", f"{memory:.2f}"]
-            peer = open_peers[name] = Child(name)
-            rows[name].append(f"{peer.call('load', folder)[1]:.3f}")
-            rows[name].append(f"{peer.call('search', queries[:1])[1]:.4f}")
-        seconds = {name: ([], []) for name in open_peers}
+            peers[name] = Child(name)
+            rows[name].append(f"{peers[name].call('load', folder)[1]:.3f}")
+            rows[name].append(f"{peers[name].call('search', queries[:1])[1]:.4f}")
+        seconds = {name: {"search_each": [], "search": []} for name in peers}
         for _ in range(config.rounds):
-            for name, peer in open_peers.items():
-                seconds[name][0].append(peer.call("search_each", queries)[1])
-                seconds[name][1].append(peer.call("search", queries)[1])
-        for name, both in seconds.items():
-            rates = [f"{len(queries) / statistics.median(times):,.0f}" for times in both]
+            for name, peer in peers.items():
+                for method, times in seconds[name].items():
+                    times.append(peer.call(method, queries)[1])
+        for name, methods in seconds.items():
+            rates = [f"{len(queries) / statistics.median(times):,.0f}" for times in methods.values()]
             print(f"| {name} |", " | ".join(rows[name] + rates), "|")
 
 
@@ -333,24 +293,23 @@ class Dense:
 
 
 def compare_dense(config):
-    """Exact inner product search: queries a second at batch 1 and 64."""
+    """Exact inner product search: queries per second at batch 1 and 64."""
+    import torch
+
     use_one_core()
+    torch.set_num_threads(1)
     generator = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         vectors = generator.standard_normal((config.vectors, config.dimensions), dtype=np.float32)
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-        np.save(f"{folder}/vectors.npy", vectors)
-        mapped = np.load(f"{folder}/vectors.npy", mmap_mode="r")
+        vectors.tofile(f"{folder}/vectors")
+        mapped = np.memmap(f"{folder}/vectors", np.float32, "c", 0, vectors.shape)  # as an open index has them
+        mapped = torch.from_numpy(np.asarray(mapped))
         queries = generator.standard_normal((64, config.dimensions), dtype=np.float32)
         rank = np.arange(config.vectors)
-        products = dense.CpuProducts(mapped)
-
-        def plain(batch):
-            scores = batch @ vectors.T
-            return np.argpartition(-scores, 3, axis=1)[:, :3]
-
-        ways = {"ours": lambda batch: dense.search_vectors(products, mapped, batch, 3, rank), "plain NumPy": plain}
-        try:
+        ways = {"ours": lambda batch: retriever.search_vectors(mapped, torch.from_numpy(batch), 3, rank)}
+        ways["plain NumPy"] = lambda batch: np.argpartition(-(batch @ vectors.T), 3, axis=1)[:, :3]
+        if importlib.util.find_spec("faiss"):
             import faiss
 
             faiss.omp_set_num_threads(1)
@@ -361,23 +320,23 @@ def compare_dense(config):
                 faiss.cvar.distance_compute_blas_threshold = threshold
                 return index.search(batch, 3)
 
-            ways["faiss as shipped"] = lambda batch, shipped=faiss.cvar.distance_compute_blas_threshold: search(
-                batch, shipped
-            )
-            ways["faiss, BLAS from 20 on"] = lambda batch: search(batch, 20)
-        except ImportError as error:
-            print(f"faiss: left out: {error}")
-        seconds = {name: ([], []) for name in ways}
-        for _ in range(config.rounds + 1):
+            shipped = faiss.cvar.distance_compute_blas_threshold
+            ways["faiss as shipped"] = lambda batch: search(batch, shipped)
+            ways["faiss, BLAS from 20 queries on"] = lambda batch: search(batch, 20)
+        else:
+            print("faiss: left out, not installed")
+        seconds = {name: {1: [], 64: []} for name in ways}
+        for _ in range(config.rounds):
             for name, way in ways.items():
-                for size, times in zip((1, 64), seconds[name], strict=True):
+                for size, times in seconds[name].items():
+                    way(queries[:size])  # not measured: the previous way left other vectors in the caches
                     started = time.perf_counter()
                     way(queries[:size])
                     times.append((time.perf_counter() - started) / size)
-        print(f"{config.vectors:,} vectors of {config.dimensions}, one core, queries/s\n")
+        print(f"{config.vectors:,} vectors of {config.dimensions}, one core, queries per second\n")
         print("| | batch 1 | batch 64 |\n|---|---|---|")
-        for name, both in seconds.items():
-            print(f"| {name} |", " | ".join(f"{1 / statistics.median(times[1:]):,.1f}" for times in both), "|")
+        for name, sizes in seconds.items():
+            print(f"| {name} |", " | ".join(f"{1 / statistics.median(times):,.1f}" for times in sizes.values()), "|")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -385,41 +344,34 @@ class Serve:
     corpus: str = option(REQUIRED, "passages to draw sentences from, {title: [sentences]}")
     questions: str = option(REQUIRED, "questions, as HotpotQA's JSON")
     passages: int = option(100_000, "how many synthetic passages")
-    clients: int = option(16, "at once, for the second number")
+    clients: int = option(16, "clients at the same time, for the second number")
 
 
 def compare_server(config):
-    """What the server adds to a query, and how many it answers to many clients."""
-    import http.client
-    import threading
-
+    """What the server adds to a query, and how many queries it answers to many clients."""
     queries = [question for question, _ in read_questions(config.questions)]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "passages.jsonl"
         write_passages(path, synthetic_passages(read_corpus(config.corpus), config.passages))
         retriever.build(path, f"{folder}/index", "bm25", quiet=True)
         index = retriever.load(f"{folder}/index")
-        server = retriever.Server(index)
+        server = serve_json(lambda *request: retriever.answer_request(index, *request))
         threading.Thread(target=server.serve_forever, daemon=True).start()
+        remote = retriever.load(f"http://127.0.0.1:{server.server_address[1]}")
 
-        def ask_all(times):
-            connection = http.client.HTTPConnection("127.0.0.1", server.server_port)
+        def ask_all(where, times):
             for query in queries:
                 started = time.perf_counter()
-                connection.request("POST", "/retrieve", json.dumps({"queries": [query], "return_scores": True}))
-                connection.getresponse().read()
+                where.search([query])
                 times.append(time.perf_counter() - started)
 
         direct, served = [], []
         for _ in range(5):
-            for query in queries:
-                started = time.perf_counter()
-                index.search([query])
-                direct.append(time.perf_counter() - started)
-            ask_all(served)
+            ask_all(index, direct)
+            ask_all(remote, served)
         print(f"median of a query: direct {1000 * statistics.median(direct):.2f} ms, ", end="")
         print(f"over HTTP {1000 * statistics.median(served):.2f} ms")
-        threads = [threading.Thread(target=ask_all, args=([],)) for _ in range(config.clients)]
+        threads = [threading.Thread(target=ask_all, args=(remote, [])) for _ in range(config.clients)]
         started = time.perf_counter()
         for thread in threads:
             thread.start()
@@ -428,7 +380,6 @@ def compare_server(config):
         rate = config.clients * len(queries) / (time.perf_counter() - started)
         print(f"{config.clients} clients in this same process: {rate:,.0f} queries/s")
         server.shutdown()
-        server.finish()
 
 
 if __name__ == "__main__":
