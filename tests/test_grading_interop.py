@@ -1,6 +1,6 @@
-"""Our math equality beside the real math-verify, on pairs made from gold answers of every shape.
+"""Math equality compared with math-verify, on pairs made from gold answers of every shape.
 
-pytest tests/test_grade_interop.py     # needs math-verify[antlr4_13_2]; bench/grade.py does the same at full size
+pytest tests/test_grading_interop.py     # needs math-verify[antlr4_13_2]; bench/grading.py does the same at full size
 """
 
 import importlib.util
@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-import math_equal
-from test_grade import GOLDS
+from common.grading import math_equal
+from test_grading import GOLDS
 
 pytest.importorskip("math_verify")
 
-SPEC = importlib.util.spec_from_file_location("bench_grade", Path(__file__).parent.parent / "bench" / "grade.py")
+SPEC = importlib.util.spec_from_file_location("bench_grading", Path(__file__).parent.parent / "bench" / "grading.py")
 bench = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(bench)
 
@@ -23,7 +23,7 @@ def verdicts():
     """[(truth, ours, math-verify's, how, prediction, gold)]"""
     peer = bench.MathVerify()
     pairs = list(bench.make_pairs(GOLDS, peer))
-    return [(t, math_equal.compare(p, g)[0], peer.equal(p, g), how, p, g) for t, how, p, g in pairs]
+    return [(t, math_equal(p, g), peer.equal(p, g), how, p, g) for t, how, p, g in pairs]
 
 
 def test_nothing_unequal_is_called_equal(verdicts):

@@ -1,12 +1,12 @@
 """Math grading: agreement with math-verify, on pairs made from gold answers; speed over whole test sets.
 
-    python bench/grade.py agree --data FOLDER     # needs math-verify[antlr4_13_2]==0.9.0 beside the project's packages
-    python bench/grade.py speed --data FOLDER
+    python bench/grading.py agree --data FOLDER     # needs math-verify[antlr4_13_2]==0.9.0 too
+    python bench/grading.py speed --data FOLDER
 
-FOLDER holds test sets as JSON files ({"examples": [{"question", "answer"}, ...]}), such as the eight of
-the paper; which of them are math is told by --math. Pairs are equal by rewriting (other LaTeX, plain
-text, what sympy prints, decimals) or unequal by mutation (digits, signs, brackets, order, terms); sympy
-makes them from math-verify's reading of the gold answer, so that nothing depends on our own parser.
+FOLDER has test sets as JSON files ({"examples": [{"question", "answer"}, ...]}), such as the eight of the paper;
+--math names those with mathematical answers. A pair is equal by rewriting (other LaTeX, plain text, what sympy prints,
+decimals) or unequal by mutation (digits, signs, brackets, order, terms). sympy makes the pairs from math-verify's
+reading of the gold answer, so that they do not depend on our own parser.
 """
 
 import dataclasses
@@ -21,12 +21,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import math_equal
 from common import REQUIRED, InputError, option, progress, run_command_line
+from common.grading import compare, grade
 
-# What math-verify 0.9.0 is known to read as something else, so that it cannot be the truth of a pair: the base of
-# 52_8 and the degrees of \\tan 15^\\circ are dropped, the e of 2e-05 is 2.718, the time 8:34 is a quotient, capital
-# variables become small ones, 2007 + \\frac\\pi 2 is 2, words are products, a triple root is a set.
+# Gold answers that math-verify 0.9.0 misreads, so that no pair is made from its reading: it drops the base of 52_8 and
+# the degrees of \\tan 15^\\circ, reads the e of 2e-05 as 2.718, the time 8:34 as a quotient, capital variables as small
+# ones, 2007 + \\frac\\pi 2 as 2, words as products, and a triple root as a set.
 MISREAD = re.compile(r"\d\}?_|\d[eE]-|\\tan 15|:|(?<![a-zA-Z\\{])[A-Z]|\\frac\\pi|\\text\{[a-z]+ [a-z]+\}|,3,3|\\in\b")
 MATH = ["math", "gsm_hard", "aime", "olymath"]
 
@@ -49,7 +49,7 @@ def load(folder, names):
 
 
 def rewritings(gold, expression):
-    """(name, text) of answers that equal the LaTeX text `gold`, whose sympy reading is `expression` (or None)."""
+    """Yield (name, text) of answers equal to the LaTeX text `gold`; expression: its sympy object, or None."""
     import sympy
 
     is_list = "," in gold and not re.search(r"[\[({]", gold)
@@ -81,7 +81,7 @@ def rewritings(gold, expression):
 
 
 def mutations(gold, expression, generator):
-    """(name, text) of answers that differ from gold in value."""
+    """Yield (name, text) of answers that differ from gold in value."""
     import sympy
 
     digits = [match.start() for match in re.finditer(r"\d", gold)][:11]  # a double may be wrong after the 12th or so
@@ -140,7 +140,7 @@ class MathVerify:
         self.parse, self.verify = math_verify.parse, math_verify.verify
 
     def expression(self, gold):
-        """The sympy object that math-verify reads in a gold answer; None for none, or where it misreads."""
+        """The sympy object that math-verify reads in a gold answer; None if there is none, or if it misreads it."""
         if MISREAD.search(gold):
             return None
         found = [item for item in self.parse(f"${gold}$", raise_on_error=False) if not isinstance(item, str)]
@@ -155,14 +155,14 @@ class MathVerify:
 
 
 def make_pairs(answers, peer, seed=0):
-    """(truth, how, prediction, gold) for each distinct gold answer."""
+    """Yield (truth, how, prediction, gold) for each gold answer."""
     generator = random.Random(seed)
     for i, gold in enumerate(answers):
         expression = peer.expression(gold)
         try:
             pairs = [(True, *pair) for pair in rewritings(gold, expression)]
             pairs += [(False, *pair) for pair in mutations(gold, expression, generator)]
-        except Exception as error:  # sympy cannot rewrite what math-verify read; the pairs without sympy remain
+        except Exception as error:  # sympy cannot rewrite this expression; the pairs without sympy remain
             print(f"no pairs by sympy from {gold!r}: {type(error).__name__}", file=sys.stderr)
             pairs = [(True, *pair) for pair in rewritings(gold, None)]
             pairs += [(False, *pair) for pair in mutations(gold, None, generator)]
@@ -175,8 +175,8 @@ def make_pairs(answers, peer, seed=0):
 
 @dataclasses.dataclass(kw_only=True)
 class Agree:
-    data: str = option(REQUIRED, "folder with test sets")
-    math: list[str] = option(MATH, "how the names of the math files begin")
+    data: str = option(REQUIRED, "folder with the test sets")
+    math: list[str] = option(MATH, "first letters of the names of the math files")
     limit: int = option(0, "use this many distinct gold answers, chosen at random; 0: all")
     seed: int = option(0, "for that choice and for the mutations")
     out: str | None = option(None, "write every pair on which anyone disagrees to this JSONL file")
@@ -192,7 +192,8 @@ def agree(config):
     counts, rows, seconds = Counter(), [], [0.0, 0.0]
     for truth, how, prediction, gold in progress(pairs, desc="pairs", unit="pair"):
         start = time.perf_counter()
-        ours, why = math_equal.compare(prediction, gold)
+        verdict = compare(prediction, gold)
+        ours, why = verdict.correct, verdict.why
         middle = time.perf_counter()
         theirs = peer.equal(prediction, gold)
         seconds[0] += middle - start
@@ -238,27 +239,27 @@ def agree(config):
 
 @dataclasses.dataclass(kw_only=True)
 class Speed:
-    data: str = option(REQUIRED, "folder with test sets")
-    math: list[str] = option(MATH, "how the names of the math files begin")
+    data: str = option(REQUIRED, "folder with the test sets")
+    math: list[str] = option(MATH, "first letters of the names of the math files")
 
 
 def speed(config):
     """Grade every gold answer against itself and against the next question's answer."""
-    import grade
-
     rows = load(config.data, config.math)
-    own = [dict(kind=k, prediction=a, answer=a, aliases=x, question=q) for k, q, a, x in rows]
-    shifted = [{**row, "prediction": rows[(i + 1) % len(rows)][2]} for i, row in enumerate(own)]
-    for name, batch in (("own answer", own), ("next answer", shifted)):
+    own = [answer for _, _, answer, _ in rows]
+    for name, predictions in (("own answer", own), ("next answer", own[1:] + own[:1])):
         start = time.perf_counter()
-        grades = grade.grade_many(batch)
+        verdicts = [
+            grade(kind, prediction, answer, aliases, question)
+            for prediction, (kind, question, answer, aliases) in zip(predictions, rows, strict=True)
+        ]
         seconds = time.perf_counter() - start
-        same = [str(row["prediction"]) == str(row["answer"]) for row in batch]
-        right = [g.correct for g in grades]
-        print(f"{name}: {len(batch)} answers, {sum(same)} the same text, {sum(right)} right, {seconds:.2f} s")
-        for row, g, text_is_same in zip(batch, grades, same, strict=True):
-            if g.correct != text_is_same:
-                print(f"  {row['prediction']!r} for {row['answer']!r}: {'right' if g.correct else 'wrong'} ({g.why})")
+        same = [str(prediction) == str(answer) for prediction, answer in zip(predictions, own, strict=True)]
+        right = sum(verdict.correct for verdict in verdicts)
+        print(f"{name}: {len(rows)} answers, {sum(same)} the same text, {right} right, {seconds:.2f} s")
+        for prediction, answer, verdict, is_same in zip(predictions, own, verdicts, same, strict=True):
+            if verdict.correct != is_same:
+                print(f"  {prediction!r} for {answer!r}: {'right' if verdict.correct else 'wrong'} ({verdict.why})")
 
 
 if __name__ == "__main__":
