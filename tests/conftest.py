@@ -1,56 +1,93 @@
-"""Fixtures that several rooms share: a tiny student from scratch with a chat template."""
+"""What the tests share: a tiny random model with a tokenizer that is trained on the spot, and conversations."""
 
+import json
 import os
+import random
 import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may use the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the tests run on the CPU, also where there is a GPU
 
 import pytest
 
-# A shell's background jobs ignore Ctrl-C, and so would all that the tests start.
+# A shell starts background jobs with Ctrl-C ignored. The processes that the tests start would inherit this.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+CHATML = (
+    "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
 )
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|eot_id|>"]
+# How Qwen2's tokenizer splits text. AutoTokenizer does the same for a Qwen2 model, whatever its tokenizer.json says.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+WORDS = ["".join(random.Random(i).choices("abcdefghij", k=2 + i % 5)) for i in range(200)]
+
+
+def make_tokenizer():
+    """Returns a byte-level BPE tokenizer of 500 tokens with a ChatML template."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(SPLIT), "isolated")
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, byte_level])
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=500, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    texts = [" ".join(WORDS), "system user assistant Thought: Code: Observation: New task:\n\n" * 9, "ab\n\n\ncd" * 9]
+    bpe.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|eot_id|>"]})
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def make_model(folder, tokenizer, seed=0, **options):
+    """Save a random Qwen2 model of two layers and the tokenizer. Returns the folder as text."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(seed)
+    config = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    config |= {"max_position_embeddings": 512, "initializer_range": 0.2}  # wide: greedy text is not one repeated token
+    config |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    Qwen2ForCausalLM(Qwen2Config(**config | options)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def conversation(rng, turns=3, words=12):
+    """Returns the messages of a random conversation in the form of an agent's trajectory."""
+    text = lambda: " ".join(rng.choices(WORDS, k=rng.randint(3, words)))  # noqa: E731
+    messages = [{"role": "system", "content": text()}, {"role": "user", "content": "New task:\n" + text()}]
+    for turn in range(turns):
+        code = "Thought: " + text() + "\nCode:\n```py\nprint(1)\n```<end_code>"
+        messages.append({"role": "assistant", "content": code})
+        if turn + 1 < turns:
+            messages.append({"role": "user", "content": "Observation:\n" + text()})
+    return messages
+
+
+def write_jsonl(path, rows):
+    """Write rows, which may be text that is not JSON. Returns the path as text."""
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
 
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet)
-    bpe.train_from_iterator(["Thought: the code is here\nCode:\n```py\nprint(1)\n```<end_code>"] * 4, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHAT_TEMPLATE
-    )
+    return make_tokenizer()
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tiny_tokenizer):
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=len(tiny_tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        initializer_range=0.2,  # wide enough that greedy text is not one token for ever
-        eos_token_id=tiny_tokenizer.eos_token_id,
-    )
-    return Qwen2ForCausalLM(config).eval()
+def tiny_model(tmp_path_factory, tiny_tokenizer):
+    """The folder of a tiny random model with its tokenizer and chat template."""
+    return make_model(tmp_path_factory.mktemp("model") / "tiny", tiny_tokenizer)

@@ -1,8 +1,9 @@
-"""The training room: which tokens are trained, that the loss and its gradients are exact, and that a run survives.
+"""Training: which tokens are trained, that the loss and its gradients are exact, and that a run survives.
 
 python -m pytest tests/test_train.py
 """
 
+import gc
 import json
 import math
 import os
@@ -12,26 +13,27 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
-import tokenizers
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, get_scheduler
+from transformers import (
+    AutoModelForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
+    get_scheduler,
+)
 
-import chat
-import devices
-import lora
 import train
-from common import InputError
+from common import InputError, lora
+from conftest import CHATML, conversation, make_model, write_jsonl
 
 ROOT = Path(train.__file__).parent
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|eot_id|>"]
-CHATML = (
-    "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
-)
+CPU = torch.device("cpu")
 # Trims the content and prints a date, as Llama 3's does.
 LLAMA = (
     "{{- 'Today: ' + (date_string if date_string is defined else strftime_now('%d %b %Y')) }}"
@@ -47,67 +49,14 @@ PHI = (
 STRIPS = CHATML.replace("m.content +", "(m.content if loop.last or m.role != 'assistant' else m.content[:3]) +")
 # Adds a reminder to the last message only.
 REMINDS = CHATML.replace("m.content", "m.content + (' be brief' if loop.last else '')")
-QWEN_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Prints an empty thinking part before the last reply only, as Qwen3's does.
+THINKS = CHATML.replace(
+    "m.content +", "('<think></think>' if loop.last and m.role == 'assistant' else '') + m.content +"
 )
-WORDS = ["".join(random.Random(i).choices("abcdefghij", k=2 + i % 5)) for i in range(200)]
 
-
-def make_tokenizer():
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(QWEN_SPLIT), "isolated")
-    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, byte_level])
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=500,
-        special_tokens=SPECIAL,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    texts = [" ".join(WORDS), "system user assistant Thought: Code: Observation: New task:\n\n" * 9, "ab\n\n\ncd" * 9]
-    bpe.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|eot_id|>"]})
-    tokenizer.chat_template = CHATML
-    return tokenizer
-
-
-def make_model(folder, tokenizer, seed=0, **options):
-    torch.manual_seed(seed)
-    config = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
-    config |= {"initializer_range": 0.2, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
-    model = Qwen2ForCausalLM(Qwen2Config(**config | options))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-def conversation(rng, turns=3, words=12):
-    text = lambda: " ".join(rng.choices(WORDS, k=rng.randint(3, words)))  # noqa: E731
-    messages = [{"role": "system", "content": text()}, {"role": "user", "content": "New task:\n" + text()}]
-    for turn in range(turns):
-        code = "Thought: " + text() + "\nCode:\n```py\nprint(1)\n```<end_code>"
-        messages.append({"role": "assistant", "content": code})
-        if turn + 1 < turns:
-            messages.append({"role": "user", "content": "Observation:\n" + text()})
-    return messages
-
-
-def write_jsonl(path, rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return str(path)
-
-
-@pytest.fixture(scope="session")
-def tokenizer():
-    return make_tokenizer()
-
-
-@pytest.fixture(scope="session")
-def model_path(tmp_path_factory, tokenizer):
-    return make_model(tmp_path_factory.mktemp("model") / "tiny", tokenizer)
+# Starts a reply with a newline, which makes one token with the newline at the end of the prompt.
+GLUES = CHATML.replace("m.content +", "('\n' if m.role == 'assistant' else '') + m.content +")
+ADDS = {STRIPS: "", THINKS: "<think></think>", GLUES: "\n"}  # what the templates that need an example per turn add
 
 
 @pytest.fixture(scope="session")
@@ -118,42 +67,42 @@ def data_path(tmp_path_factory):
 
 
 @pytest.fixture
-def config(tmp_path, model_path, data_path):
+def config(tmp_path, tiny_model, data_path):
     def make(**options):
-        defaults = {"data": [data_path], "model": model_path, "out": str(tmp_path / "out"), "precision": "fp32"}
+        defaults = {"data": [data_path], "model": tiny_model, "out": str(tmp_path / "out"), "precision": "fp32"}
         defaults |= {"threads": 1, "quiet": True, "rank": 4, "alpha": 8, "lr": 1e-3}
         return train.Config(**defaults | options)
 
     return make
 
 
-def make_student(config):
-    config.micro_tokens = config.micro_tokens or 2048
-    process = devices.Process()
-    torch.manual_seed(config.seed)
-    student, _ = train.build_student(config, process, bf16=False)
-    tokenizer = lora.load_tokenizer(config.model)
-    examples, _ = chat.read_examples(config.data, tokenizer, config, quiet=True)
-    return student, examples
+def read_examples(config):
+    conversations, _, _ = train.read_conversations(lora.load_tokenizer(config.model), config)
+    return [example for examples in conversations for example in examples]
 
 
-def gradients(student, examples, micro_tokens=2048, bf16=False):
-    student.zero_grad()
-    trained = sum(len(example.trained) for example in examples)
-    micro_batches = chat.split_step(examples, micro_tokens, 1)[0]
-    loss = train.accumulate(student, micro_batches, trained, devices.Process(), bf16)
-    return loss.item(), {name: p.grad.clone() for name, p in student.named_parameters() if p.requires_grad}
+def make_trainer(config):
+    """Returns (Trainer, examples); the adapters' B is random, because with B = 0 the gradient of A would be 0."""
+    trainer = train.Trainer(config, CPU)
+    generator = torch.Generator().manual_seed(1)
+    for _, layer in lora.lora_layers(trainer.model):
+        layer.b.data = torch.randn(layer.b.shape, generator=generator) * 0.1
+    return trainer, read_examples(config)
 
 
-def largest_difference(a, b):
-    assert a.keys() == b.keys()
-    return max((a[name] - b[name]).abs().max().item() for name in a)
+def gradients(trainer, examples, seed=0):
+    loss = trainer.accumulate(examples, seed)
+    return loss, trainer.gradient.clone()
+
+
+def difference(a, b):
+    return (a - b).abs().max().item()
 
 
 # Which tokens are trained
 
 
-def test_exactly_the_assistants_tokens_and_its_turn_end_are_trained(tokenizer):
+def test_exactly_the_assistants_tokens_and_its_end_of_turn_are_trained(tiny_tokenizer):
     messages = [
         {"role": "system", "content": "ab"},
         {"role": "user", "content": "cd"},
@@ -161,87 +110,100 @@ def test_exactly_the_assistants_tokens_and_its_turn_end_are_trained(tokenizer):
         {"role": "user", "content": "Observation:\ngh"},
         {"role": "assistant", "content": "ij"},
     ]
-    ids, mask = train.encode(tokenizer, messages)
-    token = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    [(ids, weights)] = train.encode(tiny_tokenizer, messages)
+    token = lambda text: tiny_tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
     context = token("<|im_start|>system\nab<|im_end|>\n<|im_start|>user\ncd<|im_end|>\n<|im_start|>assistant\n")
     first = token("Thought: ef<|im_end|>")
     observation = token("\n<|im_start|>user\nObservation:\ngh<|im_end|>\n<|im_start|>assistant\n")
     second = token("ij<|im_end|>")
     assert ids == context + first + observation + second + token("\n")
     expected = [0] * len(context) + [1] * len(first) + [0] * len(observation) + [1] * len(second) + [0]
-    assert mask == expected
+    assert weights == expected
 
 
-@pytest.mark.parametrize("template", [CHATML, LLAMA, PHI])
-def test_training_sees_what_inference_sees(tokenizer, template, monkeypatch):
-    monkeypatch.setattr(tokenizer, "chat_template", template)
+@pytest.mark.parametrize("template", [CHATML, LLAMA, PHI, STRIPS, THINKS, GLUES])
+def test_training_sees_what_inference_sees(tiny_tokenizer, template, monkeypatch):
+    """The tokens before a reply are those of the prompt at inference, also if a template rewrites earlier turns."""
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", template)
     rng = random.Random(1)
-    for _ in range(50):
+    for _ in range(20):
         messages = conversation(rng, 4)
         if template == LLAMA:
             messages[2]["content"] += " \n"  # trimmed by the template
-        ids, mask = train.encode(tokenizer, messages)
+        examples = train.encode(tiny_tokenizer, messages)
+        assert len(examples) == (4 if template in ADDS else 1)
         turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-        starts = [n for n in range(len(ids)) if mask[n] and not mask[n - 1]]
-        assert len(starts) == len(turns)
-        for turn, start in zip(turns, starts, strict=True):
-            context = tokenizer.apply_chat_template(
-                messages[:turn], add_generation_prompt=True, return_dict=False, **chat.TEMPLATE_OPTIONS
+        runs = []
+        for ids, weights in examples:
+            starts = [n for n in range(len(ids)) if weights[n] and not weights[n - 1]]
+            ends = [n for n in range(1, len(ids) + 1) if weights[n - 1] and not (n < len(ids) and weights[n])]
+            runs += [(ids[:start], ids[start:end]) for start, end in zip(starts, ends, strict=True)]
+        assert len(runs) == len(turns)
+        for turn, (prompt, reply) in zip(turns, runs, strict=True):
+            assert prompt == tiny_tokenizer.apply_chat_template(
+                messages[:turn], add_generation_prompt=True, return_dict=False, **train.TEMPLATE_OPTIONS
             )
-            assert ids[:start] == context
-            end = next(n for n in range(start, len(ids)) if not mask[n]) if 0 in mask[start:] else len(ids)
-            reply = tokenizer.decode(ids[start:end])
-            assert reply == messages[turn]["content"].strip() + ("<|eot_id|>" if template == LLAMA else "<|im_end|>")
+            expected = messages[turn]["content"].strip() + ("<|eot_id|>" if template == LLAMA else "<|im_end|>")
+            assert tiny_tokenizer.decode(reply) == ADDS.get(template, "") + expected
 
 
 @pytest.mark.parametrize(
     "template, content, reason",
     [
-        (STRIPS, "abcdef", "as it is"),
         (REMINDS, "ab", "differently"),
-        (CHATML, "\n\nab", "reaches across"),
         (CHATML, "ab<|im_end|>cd", "special token"),
-        (CHATML.replace("'<|im_end|>'", "' #'"), "ab", "without a special token"),
-        (CHATML.replace("m.content", "m.content | upper"), "ab", "as it is"),
+        (CHATML.replace("'<|im_end|>'", "' #'"), "ab", "special token at its end"),
+        (CHATML.replace("m.content", "m.content | upper"), "ab", "does not print this turn as it is"),
+        (CHATML + "{{ raise_exception('only one turn') }}", "ab", "only one turn"),
+        (None, "ab", "chat template"),
     ],
 )
-def test_what_cannot_be_masked_exactly_is_refused(tokenizer, monkeypatch, template, content, reason):
-    monkeypatch.setattr(tokenizer, "chat_template", template)
+def test_what_cannot_be_masked_exactly_is_refused(tiny_tokenizer, monkeypatch, template, content, reason):
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", template)
     messages = [{"role": "user", "content": "cd"}, {"role": "assistant", "content": content}] * 2
     with pytest.raises(InputError, match=reason):
-        train.encode(tokenizer, messages)
+        train.encode(tiny_tokenizer, messages)
 
 
-def test_published_rows_become_the_projects_conversations():
-    part = lambda role, *texts: {"role": role, "content": [{"type": "text", "text": t} for t in texts]}  # noqa: E731
-    logged = [
-        part("system", "Long prompt."),
-        part("user", "New task:\nWho?<reference>hidden\nanswer</reference>"),
-        part("assistant", "Thought: a\nCode:\n```py\nx\n```<end_code>"),
-        part("MessageRole.TOOL_CALL", "Calling tools:\n[{'id': 'call_1'}]"),
-        part("tool-response", "Call id: call_1\nObservation:\nExecution logs:\nhits"),
-        part("MessageRole.TOOL_RESPONSE", "Call id: call_1\nError:\nbad"),
-        part("assistant", "Thought: b"),
-        part("tool-call", "Calling tools:\n[]"),
-        part("tool-response", "Call id: call_2\nObservation:\nLast output"),
-    ]
-    assert chat.published_messages(logged) == [
-        {"role": "system", "content": "Long prompt."},
-        {"role": "user", "content": "New task:\nWho?"},
-        {"role": "assistant", "content": "Thought: a\nCode:\n```py\nx\n```<end_code>"},
-        {"role": "user", "content": "Observation:\nExecution logs:\nhits\nError:\nbad"},
-        {"role": "assistant", "content": "Thought: b"},
-    ]
+def test_weights_of_tokens_reach_the_loss(tiny_tokenizer, config):
+    """One weight per message, or one per part of its text; the loss is the mean over the sum of the weights."""
+    messages = conversation(random.Random(4), 3)
+    row = {"messages": messages, "steps": [{"error_kind": None}, {"error_kind": "runtime"}, {"error_kind": None}]}
+
+    def weigh(text, turn, row):
+        if row["steps"][turn]["error_kind"]:
+            return 0.5
+        return [(0, text.index("Code:"), 2), (len(text), len(text) + 1, 3.0)]  # the thought, and the end of the turn
+
+    [(ids, plain)] = train.encode(tiny_tokenizer, messages)
+    [(same, weights)] = train.encode(tiny_tokenizer, messages, weigh, row)
+    assert same == ids and [bool(w) for w in weights] == [bool(w) for w in plain]
+    text = lambda weight: tiny_tokenizer.decode([i for i, w in zip(ids, weights, strict=True) if w == weight])  # noqa: E731
+    assert text(0.5) == messages[4]["content"] + "<|im_end|>"
+    assert text(3.0) == "<|im_end|>" * 2
+    assert text(2) == "".join(messages[i]["content"].split("Code:")[0] for i in (2, 6))
+
+    trainer, _ = make_trainer(config(dropout=0.0))
+    example = train.Example(torch.tensor(ids), torch.tensor(weights))
+    logits = trainer.model(example.ids[None]).logits[0, :-1].float()
+    losses = torch.nn.functional.cross_entropy(logits, example.ids[1:], reduction="none")
+    expected = (losses * example.weights[1:]).sum() / example.weights.sum()
+    loss, gradient = gradients(trainer, [example])
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    wanted = torch.autograd.grad(expected, trainer.parameters)
+    assert difference(gradient, torch.cat([g.flatten() for g in wanted])) < 1e-6
+    doubled = train.Example(example.ids, example.weights * 2)
+    assert difference(gradients(trainer, [doubled])[1], gradient) < 1e-6
+
+    row["weights"] = [1, 0, 0.25]
+    [(_, from_row)] = train.encode(tiny_tokenizer, messages, row=row)
+    assert {w for w, p in zip(from_row, plain, strict=True) if p} == {1, 0, 0.25}
+    for bad in (-1, math.nan, "much"):
+        with pytest.raises(InputError, match="weight"):
+            train.encode(tiny_tokenizer, messages, row={"weights": [bad, 1, 1]})
 
 
-def test_the_system_prompt_is_replaced(tokenizer):
-    messages = conversation(random.Random(2))
-    ids, _ = chat.encode_row(tokenizer, {"messages": messages}, "short words")
-    text = tokenizer.decode(ids)
-    assert text.startswith("<|im_start|>system\nshort words<|im_end|>")
-    assert messages[0]["content"] not in text
-    assert tokenizer.decode(chat.encode_row(tokenizer, {"messages": messages[1:]}, "short words")[0]) == text
-
+# Reading the data
 
 USER, ASSISTANT = {"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}
 
@@ -253,61 +215,84 @@ USER, ASSISTANT = {"role": "user", "content": "ab"}, {"role": "assistant", "cont
         ("[1]", "JSON object"),
         ({"text": "ab"}, "expected"),
         ({"messages": "ab"}, "expected"),
+        ({"messages": None}, "expected"),
         ({"messages": [{"role": "user"}]}, "expected"),
-        ({"log_data": None}, "expected"),
+        ({"messages": [USER, {"role": "assistant", "content": 3}]}, "expected"),
+        ({"messages": [{"role": ["assistant"], "content": "ab"}]}, "expected"),
         ({"messages": [USER]}, "nothing to train on"),
         ({"messages": []}, "nothing to train on"),
-        ({"messages": [USER, {"role": "assistant", "content": 3}]}, "text"),
-        ({"input_ids": [1, 2], "loss_mask": [0]}, "as long as"),
-        ({"input_ids": [1, 2]}, "loss_mask"),
-        ({"input_ids": [1, 2], "loss_mask": [0, 2]}, "0 and 1"),
-        ({"input_ids": [1, 2], "loss_mask": [1, 0]}, "nothing to train on"),
-        ({"input_ids": [1, 999], "loss_mask": [0, 1]}, "vocabulary"),
-        ({"input_ids": [1, "a"], "loss_mask": [0, 1]}, "whole numbers"),
+        ({"messages": [USER, ASSISTANT], "weights": [1, 1]}, "a number for each message"),
+        ({"messages": [USER, ASSISTANT], "weights": None}, "a number for each message"),
+        ({"messages": [USER, ASSISTANT], "weights": [-1]}, "from 0 up"),
     ],
 )
-def test_a_bad_row_is_named_by_file_and_line(tokenizer, tmp_path, config, row, reason):
+def test_a_bad_row_is_named_by_file_and_line(tiny_tokenizer, tmp_path, config, row, reason):
     path = write_jsonl(tmp_path / "bad.jsonl", [{"messages": [USER, ASSISTANT]}, row])
     with pytest.raises(InputError, match=rf"bad\.jsonl:2: .*{reason}"):
-        chat.read_examples([path], tokenizer, config())
+        train.read_conversations(tiny_tokenizer, config(data=[path]))
 
 
-def test_overlong_examples_are_dropped_cut_or_refused_and_counted(tokenizer, tmp_path, config):
+def test_what_is_dropped_is_counted(tiny_tokenizer, tmp_path, config, monkeypatch):
     rng = random.Random(3)
-    long, short = conversation(rng, 4, words=4), conversation(rng, 1, words=3)
-    path = write_jsonl(tmp_path / "long.jsonl", [{"messages": long}, {"messages": short}])
-    ids, mask = train.encode(tokenizer, long)
-    limit = len(ids) - 5  # inside the last turn
-
-    examples, counts = chat.read_examples([path], tokenizer, config(max_length=limit))
-    assert (len(examples), counts["overlong_dropped"], counts["overlong_cut"]) == (1, 1, 0)
-
-    examples, counts = chat.read_examples([path], tokenizer, config(max_length=limit, overlong="cut"))
-    assert (len(examples), counts["overlong_dropped"], counts["overlong_cut"]) == (2, 0, 1)
-    kept = examples[0].ids.tolist()
-    assert kept == ids[: len(kept)] and tokenizer.convert_ids_to_tokens(kept[-1]) == "<|im_end|>"
-    assert examples[0].trained.tolist() == [n for n in range(len(kept)) if mask[n]]
-    whole_turns = sum(mask[n] and not mask[n - 1] for n in range(len(kept)))
-    assert whole_turns == 3
-
-    with pytest.raises(InputError, match=r"long\.jsonl:1: .*--max-length"):
-        chat.read_examples([path], tokenizer, config(max_length=limit, overlong="error"))
+    rows = [{"messages": conversation(rng, 4)}, {"messages": conversation(rng, 1, words=3)}]
+    rows.append({"messages": conversation(rng, 1, words=3), "weights": [0]})
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    conversations, _, counts = train.read_conversations(tiny_tokenizer, config(data=[path], max_length=150))
+    assert [len(examples) for examples in conversations] == [1]
+    assert (counts["dropped_too_long"], counts["dropped_zero_weight"], counts["split_into_turns"]) == (1, 1, 0)
     with pytest.raises(InputError, match="no example is left"):
-        chat.read_examples([path], tokenizer, config(max_length=3))
+        train.read_conversations(tiny_tokenizer, config(data=[path], max_length=3))
+    # Of a conversation that is split into turns, the turns that fit are kept.
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", STRIPS)
+    conversations, _, counts = train.read_conversations(tiny_tokenizer, config(data=[path], max_length=150))
+    assert 1 <= len(conversations[0]) < 4 and counts["split_into_turns"] == 1
+    assert counts["dropped_too_long"] == 4 - len(conversations[0])
 
 
-def test_every_example_is_planned_once_an_epoch(tokenizer, config):
-    examples, _ = chat.read_examples(config().data, tokenizer, config())
-    for options in ({"batch_size": 5}, {"batch_tokens": 400}):
-        steps = chat.plan_steps(examples, config(epochs=3, **options))
-        order = [i for step in steps for i in step]
-        epochs = [order[n : n + 24] for n in (0, 24, 48)]
-        assert all(sorted(epoch) == list(range(24)) for epoch in epochs)
-        assert epochs[0] != epochs[1] != epochs[2]
-        assert steps == chat.plan_steps(examples, config(epochs=3, **options))
-        assert steps != chat.plan_steps(examples, config(epochs=3, seed=1, **options))
-    for step in chat.plan_steps(examples, config(batch_tokens=400)):
-        assert sum(len(examples[i].ids) for i in step) <= 400
+def test_training_json_says_how_the_student_was_trained(tiny_tokenizer, tmp_path, config):
+    rng = random.Random(2)
+    messages = [conversation(rng, 1) for _ in range(2)]
+    for conversation_messages in messages:
+        conversation_messages[0]["content"] = "short words"
+    rows = [{"messages": messages[0], "method": "agent"}, {"messages": messages[1], "method": "agent", "prefix": True}]
+
+    def record(rows, **options):
+        path = write_jsonl(tmp_path / "rows.jsonl", rows)
+        return train.read_conversations(tiny_tokenizer, config(data=[path], **options))[1]
+
+    expected = {"method": "agent", "training": "distill+prefix", "system_prompt": "short words"}
+    assert record(rows) == expected
+    assert record(rows[:1]) == expected | {"training": "distill"}
+    assert record([rows[0], rows[1] | {"method": "cot"}])["method"] is None
+    assert record([rows[0], {"messages": messages[1][1:]}]) == {
+        "method": None, "training": "distill", "system_prompt": None}  # fmt: skip
+
+    (tmp_path / "system.txt").write_text("be brief\n")
+    options = {"system_prompt": str(tmp_path / "system.txt")}
+    assert record([rows[0], {"messages": messages[1][1:]}], **options)["system_prompt"] == "be brief"
+    conversations, _, _ = train.read_conversations(
+        tiny_tokenizer, config(data=[str(tmp_path / "rows.jsonl")], **options)
+    )
+    for examples in conversations:
+        assert tiny_tokenizer.decode(examples[0].ids).startswith("<|im_start|>system\nbe brief<|im_end|>")
+
+
+def test_every_conversation_is_planned_once_an_epoch(config):
+    conversations, _, _ = train.read_conversations(lora.load_tokenizer(config().model), config())
+    steps = train.plan_steps(conversations, config(epochs=3, batch_size=5))
+    assert [len(step) for step in steps] == [5, 5, 5, 5, 4] * 3
+    order = [example.number for step in steps for example in step]
+    epochs = [order[n : n + 24] for n in (0, 24, 48)]
+    assert all(sorted(epoch) == list(range(24)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    numbers = lambda steps: [[example.number for example in step] for step in steps]  # noqa: E731
+    assert numbers(steps) == numbers(train.plan_steps(conversations, config(epochs=3, batch_size=5)))
+    assert numbers(steps) != numbers(train.plan_steps(conversations, config(epochs=3, batch_size=5, seed=1)))
+    for micro_tokens in (1, 300, 10**6):
+        micro_batches = train.split_step(steps[0], micro_tokens)
+        assert sorted(e.number for m in micro_batches for e in m) == sorted(e.number for e in steps[0])
+        for micro_batch in micro_batches:
+            assert len(micro_batch) == 1 or len(micro_batch) * max(len(e.ids) for e in micro_batch) <= micro_tokens
 
 
 # The loss
@@ -318,99 +303,239 @@ def test_the_chunked_loss_has_autograds_gradients(monkeypatch, chunk):
     monkeypatch.setattr(train.HeadLoss, "CHUNK", chunk)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(150, 5, generator=generator, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(7, 5, generator=generator, dtype=torch.float64, requires_grad=True)
-    targets = torch.randint(7, (150,), generator=generator)
-    expected = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="sum")
-    loss = train.HeadLoss.apply(hidden, weight, targets, True)
+    head = torch.randn(7, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    targets, weights = torch.randint(7, (150,), generator=generator), torch.rand(150, generator=generator)
+    losses = torch.nn.functional.cross_entropy(hidden @ head.T, targets, reduction="none")
+    expected = (losses * weights).sum()
+    loss = train.HeadLoss.apply(hidden, head, targets, weights)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
-    wanted = torch.autograd.grad(expected * 3, [hidden, weight])
-    got = torch.autograd.grad(loss * 3, [hidden, weight])
+    wanted = torch.autograd.grad(expected * 3, [hidden, head])
+    got = torch.autograd.grad(loss * 3, [hidden, head])
     for a, b in zip(got, wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
 
 
 def test_the_loss_is_transformers_own(config):
-    student, examples = make_student(config(tuning="full"))
+    trainer, examples = make_trainer(config(tuning="full"))
     reference = AutoModelForCausalLM.from_pretrained(config().model, dtype=torch.float32)
     total, tokens = 0.0, 0
     for example in examples[:6]:
-        labels = torch.full_like(example.ids, -100)
-        labels[example.trained] = example.ids[example.trained]
+        trained = example.weights > 0
+        labels = torch.where(trained, example.ids, -100)
         with torch.no_grad():
             loss = reference(input_ids=example.ids[None], labels=labels[None]).loss
-        total += loss.item() * len(example.trained)
-        tokens += len(example.trained)
-    loss, _ = gradients(student, examples[:6])
+        total += loss.item() * trained.sum().item()
+        tokens += trained.sum().item()
+    loss, _ = gradients(trainer, examples[:6])
     assert loss == pytest.approx(total / tokens, abs=1e-5)
-
-
-def test_packed_examples_do_not_see_each_other(config):
-    student, examples = make_student(config())
-    student.eval()
-    with torch.no_grad():
-        alone = [student([example]).item() for example in examples[:5]]
-        assert student(examples[:5]).item() == pytest.approx(sum(alone), rel=1e-6)
-        changed = chat.Example(examples[0].ids.roll(1), examples[0].trained)
-        beside = student([changed, examples[1]]).item() - student([changed]).item()
-    assert beside == pytest.approx(alone[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_micro_batches_give_the_gradients_of_one_batch(config, tuning):
-    student, examples = make_student(config(tuning=tuning, dropout=0.0))
-    loss, whole = gradients(student, examples[:8], micro_tokens=100000)
-    for micro_tokens in (1, 150):
-        other_loss, parts = gradients(student, examples[:8], micro_tokens=micro_tokens)
+    """How a step is cut changes only the rounding, with dropout too."""
+    trainer, examples = make_trainer(config(tuning=tuning, dropout=0.3, micro_tokens=100000))
+    loss, whole = gradients(trainer, examples[:8])
+    for micro_tokens in (1, 450):
+        trainer.micro_tokens = micro_tokens
+        other_loss, parts = gradients(trainer, examples[:8])
         assert other_loss == pytest.approx(loss, rel=1e-6)
-        assert largest_difference(whole, parts) < 1e-6
+        assert difference(whole, parts) < 1e-6
+    if tuning == "lora":
+        assert difference(gradients(trainer, examples[:8], seed=1)[1], whole) > 1e-3  # another seed, another draw
 
 
 def test_an_observation_has_no_gradient_of_its_own(config):
-    student, examples = make_student(config(tuning="full"))
-    example = examples[0]
-    first = chat.Example(example.ids, example.trained[:1])
-    cut = chat.Example(example.ids[: example.trained[0] + 1], example.trained[:1])
-    assert largest_difference(gradients(student, [first])[1], gradients(student, [cut])[1]) < 1e-5
+    """The gradient of the first trained token is the same if everything after it is cut off."""
+    trainer, examples = make_trainer(config(tuning="full"))
+    ids, weights = examples[0].ids, torch.zeros_like(examples[0].weights)
+    first = examples[0].weights.nonzero()[0].item()
+    weights[first] = 1
+    whole, cut = train.Example(ids, weights), train.Example(ids[: first + 1], weights[: first + 1])
+    assert difference(gradients(trainer, [whole])[1], gradients(trainer, [cut])[1]) < 1e-5
+
+
+def test_dropout_drops_a_share_and_has_its_own_gradient():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 300, 400, generator=generator, dtype=torch.float64, requires_grad=True)
+    a = torch.randn(3, 400, generator=generator, dtype=torch.float64, requires_grad=True)
+    numbers = 2 * torch.randint(2**15, (2, 300, 1), generator=generator) + 1
+    features = torch.randint(-(2**15), 2**15, (400,), generator=generator, dtype=torch.int16)
+    numbers = numbers.to(torch.int16)
+    ones, eye = torch.ones(2, 300, 400), torch.eye(400)
+    for p in (0.05, 0.5):
+        kept = lora.DropoutLinear.apply(ones, eye, numbers, features, p) * (1 - p)  # 0 or 1 for each element
+        assert torch.equal(kept.round(), (kept > 0.5).float()) and difference(kept, kept.round()) < 1e-6
+        assert kept.mean().item() == pytest.approx(1 - p, abs=0.005)
+        rows = kept.flatten(0, 1)
+        for pairs in (rows[1:] * rows[:-1], rows[:, 1:] * rows[:, :-1]):  # neighbours are dropped independently
+            assert pairs.mean().item() == pytest.approx((1 - p) ** 2, abs=0.01)
+        expected = (x * kept.double() / (1 - p)) @ a.T
+        result = lora.DropoutLinear.apply(x, a, numbers, features, p)
+        torch.testing.assert_close(result, expected)
+        weights = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
+        wanted = torch.autograd.grad((expected * weights).sum(), [x, a])
+        for one, other in zip(torch.autograd.grad((result * weights).sum(), [x, a]), wanted, strict=True):
+            torch.testing.assert_close(one, other)
 
 
 def test_checkpointing_changes_no_gradient(config):
-    student, examples = make_student(config(dropout=0.1))
-    other, _ = make_student(config(dropout=0.1, checkpointing=True))
-    torch.manual_seed(5)
-    _, plain = gradients(student, examples[:4])
-    torch.manual_seed(5)
-    _, recomputed = gradients(other, examples[:4])
-    assert other.model.is_activation_checkpointing and not student.model.is_activation_checkpointing
-    assert largest_difference(plain, recomputed) < 1e-6
+    trainer, examples = make_trainer(config(dropout=0.1))
+    other, _ = make_trainer(config(dropout=0.1, checkpointing=True))
+    assert difference(gradients(trainer, examples[:4])[1], gradients(other, examples[:4])[1]) < 1e-6
+    assert other.model.is_activation_checkpointing and not trainer.model.is_activation_checkpointing
+
+
+def test_a_training_step_leaves_nothing_alive(config):
+    """Without the garbage collector all activations of a step are freed: there are no reference cycles."""
+    trainer, examples = make_trainer(config())
+    alive = []
+    hook = lambda module, inputs, output: alive.append(weakref.ref(output))  # noqa: E731
+    for _, layer in lora.lora_layers(trainer.model):
+        layer.register_forward_hook(hook)
+    gc.collect()
+    gc.disable()
+    try:
+        trainer.accumulate(examples[:4], 0)
+        assert alive and not any(reference() is not None for reference in alive)
+    finally:
+        gc.enable()
+
+
+def test_bf16_is_close_to_float32(config):
+    for tuning in ("lora", "full"):
+        trainer, examples = make_trainer(config(tuning=tuning))
+        loss, exact = gradients(trainer, examples[:8])
+        trainer, _ = make_trainer(config(tuning=tuning, precision="bf16"))
+        rounded_loss, rounded = gradients(trainer, examples[:8])
+        assert rounded_loss == pytest.approx(loss, rel=2e-2)
+        assert rounded.dtype == torch.float32
+        assert torch.cosine_similarity(exact, rounded, dim=0) > 0.99
+
+
+# Models that cannot be trained this way, and those that packing would get wrong
+
+
+def small(kind, config_kind, **options):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 500, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2, "pad_token_id": 0}
+    return kind(config_kind(**sizes | options))
+
+
+def recurrent(folder, tokenizer):
+    layers = {"layer_types": ["linear_attention", "full_attention"], "head_dim": 8}
+    heads = {f"linear_{name}": 8 for name in ("key_head_dim", "value_head_dim")}
+    heads |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    small(Qwen3_5ForCausalLM, Qwen3_5TextConfig, **layers, **heads, tie_word_embeddings=True).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def convolutional(folder, tokenizer):
+    layers = {"layer_types": ["conv", "full_attention"], "eos_token_id": 2, "bos_token_id": 1}
+    small(Lfm2ForCausalLM, Lfm2Config, **layers).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("make", [recurrent, convolutional])
+def test_recurrent_and_convolutional_models_are_trained_like_each_example_alone(config, tmp_path, tiny_tokenizer, make):
+    """Gated DeltaNet (Qwen3.5) and short convolutions (LFM2) carry state along a row: examples must not share one."""
+    model = make(tmp_path / "model", tiny_tokenizer)
+    trainer, examples = make_trainer(config(model=model, dropout=0.0))
+    examples = max(train.split_step(examples, 2048), key=len)  # they are padded into one batch
+    assert len(examples) > 3 and len({len(example.ids) for example in examples}) > 1
+    loss, together = gradients(trainer, examples)
+    assert len(lora.lora_layers(trainer.model)) > 8
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    tokens, total = 0, 0.0
+    with torch.no_grad():
+        for _, layer in lora.lora_layers(trainer.model):
+            layer.b.zero_()
+        for example in examples:
+            labels = torch.where(example.weights > 0, example.ids, -100)
+            count = (example.weights > 0).sum().item()
+            total += reference(input_ids=example.ids[None], labels=labels[None]).loss.item() * count
+            tokens += count
+    assert gradients(trainer, examples)[0] == pytest.approx(total / tokens, rel=1e-5)
+
+
+def leak(model):
+    """Let one row of a batch see the others, as a layer with state would if examples were packed."""
+    body = model.get_decoder()
+    body.layers[0].register_forward_hook(lambda module, inputs, output: output + output.mean(dim=(0, 1)))
+
+
+def soft_cap(model):
+    model.lm_head.register_forward_hook(lambda module, inputs, output: 5 * torch.tanh(output / 5))
+
+
+@pytest.mark.parametrize("change", [leak, soft_cap])
+def test_a_model_whose_loss_would_be_wrong_is_refused(config, change):
+    model, _ = lora.load_model(config().model)
+    train.check_model(model)
+    change(model)
+    with pytest.raises(InputError, match="differ"):
+        train.check_model(model)
+
+
+def test_key_value_heads_are_copied_where_no_kernel_has_grouped_ones(config, monkeypatch):
+    """train.py sets a rule of transformers for this; the test notices a version in which the rule has no effect."""
+    calls, attention = [], torch.nn.functional.scaled_dot_product_attention
+
+    def record(query, key, value, **options):
+        calls.append((query.shape[1], key.shape[1], options.get("enable_gqa", False)))
+        return attention(query, key, value, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+    trainer, examples = make_trainer(config())
+    trainer.accumulate(examples[:2], 0)
+    assert set(calls) == {(4, 4, False)}
+
+
+def test_sliding_windows_are_respected(config, tmp_path, tiny_tokenizer):
+    options = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}
+    model = make_model(tmp_path / "model", tiny_tokenizer, **options)
+    trainer, examples = make_trainer(config(model=model, tuning="full"))
+    example = examples[0]
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    labels = torch.where(example.weights > 0, example.ids, -100)
+    expected = reference(input_ids=example.ids[None], labels=labels[None]).loss.item()
+    assert gradients(trainer, [example])[0] == pytest.approx(expected, rel=1e-5)
+    trainer, _ = make_trainer(config(tuning="full"))
+    assert gradients(trainer, [example])[0] != pytest.approx(expected, rel=1e-3)  # the window matters here
+
+
+# Memory
 
 
 class Memory:
     """Room for so many tokens, and for four times as many if they are checkpointed: stands in for a GPU's."""
 
     def __init__(self, monkeypatch, tokens):
-        self.tokens, self.attempts, self.forward = tokens, [], train.Student.forward
-        monkeypatch.setattr(train.Student, "forward", lambda student, examples: self.call(student, examples))
+        self.tokens, self.attempts, self.loss_of = tokens, [], train.loss_of
+        monkeypatch.setattr(train, "loss_of", self.call)
 
-    def call(self, student, examples):
-        loss = self.forward(student, examples)
-        checkpointed = student.model.is_activation_checkpointing
-        self.attempts.append((sum(student.lengths), len(examples), checkpointed))
-        if sum(student.lengths) > self.tokens * (4 if checkpointed else 1):
+    def call(self, model, examples, seed):
+        loss = self.loss_of(model, examples, seed)
+        tokens, checkpointed = len(examples) * len(examples[0].ids), model.is_activation_checkpointing
+        self.attempts.append((tokens, len(examples), checkpointed))
+        if tokens > self.tokens * (4 if checkpointed else 1):
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return loss
 
 
 def test_a_step_that_does_not_fit_is_cut_until_it_does(config, tmp_path, monkeypatch):
-    options = {"dropout": 0.0, "epochs": 1, "micro_tokens": 4096}
+    options = {"dropout": 0.1, "epochs": 1, "micro_tokens": 4096}
     whole = train.fit(config(out=str(tmp_path / "whole"), **options))
-    _, examples = make_student(config())
-    longest = max(len(example.ids) for example in examples)
+    longest = max(len(example.ids) for example in read_examples(config()))
     memory = Memory(monkeypatch, longest - 10)
     cut = train.fit(config(out=str(tmp_path / "cut"), **options))
     assert cut["loss"] == pytest.approx(whole["loss"], rel=1e-5)
     weights = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut")]
-    assert largest_difference(*weights) < 1e-5
-    assert whole["micro_tokens"] == 4096 and "checkpointed_from" not in whole
+    # AdamW divides by the root of the squared gradient, which amplifies rounding.
+    assert max(difference(weights[0][name], weights[1][name]) for name in weights[0]) < 1e-4
+    assert whole["micro_tokens"] == 4096 and whole["checkpointed_from"] is None
     assert cut["micro_tokens"] < longest - 10 < cut["checkpointed_from"] <= longest
     # What fitted was not checkpointed, and what did not fit was tried once.
     failed = [attempt for attempt in memory.attempts if attempt[0] > memory.tokens and not attempt[2]]
@@ -418,102 +543,65 @@ def test_a_step_that_does_not_fit_is_cut_until_it_does(config, tmp_path, monkeyp
     assert all(attempt[0] > memory.tokens and attempt[1] == 1 for attempt in memory.attempts if attempt[2])
 
 
-@pytest.mark.parametrize(
-    "processes, tokens, options, advice",
-    [
-        (1, 10, {}, "try --max-length, a smaller model or --parallel fsdp"),
-        (1, 10, {"checkpointing": True}, "try --max-length"),
-        (2, 150, {}, r"try --micro-tokens \d+ or --checkpointing"),
-        (2, 10, {"checkpointing": True, "micro_tokens": 1}, "try --max-length"),
-    ],
-)
-def test_what_never_fits_is_refused_with_advice(config, monkeypatch, processes, tokens, options, advice):
-    given = config(**options)
-    student, examples = make_student(given)
-    Memory(monkeypatch, tokens)
-    with pytest.raises(InputError, match="tokens at once do not fit into the device's memory; " + advice):
-        process = devices.Process(size=processes)
-        train.accumulate_what_fits(student, student, examples[:8], given, process, bf16=False, seed=0)
-
-
-def test_bf16_is_close_to_float32(config):
-    student, examples = make_student(config(tuning="full"))
-    loss, exact = gradients(student, examples[:8])
-    rounded_loss, rounded = gradients(student, examples[:8], bf16=True)
-    assert rounded_loss == pytest.approx(loss, rel=2e-2)
-    assert all(gradient.dtype == torch.float32 for gradient in rounded.values())
-    flat = lambda grads: torch.cat([g.flatten() for g in grads.values()])  # noqa: E731
-    assert torch.cosine_similarity(flat(exact), flat(rounded), dim=0) > 0.99
-
-
-def test_a_model_with_more_than_a_linear_head_is_refused(tmp_path, tokenizer):
-    model, _ = train.load_model(make_model(tmp_path / "model", tokenizer))
-    model.lm_head.register_forward_hook(lambda module, inputs, output: 5 * torch.tanh(output / 5) + 1)
-    with pytest.raises(InputError, match="more than a linear layer"):
-        train.Student(model)
-
-
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
-def test_the_schedules_are_transformers(config, schedule):
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([parameter], lr=2e-4)
-    reference = get_scheduler(schedule, optimizer, num_warmup_steps=0, num_training_steps=17)
-    for step in range(17):
-        rate = train.learning_rate(step, 17, config(schedule=schedule, lr=2e-4))
-        assert rate == pytest.approx(reference.get_last_lr()[0], abs=1e-12)
-        optimizer.step()
-        reference.step()
-    warm = [train.learning_rate(step, 17, config(schedule=schedule, warmup_steps=4, lr=1.0)) for step in range(5)]
-    assert warm == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+def test_what_never_fits_is_refused(config, monkeypatch):
+    trainer, examples = make_trainer(config())
+    Memory(monkeypatch, 10)
+    with pytest.raises(InputError, match=r"tokens does not fit into memory; try a lower --max-length"):
+        trainer.accumulate(examples[:8], seed=0)
 
 
 # Adapters
 
 
 def test_lora_starts_as_its_base_and_wraps_all_linear_layers_but_the_head(config):
-    student, _ = make_student(config())
-    wrapped = [name.rpartition(".")[2] for name, _ in lora.layers(student.model)]
+    trainer = train.Trainer(config(), CPU)
+    wrapped = [name.rpartition(".")[2] for name, _ in lora.lora_layers(trainer.model)]
     assert sorted(wrapped) == sorted(["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"] * 2)
-    assert {name.rpartition(".")[2] for name, p in student.named_parameters() if p.requires_grad} == {"a", "b"}
-    base, _ = train.load_model(config().model)
+    trained = {name.rpartition(".")[2] for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert trained == {"a", "b"}
+    base, _ = lora.load_model(config().model)
     ids = torch.arange(20)[None]
-    student.eval()
-    train.packed_attention.lengths = [20]
-    assert torch.equal(student.model(ids).logits, base(ids).logits) or torch.allclose(
-        student.model(ids).logits, base(ids).logits, atol=1e-5
-    )
+    torch.testing.assert_close(trainer.model.eval()(ids).logits, base(ids).logits, rtol=0, atol=1e-5)
 
 
-def test_a_tokenizer_of_ones_own_splits_text_as_its_file_says(tmp_path):
-    """AutoTokenizer gives a Qwen2 model Qwen2's splitting, whatever tokenizer.json holds."""
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<|endoftext|>": 0, "ab": 1, "c7": 2}, "<|endoftext|>"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    own = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
-    path = make_model(tmp_path / "model", own)
-    assert lora.load_tokenizer(path)("ab c7 ab")["input_ids"] == [1, 2, 1]
-    assert lora.load_tokenizer(path).eos_token == "<|endoftext|>"
-
-
-def test_an_adapter_is_saved_loaded_merged_and_continued(config, tmp_path):
+def test_an_adapter_is_saved_loaded_merged_and_continued(config, tmp_path, capsys):
     summary = train.fit(config(epochs=1))
     out = Path(config().out)
     names = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"}
-    assert names | {"run.json", "metrics.jsonl", "summary.json"} <= {path.name for path in out.iterdir()}
-    assert not (out / "checkpoint").exists()
+    names |= {"run.json", "metrics.jsonl", "summary.json", "training.json"}
+    assert {path.name for path in out.iterdir()} == names | {"tokenizer_config.json"}
+    record = lora.training_record(out)
+    assert record == {"method": None, "training": "distill", "system_prompt": None, "base": config().model}
+    assert lora.training_record(config().model) == {}
     ids = torch.arange(30)[None]
-    merged, _ = train.load_model(out)
-    unmerged, _ = train.load_model(out, merge=False)
-    base, _ = train.load_model(config().model)
-    assert not lora.layers(merged) and lora.layers(unmerged)
-    torch.testing.assert_close(merged(ids).logits, unmerged(ids).logits, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(merged(ids).logits, base(ids).logits, atol=1e-3)
+    unmerged, _ = lora.load_model(out)
+    base, _ = lora.load_model(config().model)
+    assert lora.lora_layers(unmerged) and not unmerged.training
+    assert difference(unmerged(ids).logits, base(ids).logits) > 1e-3
+    half, _ = lora.load_model(out, dtype=torch.bfloat16)
+    assert half(ids).logits.dtype == torch.bfloat16
 
-    lora.merge_adapter(lora.MergeConfig(adapter=str(out), out=str(tmp_path / "merged"), dtype="float32"))
-    again, _ = train.load_model(tmp_path / "merged")
-    assert torch.equal(again(ids).logits, merged(ids).logits)
+    kept = {}
+    for dtype in ("float32", "bfloat16"):
+        folder = tmp_path / dtype
+        lora.merge_adapter(lora.MergeConfig(adapter=str(out), out=str(folder), dtype=dtype))
+        kept[dtype] = float(capsys.readouterr().out.split("keep ")[1].split("%")[0])
+        assert lora.training_record(folder) == record
+    assert kept["float32"] == 100.0 and 90 < kept["bfloat16"] < 100
+    merged, _ = lora.load_model(tmp_path / "float32")
+    torch.testing.assert_close(merged(ids).logits, unmerged(ids).logits, rtol=1e-4, atol=1e-4)
+    rounded, _ = lora.load_model(tmp_path / "bfloat16")
+    expected = merged.model.layers[0].mlp.up_proj.weight.to(torch.bfloat16).float()
+    assert torch.equal(rounded.model.layers[0].mlp.up_proj.weight, expected)  # cast once
+
+    for _, layer in lora.lora_layers(unmerged):
+        layer.b.data /= 1000  # as after a very short training
+    lora.save_lora(unmerged, tmp_path / "short", config().model)
+    lora.merge_adapter(lora.MergeConfig(adapter=str(tmp_path / "short"), out=str(tmp_path / "lost")))
+    assert float(capsys.readouterr().out.split("keep ")[1].split("%")[0]) < 70
 
     more = config(model=str(out), out=str(tmp_path / "more"), epochs=1)
-    continued, examples = make_student(more)
+    continued = train.Trainer(more, CPU)
     assert torch.equal(continued.model.get_submodule("model.layers.0.mlp.up_proj").a, first_weight(out))
     assert train.fit(more)["loss"] < summary["loss"]
     adapter_config = json.loads((tmp_path / "more" / "adapter_config.json").read_text())
@@ -527,65 +615,58 @@ def first_weight(folder):
     return weights["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"]
 
 
-@pytest.mark.parametrize(
-    "change, reason",
-    [
-        ({"peft_type": "LOHA"}, "LOHA"),
-        ({"use_dora": True}, "use_dora"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"bias": "all"}, "bias"),
-    ],
-)
-def test_an_adapter_of_another_kind_is_refused(config, tmp_path, change, reason):
-    student, _ = make_student(config())
-    lora.save(student.model, tmp_path / "adapter", config().model)
+@pytest.mark.parametrize("change", [{"peft_type": "LOHA"}, {"alpha_pattern": {"q_proj": 3}}])
+def test_an_adapter_of_another_kind_is_refused(config, tmp_path, change):
+    trainer = train.Trainer(config(), CPU)
+    lora.save_lora(trainer.model, tmp_path / "adapter", config().model)
     path = tmp_path / "adapter" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(InputError, match=reason):
-        train.load_model(tmp_path / "adapter")
+    with pytest.raises(InputError, match="only plain LoRA"):
+        lora.load_model(tmp_path / "adapter")
 
 
-def test_another_models_adapter_is_refused(config, tmp_path, tokenizer):
-    student, _ = make_student(config())
-    lora.save(student.model, tmp_path / "adapter", make_model(tmp_path / "wide", tokenizer, hidden_size=64))
-    with pytest.raises(InputError, match="does not fit"):
-        train.load_model(tmp_path / "adapter")
-    lora.save(student.model, tmp_path / "adapter", make_model(tmp_path / "low", tokenizer, num_hidden_layers=1))
-    with pytest.raises(InputError, match=r"no layer model\.layers\.1"):
-        train.load_model(tmp_path / "adapter")
+def test_another_models_adapter_is_refused(config, tmp_path, tiny_tokenizer):
+    trainer = train.Trainer(config(), CPU)
+    for name, options in {"wide": {"hidden_size": 64}, "low": {"num_hidden_layers": 1}}.items():
+        base = make_model(tmp_path / name, tiny_tokenizer, **options)
+        lora.save_lora(trainer.model, tmp_path / "adapter", base)
+        with pytest.raises(InputError, match="does not fit"):
+            lora.load_model(tmp_path / "adapter")
 
 
 # Whole runs
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
-def test_it_overfits_one_batch(config, tmp_path, tokenizer, tuning):
-    model = make_model(tmp_path / "wide", tokenizer, hidden_size=64)  # 32 are too few under a frozen random head
+def test_it_overfits_one_batch(config, tmp_path, tiny_tokenizer, tuning):
+    model = make_model(tmp_path / "wide", tiny_tokenizer, hidden_size=64)  # 32 are too few under a frozen random head
     rng = random.Random(5)
     path = write_jsonl(tmp_path / "few.jsonl", [{"messages": conversation(rng, 2)} for _ in range(4)])
-    options = {"data": [path], "model": model, "tuning": tuning, "batch_size": 4, "epochs": 150, "lr": 1e-2}
-    options |= {"rank": 32, "alpha": 64}
-    options |= {"dropout": 0.0, "schedule": "cosine", "validation": [path], "val_every": 50}
+    options = {"data": [path], "model": model, "tuning": tuning, "batch_size": 4, "epochs": 100, "lr": 1e-2}
+    options |= {"rank": 32, "alpha": 64, "dropout": 0.0}
     summary = train.fit(config(**options))
     assert summary["loss"] < 0.1
-    rows = [json.loads(line) for line in (Path(config().out) / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows if "validation_loss" in row] == [50, 100, 150]
-    assert rows[-1]["validation_loss"] == pytest.approx(summary["loss"], abs=0.02)
-    model, tokenizer = train.load_model(config().out)
-    prompt = chat.render(tokenizer, conversation(random.Random(5), 2)[:2], reply=True)
+    model, tokenizer = lora.load_model(config().out)
+    messages = conversation(random.Random(5), 2)
+    prompt = train.render(tokenizer, messages[:2], reply=True)
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     written = model.generate(**ids, max_new_tokens=80, do_sample=False, eos_token_id=tokenizer.eos_token_id)
-    reply = tokenizer.decode(written[0, ids["input_ids"].shape[1] :])
-    assert reply == conversation(random.Random(5), 2)[2]["content"] + "<|im_end|>"
+    assert tokenizer.decode(written[0, ids["input_ids"].shape[1] :]) == messages[2]["content"] + "<|im_end|>"
 
 
-def test_pretokenised_rows_train_from_scratch(config, tmp_path):
-    rows = [{"input_ids": [5, 6, 7, 8] * 4, "loss_mask": [0] * 4 + [1] * 12} for _ in range(8)]
-    path = write_jsonl(tmp_path / "copies.jsonl", rows)
-    summary = train.fit(config(data=[path], tuning="full", epochs=60, lr=1e-2, batch_tokens=128))
-    assert (summary["tokens"], summary["trained_tokens"]) == (128, 96)
-    assert summary["steps"] == 60 and summary["loss"] < 0.1
-    assert train.load_model(config().out)[0].config.tie_word_embeddings
+def test_the_learning_rate_is_that_of_transformers(config):
+    for warmup in (0, 4):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-4)
+        reference = get_scheduler("linear", optimizer, num_warmup_steps=warmup, num_training_steps=17)
+        for step in range(17):
+            # transformers begins its warm-up with a step of rate 0; here no step is wasted.
+            if step >= warmup:
+                rate = train.learning_rate(step, 17, config(warmup_steps=warmup, lr=2e-4))
+                assert rate == pytest.approx(reference.get_last_lr()[0], abs=1e-12)
+            optimizer.step()
+            reference.step()
+    warm = [train.learning_rate(step, 17, config(warmup_steps=4, lr=1.0)) for step in range(5)]
+    assert warm == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
 
 
 def test_a_finished_folder_is_kept_and_another_configuration_refused(config):
@@ -594,22 +675,19 @@ def test_a_finished_folder_is_kept_and_another_configuration_refused(config):
     stamp = weights.stat().st_mtime_ns
     assert train.fit(config(epochs=1, quiet=False)) == first
     assert weights.stat().st_mtime_ns == stamp
-    with pytest.raises(InputError, match=r"--lr 0\.001, not 0\.1"):
+    with pytest.raises(InputError, match=r"lr 0\.001, not 0\.1"):
         train.fit(config(epochs=1, lr=0.1))
+    with pytest.raises(InputError, match="weigh"):
+        train.fit(config(epochs=1), weigh=lambda text, turn, row: 2.0)
 
 
 def test_a_checkpoint_of_other_data_is_refused(config, tmp_path):
-    rows = [{"messages": conversation(random.Random(i))} for i in range(3)]
-    path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    student, examples = make_student(config(data=[path]))
-    optimizer = train.make_optimizer(student, config())
-    gradients(student, examples)
-    optimizer.step()
-    checkpoint = Path(config().out) / "checkpoint" / "state.pt"
-    train.save_checkpoint(checkpoint, 1, student, optimizer, chat.fingerprint(examples), True)
-    write_jsonl(tmp_path / "rows.jsonl", rows[:2])
+    trainer, examples = make_trainer(config())
+    gradients(trainer, examples[:2])
+    trainer.update(1e-3, 1.0)
+    trainer.save(Path(config().out) / "checkpoint" / "state.pt", 1, "other")
     with pytest.raises(InputError, match="other data"):
-        train.fit(config(data=[path]))
+        train.fit(config())
 
 
 def command(config, *options):
@@ -630,131 +708,68 @@ def metrics(folder):
 
 def test_killed_at_random_moments_it_ends_bit_for_bit_the_same(config, tmp_path):
     straight, killed = config(out=str(tmp_path / "straight")), config(out=str(tmp_path / "killed"))
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     run_here(straight)
-    rng, kills = random.Random(7), 0
-    while kills < 3:
-        process = subprocess.Popen([sys.executable, *command(killed)], env=environment)
-        path, before = Path(killed.out) / "metrics.jsonl", 0
-        target = 5 + 9 * kills + rng.randint(0, 6)  # of the 36 steps
-        while process.poll() is None and before < target:
-            before = path.read_bytes().count(b"\n") if path.exists() else 0
+    rng = random.Random(7)
+    for kill in range(2):
+        process = subprocess.Popen([sys.executable, *command(killed)])
+        path, rows = Path(killed.out) / "metrics.jsonl", 0
+        target = 5 + 14 * kill + rng.randint(0, 6)  # of the 36 steps
+        while process.poll() is None and rows < target:
+            rows = path.read_bytes().count(b"\n") if path.exists() else 0
             time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        kills += 1
     assert not (Path(killed.out) / "summary.json").exists()
     assert (Path(killed.out) / "checkpoint" / "state.pt").exists()
-    subprocess.run([sys.executable, *command(killed)], check=True, env=environment)
+    run_here(killed)
     assert metrics(killed.out) == metrics(straight.out)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (Path(killed.out) / name).read_bytes() == (Path(straight.out) / name).read_bytes()
     assert not (Path(killed.out) / "checkpoint").exists()
 
 
-PROCESSES = """
-import sys
-import torch
-from test_train import step_gradients
-import devices
-import train
-
-options, out = eval(sys.argv[1]), sys.argv[2]
-results = {}
-for tuning in ("lora", "full"):
-    for parallel in ("ddp", "fsdp"):
-        config = train.Config(**options, tuning=tuning, parallel=parallel)
-        process = devices.start_process(config)
-        results[tuning, parallel] = step_gradients(config, process)
-if process.first:
-    torch.save(results, out)
-devices.stop_process()
-"""
-
-
-def step_gradients(config, process):
-    """(loss, gradient norm, gradients) of one step on 7 examples, on however many processes there are."""
-    torch.manual_seed(config.seed)
-    student, _ = train.build_student(config, process, bf16=False)
-    generator = torch.Generator().manual_seed(1)
-    for _, layer in lora.layers(student.model):  # B = 0 would leave A without a gradient
-        layer.b.data = torch.randn(layer.b.shape, generator=generator) * 0.1
-    call = train.distribute(student, config, process)
-    examples, _ = chat.read_examples(config.data, lora.load_tokenizer(config.model), config, quiet=True)
-    micro_batches = chat.split_step(examples[:7], config.micro_tokens, process.size)[process.rank]
-    trained = sum(len(example.trained) for example in examples[:7])
-    loss = train.accumulate(call, micro_batches, trained, process, bf16=False)
-    norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1e9)
-    gradients = {name: devices.whole(p.grad) for name, p in student.named_parameters() if p.requires_grad}
-    return loss.item(), devices.whole(norm).item(), gradients
-
-
-def test_two_processes_give_the_gradients_of_one(config, tmp_path):
-    script, out = tmp_path / "processes.py", tmp_path / "gradients.pt"
-    script.write_text(PROCESSES)
-    options = vars(config(dropout=0.0, micro_tokens=300))
-    del options["tuning"], options["parallel"]
-    torchrun("2", str(script), repr(options), str(out), check=True)
-    results = torch.load(out)
-    assert len(results) == 4
-    for (tuning, parallel), (loss, norm, gradients) in results.items():
-        expected = step_gradients(train.Config(**options, tuning=tuning), devices.Process())
-        assert loss == pytest.approx(expected[0], rel=1e-6), (tuning, parallel)
-        assert norm == pytest.approx(expected[1], rel=1e-5), (tuning, parallel)
-        assert largest_difference(gradients, expected[2]) < 1e-6, (tuning, parallel)
-
-
-def torchrun(processes, *arguments, check=False):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", processes]
-    command += ["--master-port", str(free_port()), *arguments]
-    return subprocess.run(command, check=True, env=environment) if check else subprocess.Popen(command, env=environment)
-
-
-def free_port():
+def test_two_processes_train_as_one(config, tmp_path):
+    """With torchrun and dropout: the losses and gradient norms of all steps, and the same files."""
+    one, two = config(out=str(tmp_path / "one")), config(out=str(tmp_path / "two"))
+    options = ["--epochs", "1", "--batch-size", "7"]
+    run_here(one, *options)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def test_a_sharded_run_is_saved_once_and_resumes(config, tmp_path):
-    """FSDP on two processes, killed after its checkpoint, continued: what one process would have made."""
-    straight = config(out=str(tmp_path / "one"))
-    no_dropout = ["--dropout", "0", "--epochs", "1", "--validation", config().data[0]]
-    run_here(straight, *no_dropout)
-    sharded = config(out=str(tmp_path / "two"))
-    arguments = ["2", *command(sharded, *no_dropout, "--parallel", "fsdp")]
-    process = torchrun(*arguments)
-    checkpoint = Path(sharded.out) / "checkpoint" / "state.pt"
-    while process.poll() is None and not checkpoint.exists():
-        time.sleep(0.002)
-    process.send_signal(signal.SIGTERM)  # torchrun ends its processes
-    process.wait()
-    assert not (Path(sharded.out) / "summary.json").exists()
-    torchrun(*arguments, check=True)
-    one, two = (json.loads((Path(c.out) / "summary.json").read_text()) for c in (straight, sharded))
-    assert (one["processes"], two["processes"]) == (1, 2)
-    assert two["validation_loss"] == pytest.approx(one["validation_loss"], abs=1e-3)
-    ids = torch.arange(30)[None]
-    logits = [train.load_model(c.out)[0](ids).logits for c in (straight, sharded)]
-    torch.testing.assert_close(*logits, rtol=1e-2, atol=1e-2)
+        port = str(probe.getsockname()[1])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
+    subprocess.run([*torchrun, *command(two, *options)], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    rows = [[json.loads(line) for line in metrics(folder.out).splitlines()] for folder in (one, two)]
+    for a, b in zip(*rows, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5) and b["tokens"] == a["tokens"]
+        assert b["gradient_norm"] == pytest.approx(a["gradient_norm"], rel=1e-4)
+    assert json.loads((Path(two.out) / "summary.json").read_text())["processes"] == 2
+    weights = [load_file(Path(folder.out) / "adapter_model.safetensors") for folder in (one, two)]
+    assert max(difference(weights[0][name], weights[1][name]) for name in weights[0]) < 1e-3
 
 
 # The command line
 
 
-def run(*arguments):
-    return subprocess.run([sys.executable, str(ROOT / "train.py"), *arguments], capture_output=True, text=True)
-
-
-def test_show_prints_trained_tokens_apart_and_counts(config, tokenizer):
-    result = run("show", *config().data, "--model", config().model, "--example", "2")
-    assert result.returncode == 0, result.stderr
+def test_show_prints_trained_tokens_apart_and_counts(config, tiny_tokenizer, capsys, tmp_path):
+    show = train.ShowConfig(data=config().data, model=config().model, example=2)
+    train.show(show)
+    output = capsys.readouterr().out
     messages = [json.loads(line) for line in Path(config().data[0]).read_text().splitlines()][1]["messages"]
-    trained = [part.split("⟧")[0] for part in result.stdout.split("⟦")[1:]]
-    assert trained == [m["content"] + "<|im_end|>" for m in messages if m["role"] == "assistant"]
-    _, counts = chat.read_examples(config().data, tokenizer, config())
-    assert f"trained tokens {counts['trained_tokens']:,}" in result.stdout
+    replies = [m["content"] + "<|im_end|>" for m in messages if m["role"] == "assistant"]
+    assert [part.split("⟧")[0] for part in output.split("⟦")[1:]] == replies
+    _, _, counts = train.read_conversations(tiny_tokenizer, config())
+    assert f"trained tokens {counts['trained_tokens']:,}" in output
+    assert "every conversation is one example" in output
+    train.show(show, weigh=lambda text, turn, row: 0.5)
+    assert [part.split("⟧")[0] for part in capsys.readouterr().out.split("⟦")[1:]] == ["0.5|" + r for r in replies]
+
+    tokenizer = lora.load_tokenizer(config().model)
+    tokenizer.chat_template = STRIPS
+    model = make_model(tmp_path / "strips", tokenizer)
+    train.show(train.ShowConfig(data=config().data, model=model, example=2))
+    output = capsys.readouterr().out
+    assert "rewrites earlier turns" in output
+    assert [part.split("⟧")[0] for part in output.split("⟦")[1:]] == replies
 
 
 @pytest.mark.parametrize(
@@ -766,9 +781,11 @@ def test_show_prints_trained_tokens_apart_and_counts(config, tokenizer):
         (["DATA", "--model", "MODEL", "--lrr", "1"], "--lrr"),
         (["DATA", "--model", "MODEL", "--tuning", "prefix"], "prefix"),
         (["DATA", "--model", "MODEL", "--batch-size", "0"], "batch-size"),
+        (["DATA", "--model", "MODEL", "--dropout", "1"], "dropout"),
     ],
 )
-def test_a_wrong_command_gets_one_line_and_status_2(config, tmp_path, capsys, arguments, reason):
+def test_a_wrong_command_gets_one_line_and_status_2(config, tmp_path, capsys, monkeypatch, arguments, reason):
+    monkeypatch.setattr(os, "_exit", lambda status: sys.exit(status))  # the command line ends the process this way
     names = {"DATA": config().data[0], "MODEL": config().model}
     arguments = [names.get(argument, argument) for argument in arguments]
     with pytest.raises(SystemExit) as stop:

@@ -1,4 +1,4 @@
-"""The training room against trl, peft and transformers' Trainer: the same tokens, losses, adapters and logits.
+"""Training beside trl, peft and transformers' Trainer: the same tokens, losses, adapters and logits.
 
 python -m pytest tests/test_train_interop.py        # where trl and peft are installed (requirements-dev.txt)
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("trl")
+trl = pytest.importorskip("trl")
 peft = pytest.importorskip("peft")
 
 from datasets import Dataset  # noqa: E402
@@ -18,11 +18,9 @@ from torch.utils.data import SequentialSampler  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 from trl import SFTConfig, SFTTrainer  # noqa: E402
 
-import chat  # noqa: E402
-import devices  # noqa: E402
-import lora  # noqa: E402
 import train  # noqa: E402
-from test_train import conversation, make_model, make_tokenizer, write_jsonl  # noqa: E402
+from common import lora  # noqa: E402
+from conftest import conversation, make_model, make_tokenizer, write_jsonl  # noqa: E402
 
 # ChatML with trl's markers around the content and the end-of-turn token. (trl's own Qwen2.5 template also trains the
 # newlines on both sides, of which the first belongs to the header and the second is never generated.)
@@ -36,7 +34,7 @@ STEPS, BATCH = 20, 4
 
 
 class InOrderTrainer(SFTTrainer):
-    """Takes the examples as they come, and keeps every step's loss unrounded."""
+    """Takes the examples in their order, and keeps every step's loss unrounded."""
 
     def _get_train_sampler(self, *arguments):
         return SequentialSampler(self.train_dataset)
@@ -49,7 +47,7 @@ class InOrderTrainer(SFTTrainer):
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
-    """(model folder, data file, conversations, configuration for one pass of 20 steps)"""
+    """(conversations, options of a run of 20 steps)"""
     folder = tmp_path_factory.mktemp("interop")
     tokenizer = make_tokenizer()
     tokenizer.chat_template = MARKED
@@ -63,33 +61,35 @@ def setting(tmp_path_factory):
 
 def trl_trainer(model, tokenizer, conversations, folder, lr):
     arguments = SFTConfig(
-        output_dir=str(folder),
-        assistant_only_loss=True,
-        per_device_train_batch_size=BATCH,
-        num_train_epochs=1,
-        learning_rate=lr,
-        lr_scheduler_type="linear",
-        max_length=None,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to="none",
-        save_strategy="no",
-        logging_steps=1,
-        disable_tqdm=True,
-    )
+        output_dir=str(folder), assistant_only_loss=True, per_device_train_batch_size=BATCH, num_train_epochs=1,
+        learning_rate=lr, lr_scheduler_type="linear", max_length=None, use_cpu=True, bf16=False, disable_tqdm=True,
+        gradient_checkpointing=False, report_to="none", save_strategy="no", logging_steps=1,
+    )  # fmt: skip
     rows = Dataset.from_list([{"messages": messages} for messages in conversations])
     return InOrderTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
 
 
-def in_our_order(conversations, options, out):
-    config = train.Config(out=str(out), **options)
-    examples, _ = chat.read_examples(config.data, AutoTokenizer.from_pretrained(config.model), config, quiet=True)
-    return [conversations[i] for step in chat.plan_steps(examples, config) for i in step]
+def assert_same_logits(one, other):
+    """The logits of two models differ by no more than rounding: 1e-5 of the largest."""
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        expected = other(ids).logits
+        assert (one(ids).logits - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-def our_losses(out):
-    return [json.loads(line)["loss"] for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+def compare_losses(model, conversations, options, folder):
+    """Train the model, which is the same, here and with trl, on the same conversations in the same order."""
+    train.fit(train.Config(out=str(folder / "ours"), **options))
+    config = train.Config(out=str(folder / "ours"), **options)
+    tokenizer = lora.load_tokenizer(config.model)
+    steps = train.plan_steps([[messages] for messages in conversations], config)
+    ordered = [messages for step in steps for messages in step]
+    trainer = trl_trainer(model, tokenizer, ordered, folder / "trl", options["lr"])
+    trainer.train()
+    ours = [json.loads(line)["loss"] for line in (folder / "ours" / "metrics.jsonl").read_text().splitlines()]
+    assert len(ours) == len(trainer.losses) == STEPS
+    assert ours[0] - ours[-1] > 0.1  # the model does learn
+    assert max(abs(a - b) for a, b in zip(ours, trainer.losses, strict=True)) < 1e-4
 
 
 def test_token_ids_and_mask_are_those_trl_trains(setting, tmp_path):
@@ -100,52 +100,73 @@ def test_token_ids_and_mask_are_those_trl_trains(setting, tmp_path):
     rows = list(trainer.train_dataset)
     assert len(rows) == len(conversations)
     for row, messages in zip(rows, conversations, strict=True):
-        ids, mask = train.encode(tokenizer, messages)
+        [(ids, weights)] = train.encode(tokenizer, messages)
         assert ids == row["input_ids"]
         labels = trainer.data_collator([row])["labels"][0].tolist()
-        assert [id if trained else -100 for id, trained in zip(ids, mask, strict=True)] == labels
+        assert [id if weight else -100 for id, weight in zip(ids, weights, strict=True)] == labels
+
+
+TEMPLATES = {  # trl's copies of published templates, and whether they rewrite earlier turns
+    "qwen2_5": False, "llama3_2": False, "phi3": False, "qwen3_instruct_2507": False, "qwen3": True,
+    "qwen3_5_think": True, "qwen3_5_nothink": True, "qwen3_6": True, "qwen3_8": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("thinking", [True, False, None])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_published_templates_are_trained_as_the_model_is_prompted(name, thinking, monkeypatch):
+    file = Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja"
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = file.read_text()
+    tokenizer.bos_token = "<|endoftext|>"
+    special = ["<|assistant|>", "<|start_header_id|>", "<|end_header_id|>", "<|end|>", "<|im_start|>", "<|eot_id|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    options = {"date_string": "26 Jul 2024"} | ({} if thinking is None else {"enable_thinking": thinking})
+    monkeypatch.setattr(train, "TEMPLATE_OPTIONS", options)
+    messages = conversation(random.Random(0), 3)
+    examples = train.encode(tokenizer, messages)
+    if not TEMPLATES[name]:
+        assert len(examples) == 1
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    trained = []
+    for ids, weights in examples:
+        starts = [n for n in range(1, len(ids)) if weights[n] and not weights[n - 1]]
+        trained += [(ids, weights, start) for start in starts]
+    assert len(trained) == len(turns)
+    for i, (ids, weights, start) in zip(turns, trained, strict=True):
+        prompt = tokenizer.apply_chat_template(messages[:i], add_generation_prompt=True, tokenize=False, **options)
+        end = next(n for n in range(start, len(ids) + 1) if n == len(ids) or not weights[n])
+        assert ids[:start] == tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        reply = tokenizer.decode(ids[start:end])
+        whole = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False, **options)
+        assert whole.startswith(prompt + reply)  # what the template makes of this turn, up to its end
+        assert tokenizer.convert_ids_to_tokens(ids[end - 1]) in ("<|im_end|>", "<|eot_id|>", "<|end|>")
+        content = messages[i]["content"]
+        thought = reply.removesuffix(tokenizer.convert_ids_to_tokens(ids[end - 1])).rstrip().removesuffix(content)
+        assert thought.replace("<think>", "").replace("</think>", "").strip() == ""
 
 
 def test_full_fine_tuning_has_trls_losses(setting, tmp_path):
     conversations, options = setting
-    train.fit(train.Config(out=str(tmp_path / "ours"), tuning="full", **options))
-    tokenizer = AutoTokenizer.from_pretrained(options["model"])
     model = AutoModelForCausalLM.from_pretrained(options["model"], dtype=torch.float32)
-    ordered = in_our_order(conversations, options, tmp_path / "ours")
-    trainer = trl_trainer(model, tokenizer, ordered, tmp_path / "trl", options["lr"])
-    trainer.train()
-    ours = our_losses(tmp_path / "ours")
-    assert len(ours) == len(trainer.losses) == STEPS
-    assert ours[0] - ours[-1] > 0.3  # it did learn
-    assert max(abs(a - b) for a, b in zip(ours, trainer.losses, strict=True)) < 1e-4
+    compare_losses(model, conversations, options | {"tuning": "full"}, tmp_path)
 
 
 def test_lora_has_trls_losses_and_peft_loads_the_result(setting, tmp_path):
     conversations, options = setting
-    torch.manual_seed(3)
-    start = train.Config(out=str(tmp_path / "unused"), **options)
-    student, base = train.build_student(start, devices.Process(), bf16=False)
-    lora.save(student.model, tmp_path / "start", base)  # both begin with the same adapter, which PEFT reads from us
-    options = options | {"model": str(tmp_path / "start")}
-    train.fit(train.Config(out=str(tmp_path / "ours"), **options))
-
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    trainer = train.Trainer(train.Config(out="", **options), torch.device("cpu"))
+    lora.save_lora(trainer.model, tmp_path / "start", trainer.base)  # both begin with the same adapter
+    model = AutoModelForCausalLM.from_pretrained(trainer.base, dtype=torch.float32)
     model = peft.PeftModel.from_pretrained(model, tmp_path / "start", is_trainable=True)
-    ordered = in_our_order(conversations, options | {"model": base}, tmp_path / "ours")
-    trainer = trl_trainer(model, tokenizer, ordered, tmp_path / "trl", options["lr"])
-    trainer.train()
-    ours = our_losses(tmp_path / "ours")
-    assert len(ours) == len(trainer.losses) == STEPS
-    assert ours[0] - ours[-1] > 0.1
-    assert max(abs(a - b) for a, b in zip(ours, trainer.losses, strict=True)) < 1e-4
+    compare_losses(model, conversations, options | {"model": str(tmp_path / "start")}, tmp_path)
 
-    ids = torch.arange(40)[None]
     theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32).eval()
-    unmerged, _ = train.load_model(tmp_path / "ours", merge=False)
-    torch.testing.assert_close(unmerged(ids).logits, theirs(ids).logits, rtol=0, atol=1e-5)
-    merged, _ = train.load_model(tmp_path / "ours")
-    torch.testing.assert_close(merged(ids).logits, theirs.merge_and_unload()(ids).logits, rtol=0, atol=1e-5)
+    ours, _ = lora.load_model(tmp_path / "ours")
+    assert_same_logits(ours, theirs)
+    merge = {"adapter": str(tmp_path / "ours"), "out": str(tmp_path / "merged"), "dtype": "float32"}
+    lora.merge_adapter(lora.MergeConfig(**merge))
+    merged, _ = lora.load_model(tmp_path / "merged")
+    assert_same_logits(merged, theirs.merge_and_unload())
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"target_modules": ["q_proj", "v_proj"]}])
@@ -154,13 +175,20 @@ def test_an_adapter_made_by_peft_loads_here(setting, tmp_path, options):
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     settings = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     torch.manual_seed(1)
-    config = peft.LoraConfig(**settings | options, init_lora_weights=False)
-    theirs = peft.get_peft_model(model, config).eval()
+    theirs = peft.get_peft_model(model, peft.LoraConfig(**settings | options, init_lora_weights=False)).eval()
     theirs.save_pretrained(tmp_path / "adapter")
-    ours, tokenizer = train.load_model(tmp_path / "adapter", merge=False)
+    ours, tokenizer = lora.load_model(tmp_path / "adapter")
     assert tokenizer.chat_template == MARKED
-    ids = torch.arange(40)[None]
-    torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=0, atol=1e-5)
-    lora.save(ours, tmp_path / "again", base)
+    assert_same_logits(ours, theirs)
+    lora.save_lora(ours, tmp_path / "again", base)
     again = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32).eval()
-    torch.testing.assert_close(again(ids).logits, theirs(ids).logits, rtol=0, atol=1e-5)
+    assert_same_logits(again, theirs)
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"bias": "lora_only"}, {"modules_to_save": ["lm_head"]}])
+def test_an_adapter_of_peft_that_is_more_than_lora_is_refused(setting, tmp_path, options):
+    model = AutoModelForCausalLM.from_pretrained(setting[1]["model"], dtype=torch.float32)
+    settings = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    peft.get_peft_model(model, peft.LoraConfig(**settings | options)).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(train.InputError, match="not a LoRA weight|plain LoRA"):
+        lora.load_model(tmp_path / "adapter")
