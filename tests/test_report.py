@@ -1,118 +1,274 @@
-"""Intervals, tables and the page: against closed forms, and in a real browser where there is one."""
+"""The report: intervals against closed forms and simulation, pooling of seeds, tables, the page and the pictures.
+
+    python -m pytest tests/test_report.py
+
+The page is opened in Chromium where there is one.
+"""
 
 import json
+import re
 import shutil
 import subprocess
+import xml.etree.ElementTree
 
 import numpy as np
 import pytest
 
-import evaluate
-import report
-from common import InputError
+from common import InputError, pictures, report, write_json, write_jsonl
+
+HOSTILE = "</script><script>document.title = 'broken'</script><b>&amp;\x07"
+SEARCH = {"thought": "I search.", "code": "print(web_search('x'))", "observation": "Observation:\no", "vote": 0,
+          "error_kind": None}  # fmt: skip
+FINAL = {"thought": "I know.", "code": "final_answer('a')", "observation": "", "vote": 0, "error_kind": None}
+NO_CODE = {"thought": "Words. " * 200, "code": None, "observation": "Observation:\nno code", "vote": None,
+           "error_kind": "no_code"}  # fmt: skip
 
 
-def write_run(folder, name, method, rights, parameters=1000, **row):
-    """A run folder as evaluate.py leaves it. rights: {task: list of outcomes}."""
-    folder.mkdir(parents=True)
-    (folder / "run.json").write_text(json.dumps({"name": name, "method": method, "training": "distill", "sc": 1}))
-    (folder / "model.json").write_text(json.dumps({"model": "x", "parameters": parameters}))
-    step = {"thought": "t", "code": "web_search('x')", "observation": "o", "error_kind": None}
-    with open(folder / "transcripts.0.jsonl", "w") as file:
-        for task, outcomes in rights.items():
-            for i, right in enumerate(outcomes):
-                base = {
-                    "id": str(i), "task": task, "kind": "fact", "domain": "in" if task == "hotpotqa" else "out",
-                    "question": f"Q {i}", "answer": "a", "prediction": "a" if right else "b", "correct": bool(right),
-                    "why": "exact", "stop": "final_answer", "steps": [step], "usage": {"completion_tokens": 10},
-                }  # fmt: skip
-                file.write(json.dumps(base | row) + "\n")
-    report.summarise(folder)
+def write_run(folder, rights, method="agent", training="distill", parameters=1000, steps=(SEARCH, FINAL), **options):
+    """A run folder as evaluate.py writes it. rights: {task: right or wrong for each question}; returns the folder."""
+    row_options = {name: options.pop(name) for name in ("question", "stop") if name in options}
+    config = {"name": "S", "method": method, "sc": 1, "temperature": 0.4, "seed": 0, "out": str(folder),
+              "max_tokens": 64, "prompts_sha256": "a" * 64, "search": f"{folder.parent}/index"}  # fmt: skip
+    rows = [
+        {"id": f"{i}", "task": task, "kind": "fact", "question": f"{task} {i}?", "answer": "a", "method": method,
+         "prediction": "a" if right else "b", "correct": bool(right), "why": "exact", "stop": "final_answer",
+         "error": None, "steps": list(steps), "usage": {"completion_tokens": 10}} | row_options
+        for task, outcomes in rights.items() for i, right in enumerate(outcomes)
+    ]  # fmt: skip
+    write_json(folder / "run.json", config | options)
+    write_json(folder / "model.json", {"model": "x", "parameters": parameters, "training": training})
+    write_jsonl(folder / "transcripts.0.jsonl", rows)
+    return folder
 
 
-def test_interval_is_the_bootstrap_of_the_answers():
-    """Drawing a binomial is resampling right-or-wrong answers: the same quantiles as the plain bootstrap."""
+def lines_of(text):
+    """The rows of the first table of a Markdown text, as {head: cell}."""
+    lines = [line for line in text.split("Means per")[0].splitlines() if line.startswith("|")]
+    head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+# ---------------------------------------------------------------------------------------------
+# Intervals
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 12), (12, 12), (5, 12), (37, 500)])
+def test_wilson_ends_lie_1_96_standard_errors_from_the_estimate(right, n):
+    """The definition: the ends are the p with |estimate - p| = z sqrt(p (1 - p) / n). None is empty."""
+    low, high = report.wilson(right / n, n)
+    assert low < high and 0 <= low <= right / n <= high <= 1
+    for end in {low, high} - {0.0, 1.0}:
+        assert abs(right / n - end) == pytest.approx(1.959964 * np.sqrt(end * (1 - end) / n))
+    assert report.wilson(0, 12) == (0.0, pytest.approx(0.2425, abs=1e-4))
+
+
+def test_interval_of_one_seed_is_that_of_its_questions():
+    seed = {"a": dict(enumerate([1] * 5 + [0] * 15)), "b": dict(enumerate([1] * 10 + [0] * 10))}
+    assert report.interval([seed]) == (0.375, *report.wilson(0.375, 40))
+    assert report.interval([{"a": {0: False, 1: False}}])[2] > 0.5
+
+
+def test_interval_of_seeds_is_the_bootstrap_in_two_levels():
+    """Against the plain loop: draw two of three seeds, then questions, which are the same for all seeds."""
     rng = np.random.default_rng(1)
-    outcomes = [np.array([1] * 30 + [0] * 20), np.array([1] * 9 + [0] * 51)]
-    means = [np.mean([rng.choice(o, len(o)).mean() for o in outcomes]) for _ in range(10_000)]
-    low, high = report.interval([(30, 50), (9, 60)])
-    assert abs(low - np.quantile(means, 0.025)) < 0.01 and abs(high - np.quantile(means, 0.975)) < 0.01
-    assert report.interval([(5, 5)]) == [1.0, 1.0]
+    right = rng.random((3, 2, 200)) < np.array([0.3, 0.5, 0.8])[:, None, None]  # (seeds, tasks, questions)
+    draws = []
+    for _ in range(4000):
+        seeds, questions = rng.integers(3, size=2), rng.integers(200, size=(2, 200))
+        draws.append(np.mean([right[seeds][:, task, questions[task]] for task in range(2)]))
+    seeds = [{task: dict(enumerate(right[seed, task])) for task in range(2)} for seed in range(3)]
+    mean, low, high = report.interval(seeds)
+    assert mean == pytest.approx(right.mean())
+    assert [low, high] == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.015)
 
 
-def test_tables_pool_seeds_and_average_over_tasks(tmp_path):
-    write_run(tmp_path / "seed0" / "a", "S", "agent", {"hotpotqa": [1] * 9 + [0], "aime": [1] * 6 + [0] * 4})
-    write_run(tmp_path / "seed1" / "a", "S", "agent", {"hotpotqa": [1] * 7 + [0] * 3, "aime": [1] * 8 + [0] * 2})
-    write_run(tmp_path / "seed0" / "c", "S", "cot", {"hotpotqa": [0] * 10, "aime": [1] + [0] * 9})
-    write_run(tmp_path / "seed0" / "d", "M", "cot", {"hotpotqa": [0] * 10, "aime": [0] * 10}, parameters=9_000)
+def test_interval_covers_the_truth_when_seeds_differ():
+    """200 experiments of three trainings, each with questions of its own: 95 % is aimed at, 90 % is demanded."""
+    rng, hits, plain = np.random.default_rng(2), 0, 0
+    for _ in range(200):
+        levels = 0.7 + rng.normal(0, 0.08, 3)
+        right = rng.random((3, 4, 25)) < levels[:, None, None]
+        seeds = [{task: {(s, i): bool(x) for i, x in enumerate(right[s, task])} for task in range(4)} for s in range(3)]
+        _, low, high = report.interval(seeds, draws=500)
+        hits += low <= 0.7 <= high
+        low, high = report.wilson(right.mean(), right.size)  # what counts all questions as independent
+        plain += low <= 0.7 <= high
+    assert hits >= 180 > plain
+
+
+# ---------------------------------------------------------------------------------------------
+# results.json and the tables
+# ---------------------------------------------------------------------------------------------
+
+
+def test_results_of_one_run(tmp_path):
+    run = write_run(tmp_path / "a", {"aime": [0] * 12, "hotpotqa": [1, 0]}, steps=(SEARCH, NO_CODE), stop="max_steps")
+    with open(run / "transcripts.0.jsonl", "a") as file:
+        file.write('{"id": "torn')  # a kill in the middle of a line
+    assert report.summarise(run) == "14 questions, 2 tasks, average 25.0%"
+    first, second = json.loads((run / "results.json").read_text())
+    errors = {"searches": 1, "steps": 2, "parse errors": 1, "run-time errors": 0, "no answer": 1, "tokens": 10}
+    assert first == {
+        "model": "S", "parameters": 1000, "method": "agent distill", "decoding": "greedy", "task": "hotpotqa",
+        "kind": "fact", "domain": "in", "n": 2, "correct": 1, "accuracy": 0.5, "ci95": [0.0945, 0.9055],
+        "errors": errors,
+    }  # fmt: skip
+    assert second["domain"] == "out" and second["accuracy"] == 0 and second["ci95"] == [0.0, 0.2425]
+
+
+def test_seeds_of_one_configuration_are_one_line(tmp_path):
+    """Seeds may have a world and a student of their own. A seed that was run twice counts once."""
+    write_run(tmp_path / "seed0" / "a", {"hotpotqa": [1] * 9 + [0], "aime": [1] * 6 + [0] * 4})
+    write_run(tmp_path / "seed1" / "a", {"hotpotqa": [1] * 7 + [0] * 3, "aime": [1] * 8 + [0] * 2}, seed=1, batch=3)
+    write_run(tmp_path / "seed1" / "again", {"hotpotqa": [1] * 7 + [0] * 3, "aime": [1] * 8 + [0] * 2}, seed=1)
+    write_run(tmp_path / "seed0" / "c", {"hotpotqa": [0] * 10, "aime": [1] + [0] * 9}, "cot", None)
+    base, agent = lines_of(report.markdown(tmp_path))
+    assert [(row["method"], row["seeds"]) for row in (base, agent)] == [("cot prompting", "1"), ("agent distill", "2")]
+    assert [agent[name] for name in ("HotpotQA", "AIME", "in-domain", "out-of-domain")] == ["80.0", "70.0"] * 2
+    assert agent["average [95 %]"].startswith("75.0 [") and base["average [95 %]"].startswith("5.0 [")
+
+
+@pytest.mark.parametrize(
+    ("option", "shown"),
+    [({"temperature": 1.0}, "temperature 1.0"), ({"max_tokens": 8}, "max-tokens 8"), ({"top_k": 5}, "top-k 5"),
+     ({"prompts_sha256": "b" * 64}, "prompts bbbbbbbb")],
+)  # fmt: skip
+def test_other_configurations_are_other_lines(tmp_path, option, shown):
+    write_run(tmp_path / "a", {"aime": [1, 1]}, sc=8)
+    write_run(tmp_path / "b", {"aime": [0, 0]}, sc=8, seed=1, **option)
+    rows = lines_of(report.markdown(tmp_path))
+    assert sorted(row["AIME"] for row in rows) == ["0.0", "100.0"] and shown in [row["setting"] for row in rows]
+
+
+def test_unfinished_results_are_marked(tmp_path):
+    write_run(tmp_path / "a", {"hotpotqa": [1] * 4, "aime": [1] * 4})
+    write_run(tmp_path / "b", {"hotpotqa": [1, 0]}, "cot")
     text = report.markdown(tmp_path)
-    assert "| S | 0.00M | agent distill | greedy | 80 | 70 | 80.0 | 70.0 | 75.0 [" in text
-    assert "pooled over up to 2 seeds" in text
-    comparison = [line for line in text.splitlines() if "apart" in line or "overlap" in line]
-    assert len(comparison) == 2 and all("S: agent distill, greedy" in line for line in comparison)
-    assert "| +70.0 | apart |" in comparison[0] and "M: cot distill" in comparison[1]
+    cot, agent = lines_of(text)
+    assert (cot["HotpotQA"], cot["AIME"], agent["AIME"]) == ("50.0 (2 of 4)", "(0 of 4)", "100.0")
+    assert "not all questions are answered" in text
+    write_run(tmp_path / "a", {"hotpotqa": [1] * 4, "aime": [1] * 4}, questions={"hotpotqa": 4, "aime": 25})
+    assert lines_of(report.markdown(tmp_path))[1]["AIME"] == "100.0 (4 of 25)"
 
 
-def test_the_papers_own_students_stand_beside_its_figures(tmp_path):
-    """Known by their exact number of parameters; other students, and rows that the paper lacks, have no figure."""
-    rights = {"hotpotqa": [1, 0]}
-    write_run(tmp_path / "x" / "a", "Q", "agent", rights, parameters=1_543_714_304)
-    write_run(tmp_path / "x" / "b", "Q", "cot", rights, parameters=1_543_714_304)
-    write_run(tmp_path / "x" / "c", "S", "cot", rights)
-    head, _, *rows = [line.split(" | ") for line in report.markdown(tmp_path).splitlines() if line.startswith("| ")][:5]
-    assert head[-1] == "paper |" and [row[-1] for row in rows] == [" |", "21.28 |", "28.06 |"]
-    figures = [
-        system["paper"] for system in json.loads(report.html(tmp_path).split('id="data">')[1].split("<")[0])["systems"]
-    ]
-    assert figures == [None, 21.28, 28.06]
-    write_run(tmp_path / "y" / "c", "S", "cot", rights)
-    assert "paper |" not in report.markdown(tmp_path / "y")
-    assert "| agent distill | 19.24 | 28.06 | 33.60 | 39.85 |" in report.markdown(tmp_path / "y")
+def test_the_papers_figures_stand_only_beside_its_students_on_its_tasks(tmp_path):
+    rights = {name: [1] + [0] * (task.questions - 1) for name, task in report.TASKS.items()}
+    for name, parameters, method in (("a", 1_543_714_304, "agent"), ("b", 1_543_714_304, "cot"), ("c", 1000, "cot")):
+        write_run(tmp_path / name, rights, method, parameters=parameters)
+    assert [row["paper's average"] for row in lines_of(report.markdown(tmp_path))] == ["", "21.28", "28.06"]
+    write_run(tmp_path / "small" / "a", {name: [1] for name in report.TASKS}, parameters=1_543_714_304)
+    assert "paper's average" not in report.markdown(tmp_path / "small")
 
 
-def test_nothing_to_report_is_one_line(tmp_path):
-    with pytest.raises(InputError, match="no results.json below it"):
+def test_bad_folders_are_one_line(tmp_path):
+    with pytest.raises(InputError, match="no run folder with finished questions"):
+        report.markdown(tmp_path)
+    run = write_run(tmp_path / "a", {"aime": [1]})
+    write_json(run / "run.json", {"lr": 1})
+    with pytest.raises(InputError, match=r"run.json: not the configuration of an evaluation"):
         report.markdown(tmp_path)
 
 
-def test_page_holds_hostile_text_as_data(tmp_path):
-    hostile = "</script><script>document.title = 'broken'</script><b>"
-    write_run(tmp_path / "a", "S", "agent", {"hotpotqa": [1, 0, 1]}, question=hostile)
-    page = report.html(tmp_path, per_task=2)
-    assert hostile not in page
-    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
-    assert len(data["episodes"]) == 2 and data["episodes"][0]["question"] == hostile
-    assert data["systems"][0]["tasks"] == {"hotpotqa": [2, 3]}
-
-
-@pytest.mark.skipif(not shutil.which("chromium"), reason="no Chromium on this machine")
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_page_in_chromium(tmp_path, scheme):
-    """The script runs to its end from a file:// URL: tables, bars and the first episode are drawn, text stays text."""
-    hostile = "</script><script>document.title = 'broken'</script>"
-    write_run(tmp_path / "a", "S", "agent", {"hotpotqa": [1, 0, 1]}, question=hostile)
-    (tmp_path / "report.html").write_text(report.html(tmp_path), encoding="utf-8")
-    command = [
-        "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-        f"--user-data-dir={tmp_path / 'profile'}", *(["--force-dark-mode"] if scheme == "dark" else []), "--dump-dom",
-        (tmp_path / "report.html").as_uri(),
-    ]  # fmt: skip
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
-    assert "<title>Agent distillation: report</title>" in dom
-    assert dom.count('<rect x="300"') == 1 and dom.count("<circle") == 1
-    assert dom.count('class="right"') == 3 and dom.count('class="wrong"') == 1  # three in the list, one episode shown
-    assert "&lt;/script&gt;&lt;script&gt;" in dom and "web_search('x')" in dom
-
-
-def test_two_runs_are_compared_on_the_questions_that_both_answered(tmp_path, capsys):
-    write_run(tmp_path / "greedy", "M", "agent", {"hotpotqa": [1, 1, 0, 0, 0, 0, 0], "musique": [1, 0]})
-    write_run(tmp_path / "sc8", "M", "agent", {"hotpotqa": [1, 0, 1, 1, 1, 1], "aime": [1]})
-    evaluate.compare(evaluate.CompareConfig(first=str(tmp_path / "greedy"), second=str(tmp_path / "sc8")))
-    lines = capsys.readouterr().out.splitlines()
+def test_two_runs_are_compared_on_the_questions_that_both_answered():
+    greedy = {("musique", str(i)): right for i, right in enumerate([1, 1, 0, 0, 0, 0, 0])} | {("aime", "0"): 1}
+    voted = {("musique", str(i)): right for i, right in enumerate([1, 0, 1, 1, 1, 1])} | {("math", "0"): 1}
+    lines = report.paired_table(greedy, voted, ("greedy", "sc8")).splitlines()
     # Of six pairs, one only the first got right and four only the second: p = 2 (1 + 5) / 2^5.
-    assert lines[2:] == [f"| {task} | 6 | 33.3 | 83.3 | +50.0 | 1 | 4 | 0.38 |" for task in ("hotpotqa", "all")]
+    assert lines[2:] == [f"| {task} | 6 | 33.3 | 83.3 | +50.0 | 1 | 4 | 0.38 |" for task in ("musique", "all")]
     assert lines[0].startswith("| task | n | greedy | sc8 | gain | only greedy | only sc8 |")
-    write_run(tmp_path / "other", "M", "agent", {"aime": [1]})
-    for second in ("other", "missing"):
-        with pytest.raises(InputError):
-            evaluate.compare(evaluate.CompareConfig(first=str(tmp_path / "greedy"), second=str(tmp_path / second)))
+    with pytest.raises(InputError, match="no question in common"):
+        report.paired_table(greedy, {("math", "0"): 1}, ("greedy", "sc8"))
+
+
+# ---------------------------------------------------------------------------------------------
+# The page and the pictures
+# ---------------------------------------------------------------------------------------------
+
+THREE = [FINAL | {"vote": i, "final_answer": 3 + i, "observation": "the same"} for i in range(3)]
+VOTED = THREE[0] | {"candidates": [*THREE, NO_CODE], "chosen": 0}
+
+
+def test_page_holds_hostile_text_as_data(tmp_path):
+    write_run(tmp_path / "a", {"hotpotqa": [1, 0, 1]}, question=HOSTILE)
+    page = report.html(tmp_path, per_task=2)
+    assert HOSTILE[:20] not in page
+    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    assert len(data["episodes"]) == 2 and data["episodes"][0]["question"] == HOSTILE
+    assert data["systems"][0]["tasks"]["hotpotqa"][:3] == [2, 3, 3] and data["same"]["prompts"] == "a" * 8
+
+
+def dump_dom(page, folder, *flags):
+    """The document after its scripts ran, and what `PROBE` found there."""
+    if not shutil.which("chromium"):
+        pytest.skip("no chromium on this machine")
+    (folder / "page.html").write_text(page, encoding="utf-8")
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+               "--disable-background-networking", f"--user-data-dir={folder / 'profile'}", *flags, "--dump-dom",
+               (folder / "page.html").as_uri()]  # fmt: skip
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    return dom, json.loads(re.search(r'data-found="([^"]*)"', dom)[1].replace("&quot;", '"'))
+
+
+PROBE = """<script>
+const box = id => document.getElementById(id).getBoundingClientRect();
+const found = {start: scrollY, wide: document.documentElement.scrollWidth > innerWidth, width: innerWidth,
+               title: document.title, frame: box("accuracy").right <= innerWidth,
+               sizes: document.getElementById("sizes").childElementCount,
+               votes: [...document.querySelectorAll("summary")].map(node => node.textContent),
+               breaks: getComputedStyle(document.querySelector("section .text")).whiteSpace,
+               systems: new Set(shown.map(e => e.system)).size, listed: shown.length};
+document.getElementById("list").scrollIntoView();
+document.querySelectorAll("#list button")[1].click();
+found.seen = box("episode").top >= 0 && box("episode").top < innerHeight / 2;
+document.documentElement.dataset.found = JSON.stringify(found);
+</script>"""
+
+
+@pytest.mark.parametrize("size", ["1280,900", "390,844"])
+def test_page_in_chromium(tmp_path, size):
+    """It opens at the top with one system; a tapped question is in view; votes are the stored ones."""
+    runs = tmp_path / "runs"
+    write_run(runs / "a", {task: [1, 0, 1] * 5 for task in report.TASKS}, question=HOSTILE, steps=(VOTED,), sc=4)
+    write_run(runs / "b", {task: [0, 0, 0] for task in report.TASKS}, "cot", None, steps=(NO_CODE,))
+    dom, found = dump_dom(report.html(runs) + PROBE, tmp_path, f"--window-size={size}")
+    assert found["title"] == "Agent distillation: report" and "&lt;/script&gt;&lt;script&gt;" in dom
+    assert found["start"] == 0 and not found["wide"] and found["frame"] and found["seen"], found
+    assert found["systems"] == 1 and found["listed"] == 80 and found["sizes"] == 0
+    assert found["votes"] == ["4 candidates; votes 1 : 1 : 1; without a vote 1"] and found["breaks"] == "pre-wrap"
+    write_run(runs / "c", {"aime": [0]}, parameters=5000)
+    assert dump_dom(report.html(runs) + PROBE, tmp_path, f"--window-size={size}")[1]["sizes"] == 3
+
+
+def test_pictures(tmp_path):
+    """Bars of all systems, and one question of the base model and of the student: well-formed, without scripts."""
+    rights = {"hotpotqa": [0, 1, 1], "aime": [1, 0]}
+    base = write_run(tmp_path / "base", rights, training=None, steps=[NO_CODE] * 5, stop="max_steps", question=HOSTILE)
+    student = write_run(tmp_path / "agent", {"hotpotqa": [1, 1, 0], "aime": [0, 0]}, steps=[SEARCH, SEARCH, FINAL])
+    rows = [row | {"question": HOSTILE} for row in report.transcripts(student)]
+    write_jsonl(student / "transcripts.0.jsonl", rows)
+    drawn = pictures.pictures(tmp_path)
+    for text in drawn.values():
+        root = xml.etree.ElementTree.fromstring(text)
+        assert root.get("width") == "900" and not [e for e in root.iter() if e.tag.endswith("script")]
+        assert "prefers-color-scheme: dark" in text and "http" not in text.replace("http://www.w3.org/2000/svg", "")
+    bars = xml.etree.ElementTree.fromstring(drawn["bars.svg"])
+    assert len([e for e in bars.iter() if e.get("class") == "whisker"]) == 4
+    words = [e.text for e in xml.etree.ElementTree.fromstring(drawn["episode.svg"]).iter() if e.tag.endswith("text")]
+    assert "✗ Wrong: no answer after 5 steps" in words and '✓ Right: answer "a"' in words
+    assert sum("more lines]" in word for word in words) == 5 and "Step 2: Code" in words
+    assert HOSTILE.replace("\x07", "\ufffd") in words
+    assert "✗ Wrong" in pictures.episode_svg(base, student, ("aime", "1"))
+    with pytest.raises(InputError, match="do not both answer"):
+        pictures.episode_svg(base, student, ("aime", "9"))
+
+
+def test_text_of_a_picture_stays_inside_its_boxes(tmp_path):
+    wide = {"thought": "WIDE WORDS AND MORE OF THEM " * 9, "code": "x = '" + "m" * 300 + "'", "error_kind": None}
+    run = write_run(tmp_path / "a", {"aime": [1]}, steps=[wide | {"observation": "Observation:\n" + "W" * 999}, FINAL])
+    probe = """<script>
+      const right = [...document.querySelectorAll("text")].map(e => { const b = e.getBBox(); return b.x + b.width; });
+      document.documentElement.dataset.found = JSON.stringify([Math.max(...right), right.length]);
+    </script>"""
+    _, (right, count) = dump_dom(pictures.episode_svg(run, run) + probe, tmp_path)
+    assert right <= 880 and count > 20
