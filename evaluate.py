@@ -1,16 +1,19 @@
-"""Evaluate students: eight benchmarks, greedy or SC-action, with plain Hugging Face generate.
+"""Evaluate students: eight benchmarks, greedy or SC-action, with Hugging Face generate.
 
-    python evaluate.py data/test/*.json --model runs/student --search runs/index --out runs/eval/agent-greedy
-    python evaluate.py data/test/*.json --model runs/student --search runs/index --out runs/eval/agent-sc8 --sc 8
-    python evaluate.py data/test/*.json --url http://127.0.0.1:8000/v1 --method cot --out runs/eval/served-cot
+    python evaluate.py test/*.json --model runs/student --search runs/index --out runs/eval/agent-greedy
+    python evaluate.py test/*.json --model runs/student --search runs/index --out runs/eval/agent-sc8 --sc 8
+    python evaluate.py test/*.json --url http://127.0.0.1:8000/v1 --method cot --out runs/eval/served-cot
+    torchrun --nproc-per-node 8 evaluate.py test/*.json ...      # each process answers a part of the questions
     python evaluate.py report runs/eval
     python evaluate.py compare runs/eval/agent-greedy runs/eval/agent-sc8
-    python evaluate.py ask --model runs/student --search runs/index "Who founded the town where Ada Orr was born?"
+    python evaluate.py ask "Who founded the town where Ada Orr was born?" --model runs/student --search runs/index
 
-Many episodes are open at once and advance in lockstep: one generate call answers the turns of all
-of them, times N samples; then their code runs at the same time, each in its own sandbox; finished
-episodes make room for the next questions. The episode itself is agent_distill.agent_episode, the very same
-generator that the teacher is driven through.
+Many episodes are open at once and advance in lockstep: one call of the student answers the turns of all of them, N
+samples each; then their code runs in parallel, each in its own sandbox; finished episodes are replaced by the next
+questions. The episode itself is agent_distill.agent_episode, the same generator that a teacher is driven through.
+
+The same command continues an interrupted run. Greedy answers are then those of an uninterrupted run, up to rounding:
+in bfloat16 the size of a batch can decide between two tokens that are almost equally likely. Sampled answers differ.
 """
 
 import collections
@@ -18,302 +21,498 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import gc
+import hashlib
 import itertools
+import json
 import os
 import random
+import sys
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
+import transformers
+from torch.nn.utils.rnn import pad_sequence
 
-import grade
-import report
+import agent_distill
+import common
 import train
-from agent_distill import STOP, EpisodeConfig, TurnFailed, agent_episode, cot_episode, drive, stable_seed, trajectory
-from client import Client, Speaker, in_parallel
-from common import (
-    REQUIRED,
-    InputError,
-    Journal,
-    keep_config,
-    option,
-    progress,
-    replace_file,
-    run_command_line,
-    write_json,
-    write_jsonl,
-)
-from sandbox import Sandboxes
-from student import Student
-from tasks import Prompts, load_tasks, open_search
+from agent_distill import STOP, EpisodeConfig, Prompts, Running, TurnFailed, drive, open_episode, open_tools
+from common import REQUIRED, InputError, grading, option, pictures, report, stable_seed
+from common.client import Client, Served, cut_at_stop, in_parallel
+from common.decoding import Layer, SampleNucleus, SharedPrompts
+from common.devices import choose_device, uses_bf16
+from common.judge import Judge
+from common.lora import load_model, lora_layers, training_record
+
+# ------------- The student
 
 
 @dataclasses.dataclass
-class _Open:
-    """An episode under way: the turn it waits for, and what it has cost."""
+class Answer:
+    """n candidate texts for one turn. completion_tokens: of all texts. truncated: texts cut at the token limit."""
 
-    episode: object
-    turn: object
-    step: int = 0
-    usage: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    texts: list
+    prompt_tokens: int
+    completion_tokens: int
+    truncated: int
 
 
-def run_lockstep(episodes, student, stop, workers=16):
-    """Drive (key, generator) pairs to their ends; yields (key, Episode, usage) as they finish.
+class Known(NamedTuple):
+    """A prompt that was read before: its ids, with their keys and values in states[:, :, row]."""
 
-    episodes is consumed lazily: student.batch of them are open at once.
+    ids: list
+    states: torch.Tensor
+    row: int = 0
+
+
+class Student:
+    """A Hugging Face model that answers the turns of many episodes, n candidates each.
+
+    model, tokenizer: as from load_model. n: 1 is greedy; more are sampled with temperature and top_p.
+    batch: turns in one generate call; by default 64 on a CPU, and what fits the memory on a GPU. It is halved when
+    memory runs out, and grows again later. on_tokens: called with the number of new tokens while they are generated.
     """
-    episodes = iter(episodes)
-    waiting = {}  # key -> _Open
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        try:
-            while True:
-                new = list(itertools.islice(episodes, student.batch - len(waiting)))
-                turns = pool.map(next, [episode for _, episode in new])  # this opens their sandboxes
-                waiting |= {key: _Open(episode, turn) for (key, episode), turn in zip(new, turns, strict=True)}
-                if not waiting:
-                    return
-                keys, opened = list(waiting), list(waiting.values())
-                seeds = [stable_seed(student.seed, *key, state.step) for key, state in waiting.items()]
-                answers = student.answer([state.turn for state in opened], seeds, stop)
-                for key, state, finished in zip(keys, opened, pool.map(_advance, opened, answers), strict=True):
-                    if finished is not None:
-                        del waiting[key]
-                        yield key, finished, dict(state.usage)
-        finally:
-            for state in waiting.values():
-                state.episode.close()
+
+    SEGMENT = 16  # tokens per generate call; after each, the rows that have ended leave the batch
+
+    def __init__(
+        self, model, tokenizer, n=1, temperature=0.4, top_p=0.8, max_tokens=1024, batch=None, seed=0, on_tokens=None
+    ):
+        self.model, self.tokenizer, self.n, self.max_tokens = model, tokenizer, n, max_tokens
+        self.seed, self.on_tokens, self.device = seed, on_tokens or (lambda tokens: None), model.device
+        self.processors = [SampleNucleus(temperature, top_p)] if n > 1 and temperature > 0 else []
+        # What else a checkpoint's generation_config.json sets (repetition_penalty, top_k, ...) is not used.
+        ends = model.generation_config.eos_token_id
+        ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        self.pad = min(ends) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.ends = ends | {self.pad}
+        model.generation_config = transformers.GenerationConfig(eos_token_id=sorted(ends), pad_token_id=self.pad)
+        model.set_attn_implementation("shared_prompt")
+        config = model.config.get_text_config()
+        self.context = getattr(config, "max_position_embeddings", None) or 10**9
+        for layer in transformers.DynamicCache(config=config).layers:
+            if not isinstance(layer, transformers.cache_utils.DynamicLayer):
+                raise InputError(f"{type(layer).__name__} is not supported: serve the model and give its --url")
+            self.context = min(self.context, getattr(layer, "sliding_window", self.context))  # no mask for more
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.shape = (config.num_hidden_layers, 2, heads, size)  # the keys and values of one token
+        self.slice = 2048 if self.device.type == "cpu" else 16384  # tokens of prompts in one forward pass
+        self.batch = self.largest_batch = batch or self._batch_that_fits()
+        self.calls = 0  # since the batch was changed
+        self.known = {}  # conversation -> Known
+
+    def _batch_that_fits(self, prompt=4096):
+        """How many turns with prompts of 4,096 tokens fit the free memory, at most 256."""
+        if self.device.type == "cpu":
+            return 64
+        config, item = self.model.config.get_text_config(), self.model.dtype.itemsize
+        token = item * torch.Size(self.shape).numel()
+        logits = config.vocab_size * 24  # bytes: sampling makes float32 copies
+        turn = 2 * prompt * token + self.n * (self.max_tokens * token + logits)  # twice: the prompt before is kept
+        reading = self.slice * (4 * config.intermediate_size + 12 * config.hidden_size) * item
+        torch.cuda.empty_cache()
+        free = 0.9 * torch.cuda.mem_get_info(self.device)[0] - reading
+        return max(1, min(256, int(free / turn)))
+
+    def answer(self, turns, stop=()):
+        """Returns an Answer for each turn, or None for a turn that is too long for the model's context.
+
+        A turn's conversation extends that of an earlier turn by two messages. The keys and values of the earlier
+        prompt are kept from the last call, so that only the new tokens are read. First turns share the system prompt.
+        Raises InputError if a single turn does not fit the memory.
+        """
+        texts = [train.render(self.tokenizer, turn.messages, reply=True) + turn.opening for turn in turns]
+        prompts = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        earlier = [json.dumps(turn.messages[:-2]) for turn in turns]
+        todo = [i for i, ids in enumerate(prompts) if len(ids) < self.context]
+        answers, asked, self.calls = [None] * len(turns), {}, self.calls + 1
+        if self.calls > 8:
+            self.batch, self.calls = min(self.largest_batch, 2 * self.batch), 0
+        while todo:
+            nothing_to_free, states, found = not (self.known or asked), None, None
+            try:
+                self._read_beginning([prompts[i] for i in todo if earlier[i] == "[]"])
+                found = {i: self._find(earlier[i], prompts[i]) for i in todo}
+                todo.sort(key=lambda i: (found[i][1], len(prompts[i])))  # neighbours are read together
+                chunk = todo[: self.batch]
+                states, got = self._generate([prompts[i] for i in chunk], [found[i] for i in chunk], stop)
+            except torch.OutOfMemoryError:
+                chunk = todo[: self.batch]  # the tensors of the attempt are freed only after this block
+            if states is None:
+                if len(chunk) == 1 and nothing_to_free:
+                    tokens = f"{len(prompts[chunk[0]]):,} + {self.max_tokens:,} tokens, {self.n} times"
+                    raise InputError(f"{tokens}, do not fit into the memory of {self.device}")
+                self.known, asked, found = {}, {}, None
+                self.batch, self.calls = max(1, len(chunk) // 2), 0
+                gc.collect()
+                torch.cuda.empty_cache()
+                continue
+            for row, (i, answer) in enumerate(zip(chunk, got, strict=True)):
+                answers[i], asked[json.dumps(turns[i].messages)] = answer, Known(prompts[i][:-1], states, row)
+            todo = todo[len(chunk) :]
+        self.known = asked | {key: known for key, known in self.known.items() if key == "[]"}
+        return answers
+
+    # A prompt stands on the left of its row, so its tokens see no padding under causal attention, and no mask is needed
+    # to read it. Its last token is not read: generate needs one to begin with.
+
+    def _find(self, conversation, ids):
+        """Returns (Known or None, how many of its first tokens are those of this prompt)."""
+        known = self.known.get(conversation)
+        return known, _common_length(known.ids, ids[:-1]) if known else 0
+
+    def _read_beginning(self, prompts):
+        """Read the beginning that all first turns share, once, and keep it as the prompt before them."""
+        if prompts and "[]" not in self.known:
+            first, last = min(prompts), max(prompts)  # lexicographic: what these two share, all others share
+            beginning = first[: _common_length(first[:-1], last[:-1])]
+            self.known["[]"] = Known(beginning, self._read([[*beginning, self.pad]], [(None, 0)]))
+
+    @torch.inference_mode()
+    def _read(self, prompts, found):
+        """The keys and values of all tokens of prompts but the last: (layers, 2, prompts, heads, length, size).
+
+        found: for each prompt what _find returned, in ascending order of the number of shared tokens.
+        """
+        layers, _, heads, size = self.shape
+        length, options = max(map(len, prompts)) - 1, {"dtype": self.model.dtype, "device": self.device}
+        states = torch.zeros(layers, 2, len(prompts), heads, length, size, **options)  # padding must not be NaN
+        for row, (known, shared) in enumerate(found):
+            if shared:
+                states[:, :, row, :, :shared] = known.states[:, :, known.row, :, :shared]
+        end = 0
+        while end < len(prompts):  # rows first to end - 1 are read in one forward pass, from the token `start` on
+            first, start, longest, needed = end, found[end][1], 0, 0
+            while end < len(prompts):
+                rows, longest = end + 1 - first, max(longest, len(prompts[end]) - 1)
+                needed += len(prompts[end]) - 1 - found[end][1]
+                too_many = rows * max(longest - start, longest // 8) > self.slice  # attention repeats keys and values
+                # On a CPU another pass costs less than 64 tokens of padding, or a quarter more.
+                if end > first and (too_many or rows * (longest - start) > 64 + 1.25 * needed):
+                    break
+                end += 1
+            ids = pad_sequence([torch.tensor(ids[start:-1]) for ids in prompts[first:end]], batch_first=True)
+            if ids.shape[1]:
+                cache = transformers.Cache([Layer(layer[:, first:end], start) for layer in states])
+                self.model(input_ids=ids.to(self.device), past_key_values=cache, logits_to_keep=1)
+        return states
+
+    @torch.inference_mode()
+    def _generate(self, prompts, found, stop):
+        """Answer prompts, lists of token ids. Returns their keys and values, and an Answer for each."""
+        n, states = self.n, self._read(prompts, found)
+        ids = torch.full((len(prompts), states.shape[-2] + 1), self.pad)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):  # the padding is between the last two tokens
+            ids[row, : len(prompt) - 1], ids[row, -1] = torch.tensor(prompt[:-1]), prompt[-1]
+            mask[row, : len(prompt) - 1] = mask[row, -1] = 1
+        cache = SharedPrompts(states, mask[:, :-1], n)
+        ids, mask = (x.repeat_interleave(n, 0).to(self.device) for x in (ids, mask))  # (prompts * n, length + 1)
+        # The limit of a row depends on its own prompt, not on longer ones beside it.
+        limits = [min(self.max_tokens, self.context - len(prompt)) for prompt in prompts for _ in range(n)]
+        written, texts, truncated = [[] for _ in limits], [""] * len(limits), [0] * len(limits)
+        rows = list(range(len(limits)))  # the samples that have not ended
+        torch.manual_seed(stable_seed(self.seed, prompts))
+        while rows:
+            segment = min(self.SEGMENT, max(limits[r] - len(written[r]) for r in rows))
+            cache.keep(rows, segment)
+            options = {"max_new_tokens": segment, "logits_processor": self.processors, "do_sample": False}
+            ids = self.model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **options)
+            grown = ids[:, mask.shape[1] :].tolist()
+            going = []
+            for at, (r, tokens) in enumerate(zip(rows, grown, strict=True)):
+                end = next((i for i, token in enumerate(tokens) if token in self.ends), None)
+                written[r] = (written[r] + tokens[:end])[: limits[r]]
+                text = self.tokenizer.decode(written[r], skip_special_tokens=True)
+                texts[r] = cut_at_stop(text, stop)
+                if len(texts[r]) < len(text):
+                    written[r] = self.tokenizer(texts[r], add_special_tokens=False)["input_ids"]
+                elif end is None and len(written[r]) < limits[r]:
+                    going.append(at)
+                else:
+                    truncated[r] = int(end is None)
+            self.on_tokens(sum(map(len, grown)))
+            rows = [rows[at] for at in going]
+            mask = torch.cat([mask, mask.new_ones(len(mask), ids.shape[1] - mask.shape[1])], 1)[going]
+            ids = ids[going]
+        answers = []
+        for i, prompt in enumerate(prompts):
+            mine = slice(i * n, (i + 1) * n)
+            answers.append(Answer(texts[mine], len(prompt), sum(map(len, written[mine])), sum(truncated[mine])))
+        return states, answers
 
 
-def _advance(state, answer):
-    """Give the episode its candidates. Returns the Episode if that was its end."""
+def _common_length(a, b):
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+# ------------- Episodes in lockstep
+
+
+def run_lockstep(episodes, student, stop=(), workers=16, check=lambda: None):
+    """Drive (key, generator) pairs to their ends. Yields (key, Episode, usage) as they finish.
+
+    episodes is consumed lazily: student.batch of them are open at once. Their code runs in `workers` threads.
+    check: called after each step; an exception that it raises ends everything.
+    """
+    episodes, waiting = iter(episodes), {}  # key -> (Running, usage)
+    pool = concurrent.futures.ThreadPoolExecutor(workers)
     try:
-        if answer is None:
-            state.turn = state.episode.throw(TurnFailed("the context is longer than the model takes"))
-        else:
-            state.usage.update(prompt_tokens=answer.prompt_tokens, completion_tokens=answer.completion_tokens)
-            state.turn = state.episode.send(answer.texts)
-        state.step += 1
-    except StopIteration as finished:
-        return finished.value
+        while True:
+            new = list(itertools.islice(episodes, max(0, student.batch - len(waiting))))
+            for (key, _), running in zip(new, pool.map(Running, [episode for _, episode in new]), strict=True):
+                waiting[key] = running, collections.Counter()
+            check()
+            if not waiting:
+                return
+            opened, candidates = [running for running, _ in waiting.values()], []
+            answers = student.answer([running.turn for running in opened], stop)
+            for (_, usage), answer in zip(waiting.values(), answers, strict=True):
+                if answer is None:
+                    candidates.append(TurnFailed("the conversation is longer than the model's context"))
+                else:
+                    counts = dataclasses.asdict(answer)
+                    candidates.append(counts.pop("texts"))
+                    usage.update(counts)
+            list(pool.map(Running.advance, opened, candidates))
+            check()
+            for key in [key for key, (running, _) in waiting.items() if running.turn is None]:
+                running, usage = waiting.pop(key)
+                yield key, running.result, usage
+    finally:
+        pool.shutdown(cancel_futures=True)
+        student.known.clear()
+        for running, _ in waiting.values():
+            running.episode.close()
 
 
-# ---------------------------------------------------------------------------------------------
-# run
-# ---------------------------------------------------------------------------------------------
+class GuardedTools(dict):
+    """Tools by name. `check` raises an InputError once a tool has failed for a reason that is not the student's.
+
+    The student reads a tool's exception as its observation. A search that fails because memory or a server is gone
+    would change the result, so it must end the run.
+    """
+
+    def __init__(self, tools):
+        super().__init__({name: functools.partial(self._call, name, tool) for name, tool in tools.items()})
+        self.failure = None
+
+    def _call(self, name, tool, *args, **kwargs):
+        try:
+            return tool(*args, **kwargs)
+        except (torch.OutOfMemoryError, torch.AcceleratorError, OSError, InputError) as error:
+            self.failure = f"{name} failed: {type(error).__name__}: {error}"
+            raise
+
+    def check(self):
+        if self.failure:
+            raise InputError(self.failure)
+
+
+# ------------- Who answers: a model loaded here, or one behind a server
 
 
 @dataclasses.dataclass(kw_only=True)
 class SpeakConfig(EpisodeConfig):
     """Who answers and how: what `run` and `ask` have in common. Defaults are the paper's."""
 
-    model: str | None = option(
-        None, "Hugging Face name or folder, or a LoRA adapter; with --url, the server's name for it"
-    )
-    url: list[str] = option([], "evaluate a served model instead; may be repeated", action="append", nargs=None)
-    method: Literal["agent", "cot", "cot-rag"] = option(
-        "agent", "agent, chain of thought, or CoT with retrieved passages"
-    )
-    training: Literal["none", "distill", "distill+prefix"] = option(
-        "distill", "how the student was made: names the row, and 'none' means the teacher's long prompt with examples"
-    )
-    sc: int = option(1, "candidates a step; 1 is greedy; 8 is the paper's SC-action (for cot: self-consistency)")
+    model: str | None = option(None, "Hugging Face name or folder, or an adapter; with --url, the server's name for it")
+    url: str | None = option(None, "evaluate a served model: an OpenAI-compatible server's address, ending in /v1")
+    method: Literal["agent", "cot", "cot-rag"] = option("agent", "agent, chain of thought, or CoT with passages")
+    sc: int = option(1, "candidates per step; 1 is greedy; 8 is the paper's SC-action (for cot: self-consistency)")
     temperature: float = option(0.4, "of the candidates if there are several (paper: 0.4)")
     top_p: float = option(0.8, "of the candidates if there are several (paper: 0.8)")
-    system_prompt: str | None = option(None, "file with another system prompt")
+    system_prompt: str | None = option(None, "file with a system prompt (default: that of the student's training)")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", "auto: bfloat16 on a GPU, float32 on a CPU"
-    )
-    batch: int | None = option(None, "episodes at once; without it, 64 on a CPU, on a GPU what fits its free memory")
-    concurrency: int = option(16, "episodes at once against a server; sandboxes at work at once")
-    seed: int = option(0, "seeds the sampling of every step of every question")
+    precision: Literal["auto", "bf16", "fp32"] = option("auto", "of weights; auto: bf16 where the hardware has it")
+    batch: int | None = option(None, "episodes at once (default: 64 on a CPU; on a GPU what fits its free memory)")
+    concurrency: int = option(16, "sandboxes that run at once; against a server, episodes at once")
+    seed: int = option(0, "seeds the sampling")
+
+
+class Speaker:
+    """What run and ask share: prompts, tools, the system prompt, and a student that answers episodes.
+
+    kinds: of the tasks. system: the system prompt's text. about: what model.json says.
+    """
+
+    def __init__(self, config, kinds=()):
+        self.config, self.prompts, device = config, Prompts(config.prompts), choose_device(config.device)
+        if not (config.model or config.url):
+            raise InputError("no student: name a model with --model, or a server with --url")
+        if not config.search and (config.method == "cot-rag" or (config.method == "agent" and "fact" in kinds)):
+            raise InputError(f"--method {config.method} needs passages: name an index or a /retrieve URL with --search")
+        self.tools = GuardedTools(open_tools(config, self.prompts, device))  # before the student takes the memory
+        record = training_record(config.model) if config.model else {}
+        self.system, self.device = self._system_prompt(record), device
+        self.about = {"model": config.model, "parameters": None, "training": record.get("training") or "none"}
+
+    def _system_prompt(self, record):
+        """The text of --system-prompt, or of the training, or for an untrained model the long one with examples."""
+        config, prompts, same = self.config, self.prompts, record.get("method") == self.config.method.split("-")[0]
+        trained = record.get("system_prompt") if same else None
+        if config.system_prompt:
+            text = common.read_text(config.system_prompt)
+            if trained not in (None, text):
+                print(f"note: {config.model} was trained with another system prompt: {trained!r}", file=sys.stderr)
+            return text
+        if trained is None and config.method == "agent":
+            return prompts.system("agent_student_system" if same else "agent_system", self.tools)
+        return prompts.cot_system if trained is None else trained
+
+    def load(self, on_tokens=None):
+        """Load the student, or connect to its server. on_tokens: see Student."""
+        config, self.stop = self.config, STOP if self.config.method == "agent" else []
+        sampling = {"temperature": config.temperature, "top_p": config.top_p}
+        if config.url:
+            client = Client(config.url, config.model, config.api_key_env)
+            sampling = sampling if config.sc > 1 else {"temperature": 0.0}
+            self.student = Served(client, max_tokens=config.max_tokens, stop=self.stop or None, **sampling)
+            self.student.probe()
+            self.about["model"] = client.model
+        else:
+            dtype = torch.bfloat16 if uses_bf16(config.precision, self.device) else torch.float32
+            model, tokenizer = load_model(config.model, self.device, dtype)
+            sampling |= {"n": config.sc, "max_tokens": config.max_tokens, "batch": config.batch, "seed": config.seed}
+            self.student = Student(model, tokenizer, on_tokens=on_tokens, **sampling)
+            adapters = {id(p) for _, layer in lora_layers(model) for p in (layer.a, layer.b)}
+            self.about["parameters"] = sum(p.numel() for p in model.parameters() if id(p) not in adapters)
+
+    def episode(self, question, key=()):
+        options = {"system": self.system, "rng": random.Random(stable_seed(self.config.seed, *key))}
+        return open_episode(self.config, question, self.prompts, self.tools, **options)
+
+    def answer(self, episodes):
+        """Drive (key, generator) pairs to their ends. Yields (key, Episode, usage) as they finish."""
+        if isinstance(self.student, Student):
+            return run_lockstep(episodes, self.student, self.stop, self.config.concurrency, self.tools.check)
+        return in_parallel(self._ask_server, episodes, self.config.concurrency)
+
+    def _ask_server(self, item):
+        (key, episode), usage, steps = item, collections.Counter(), itertools.count()
+
+        def answer(turn):
+            self.tools.check()
+            seed = stable_seed(self.config.seed, *key, next(steps))
+            return self.student.answer(turn, usage, n=self.config.sc, seed=seed)
+
+        result = drive(episode, answer)
+        self.tools.check()
+        return key, result, usage
+
+
+# ------------- run, regrade
 
 
 @dataclasses.dataclass(kw_only=True)
-class RunConfig(SpeakConfig):
+class JudgeConfig:
+    judge_url: str | None = option(None, "LLM judge of factual answers (default: exact match alone)")
+    judge_model: str = option("gpt-4o-mini", "the judge's name at its server (paper: gpt-4o-mini)")
+    api_key_env: str = option("OPENAI_API_KEY", "environment variable that holds the servers' key")
+    prompts: str = option(str(Prompts.default), "folder of prompts")
+
+
+@dataclasses.dataclass(kw_only=True)
+class RunConfig(JudgeConfig, SpeakConfig):
     tasks: list[str] = option(REQUIRED, "task files: JSONL, or JSON with a list of examples", positional=True)
     out: str = option(REQUIRED, "run folder; the same command continues there after an interruption")
-    name: str | None = option(None, "the student's name in tables (default: its folder)")
+    name: str | None = option(None, "the student's name in tables (default: --model)")
     kind: Literal["fact", "math"] | None = option(None, "kind of the tasks, for files that do not state it")
-    domain: Literal["in", "out"] | None = option(None, "in- or out-of-domain, for files that do not state it")
     limit: int | None = option(None, "only the first n questions of each file")
-    shard: str = option("0/1", "i/n: this process takes every n-th question (torchrun sets it)")
-    judge_url: str | None = option(None, "LLM judge for factual answers (paper: gpt-4o-mini); without it, exact match")
-    judge_model: str = option("gpt-4o-mini", "the judge's name at its server")
     quiet: bool = option(False, "no progress bar")
 
 
-RUN_MAY_CHANGE = ("out", "quiet", "batch", "concurrency", "shard", "limit", "tasks", "url", "api_key_env", "device")
+# What does not alter answers. The texts of prompts are compared by their hashes, and all rows are graded at the end.
+MAY_CHANGE = (report.NOT_SETTINGS - {"seed"}) | {"judge_url", "judge_model"}
 
 
 def run(config):
     """Answer every question of the task files, grade the answers, write transcripts and results.json."""
-    shard, shards = _shard(config.shard)
-    tasks = load_tasks(config.tasks, config.kind, config.limit)
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+    tasks, out = common.load_tasks(config.tasks, config.kind, config.limit), Path(config.out)
     for task in tasks:
-        task.setdefault("domain", config.domain or "out")
-    out = Path(config.out)
-    if torch.cuda.is_available():  # under torchrun, each process has a GPU of its own; "cuda" is this one from here on
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-    prompts, search = _prompts_and_search(config, tasks)
-    with Journal(out / f"transcripts.{shard}.jsonl") as journal:
+        task.setdefault("domain", report.TASKS[task["task"]].domain if task["task"] in report.TASKS else "out")
+    speaker = Speaker(config, {task["kind"] for task in tasks})
+    settings = dataclasses.asdict(config) | {
+        "questions": collections.Counter(task["task"] for task in tasks),
+        "prompts_sha256": speaker.prompts.sha256,
+        "system_prompt_sha256": hashlib.sha256(speaker.system.encode()).hexdigest(),
+    }
+    path, mine = out / f"transcripts.{rank}.jsonl", {(task["task"], task["id"]): task for task in tasks[rank::size]}
+    with common.Journal(path) as journal:
         done = {(row["task"], row["id"]) for row in report.transcripts(out)}
-        keep_config(out / "run.json", config, RUN_MAY_CHANGE, binding=bool(done))
-        todo = {(task["task"], task["id"]): task for task in tasks[shard::shards]}
-        todo = {key: task for key, task in todo.items() if key not in done}
+        common.keep_config(out / "run.json", settings, MAY_CHANGE, binding=bool(done))
+        todo = {key: task for key, task in mine.items() if key not in done}
         if todo:
-            _run_episodes(config, todo, prompts, search, journal)
+            _answer_all(speaker, todo, len(mine), journal)
+    with open_judge(config, out, rank) as judge:  # asked at the end: it must not hold up the generation
+        regrade_file(path, judge, config.quiet)
     print(f"{out}: {report.summarise(out)}")
 
 
-def _run_episodes(config, todo, prompts, search, journal):
-    judge = _open_judge(config, Path(config.out) / f"judge.{_shard(config.shard)[0]}.jsonl")
-    answerer = ServedStudent(config, prompts) if config.url else LocalStudent(config)
-    write_json(Path(config.out) / "model.json", answerer.about)
-    start = functools.partial(
-        start_episode, config, prompts, _system(config, prompts), search, open_sandboxes(config, search)
-    )
-    right = 0
-    with progress(total=len(todo), desc=Path(config.out).name, unit="question", quiet=config.quiet) as bar:
-        episodes = ((key, start(task["question"], key)) for key, task in todo.items())
-        for done, (key, episode, usage) in enumerate(answerer(episodes), 1):
-            row = trajectory(todo[key], config.method, episode, judge)
-            journal.append({**row, "usage": usage})
-            right += row["correct"]
-            bar.update()
-            bar.set_postfix_str(f"{right / done:.1%} right", refresh=False)
+def _answer_all(speaker, todo, total, journal):
+    config, counts = speaker.config, collections.Counter()
+    with common.progress(total=total, done=total - len(todo), desc=Path(config.out).name, quiet=config.quiet) as bar:
+
+        def show(questions=0, **new):
+            counts.update(new, questions=questions)
+            names = ("right", "steps", "tokens")
+            bar.set_postfix_str(", ".join(f"{counts[name]:,} {name}" for name in names), refresh=False)
+            bar.miniters = 0  # redraw when it is time to, also without a new question
+            bar.update(questions)
+
+        speaker.load(on_tokens=lambda tokens: show(tokens=tokens))
+        common.write_json(Path(config.out) / "model.json", speaker.about)
+        episodes = ((key, speaker.episode(task["question"], key)) for key, task in todo.items())
+        for key, episode, usage in speaker.answer(episodes):
+            journal.append(agent_distill.trajectory_row(todo[key], config.method, episode, usage))
+            show(questions=1, right=journal.rows[-1]["correct"], steps=len(episode.steps))
 
 
-def _open_judge(config, cache):
+@contextlib.contextmanager
+def open_judge(config, folder, rank=0):
+    """The judge of --judge-url, with its verdicts in the run folder; None without one."""
     if not config.judge_url:
-        return None
-    return grade.Judge(config.judge_url, config.judge_model, config.api_key_env, cache)
+        yield None
+        return
+    client = Client(config.judge_url, config.judge_model, config.api_key_env, timeout=120.0)
+    caches = sorted(Path(folder).glob("judge.*.jsonl"))
+    with common.Journal(Path(folder) / f"judge.{rank}.jsonl") as journal:
+        yield Judge(client, Prompts(config.prompts), journal, caches)
 
 
-def open_sandboxes(config, search):
-    return Sandboxes(tools={"web_search": search} if search else {}, timeout=config.timeout)
+def regrade_file(path, judge, quiet=False):
+    """Grade the rows of a transcript file again. Returns how many grades changed."""
 
+    def grade(row):
+        answer = row["answer"], row.get("aliases", ()), row["question"]
+        verdict = grading.grade(row["kind"], row["prediction"], *answer, judge)
+        return row | {"correct": verdict.correct, "why": verdict.why}
 
-def start_episode(config, prompts, system, search, sandboxes, question, key=()):
-    """The generator for one question, by the configured method."""
-    if config.method != "agent":
-        rag = search if config.method == "cot-rag" else None
-        return cot_episode(question, prompts, system=system, search=rag)
-    rng = random.Random(stable_seed(config.seed, *key))
-    return agent_episode(question, prompts, sandboxes, system=system, max_steps=config.max_steps, rng=rng)
-
-
-def _system(config, prompts):
-    if config.system_prompt:
-        try:
-            return Path(config.system_prompt).read_text(encoding="utf-8").removesuffix("\n")
-        except OSError as error:
-            raise InputError(f"{config.system_prompt}: {error.strerror}") from None
-    if config.method != "agent":
-        return prompts.cot_system
-    return prompts.agent_system if config.training == "none" else prompts.agent_student_system
-
-
-def _prompts_and_search(config, tasks=()):
-    prompts = Prompts(config.prompts)
-    if config.search:
-        return prompts, open_search(config.search, prompts, config.top_k)
-    if config.method == "cot-rag" or (config.method == "agent" and any(task["kind"] == "fact" for task in tasks)):
-        raise InputError(
-            f"--method {config.method} needs passages: name an index folder or a /retrieve URL with --search"
-        )
-    return prompts, None
-
-
-class LocalStudent:
-    """Answers episodes in lockstep with a model loaded here."""
-
-    def __init__(self, config):
-        if not config.model:
-            raise InputError("no student: name a model with --model, or a server with --url")
-        device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = config.dtype if config.dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
-        model, tokenizer = train.load_model(config.model, device, getattr(torch, dtype))
-        sampling = {"temperature": config.temperature, "top_p": config.top_p} if config.sc > 1 else {}
-        self.student = Student(
-            model,
-            tokenizer,
-            n=config.sc,
-            max_tokens=config.max_tokens,
-            batch=config.batch,
-            seed=config.seed,
-            **sampling,
-        )
-        self.config = config
-        self.about = {"model": config.model, "parameters": sum(p.numel() for p in model.parameters())}
-
-    def __call__(self, episodes):
-        stop = STOP if self.config.method == "agent" else ()
-        return run_lockstep(episodes, self.student, stop, self.config.concurrency)
-
-
-class ServedStudent:
-    """Answers episodes over HTTP, each in a thread of its own."""
-
-    def __init__(self, config, prompts):
-        client = Client(config.url, config.model, config.api_key_env)
-        sampling = {"temperature": config.temperature, "top_p": config.top_p} if config.sc > 1 else {"temperature": 0.0}
-        stop = STOP if config.method == "agent" else None
-        self.speaker = Speaker(client, prompts, max_tokens=config.max_tokens, stop=stop, **sampling)
-        self.speaker.probe()
-        self.config = config
-        self.about = {"model": client.model, "parameters": None}
-
-    def __call__(self, episodes):
-        return in_parallel(self._one, episodes, self.config.concurrency)
-
-    def _one(self, item):
-        key, episode = item
-        usage, steps = collections.Counter(), itertools.count()
-
-        def answer(turn):
-            seed = stable_seed(self.config.seed, *key, next(steps))
-            return self.speaker.answer(turn, usage, n=self.config.sc, seed=seed)
-
-        return key, drive(episode, answer), dict(usage)
-
-
-def _shard(text):
-    """(i, n) of --shard i/n; under torchrun, its rank and world size."""
-    if "WORLD_SIZE" in os.environ and text == "0/1":
-        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    shard, _, shards = text.partition("/")
-    if not (shard.isdigit() and shards.isdigit() and int(shard) < int(shards)):
-        raise InputError(f"--shard {text}: i/n with 0 <= i < n was expected, as in 0/2 and 1/2")
-    return int(shard), int(shards)
-
-
-# ---------------------------------------------------------------------------------------------
-# regrade, report, ask
-# ---------------------------------------------------------------------------------------------
+    with common.Journal(path) as journal, concurrent.futures.ThreadPoolExecutor(8 if judge else 1) as pool:
+        old = journal.rows
+        new = list(common.progress(pool.map(grade, old), total=len(old), desc="grade", unit="answer", quiet=quiet))
+        if new != old:
+            common.write_jsonl(path, new)  # the lock is held until the file is replaced
+    return sum(a["correct"] != b["correct"] for a, b in zip(old, new, strict=True))
 
 
 @dataclasses.dataclass(kw_only=True)
-class RegradeConfig:
+class RegradeConfig(JudgeConfig):
     folder: str = option(REQUIRED, "run folder", positional=True)
-    judge_url: str | None = option(None, "LLM judge for factual answers; without it, exact match")
-    judge_model: str = option("gpt-4o-mini", "the judge's name at its server")
-    api_key_env: str = option("OPENAI_API_KEY", "environment variable that holds the judge's key")
 
 
 def regrade(config):
     """Grade the saved transcripts of a run again, without generating anything."""
-    out, changed = Path(config.folder), 0
-    judge = _open_judge(config, out / "judge.0.jsonl")
-    for path in report.transcript_files(out):
-        with Journal(path) as journal:  # holds the lock while the file is replaced
-            verdicts = grade.grade_many(journal.rows, judge)
-            for row, verdict in zip(journal.rows, verdicts, strict=True):
-                changed += row["correct"] != verdict.correct
-                row["correct"], row["why"] = verdict.correct, verdict.why
-            write_jsonl(path, journal.rows)
-    print(f"{out}: {changed} grades changed; {report.summarise(out)}")
+    with open_judge(config, config.folder) as judge:
+        changed = sum(regrade_file(path, judge) for path in report.transcript_files(config.folder))
+    print(f"{config.folder}: {changed} grades changed; {report.summarise(config.folder)}")
+
+
+# ------------- report, compare, ask
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -323,13 +522,11 @@ class ReportConfig:
 
 
 def write_report(config):
-    """Make the tables of all runs below a folder, print them, and write report.md and report.html there.
-
-    report.html is one self-contained page: tables, charts, and a browser of episodes.
-    """
+    """Print the tables of all runs below a folder, and write report.md, report.html and the pictures there."""
     text = report.markdown(config.folder)
-    for name, content in (("report.md", text), ("report.html", report.html(config.folder, config.episodes))):
-        with replace_file(Path(config.folder) / name) as file:
+    files = {"report.md": text, "report.html": report.html(config.folder, config.episodes)}
+    for name, content in (files | pictures.pictures(config.folder)).items():
+        with common.replace_file(Path(config.folder) / name) as file:
             file.write(content)
     print(text)
 
@@ -341,61 +538,49 @@ class CompareConfig:
 
 
 def compare(config):
-    """Two runs question by question: what only one of them got right, and whether that can be chance (McNemar)."""
+    """Two runs question by question: what only one of them got right, and McNemar's test of the difference."""
     sides = []
     for folder in (config.first, config.second):
         sides.append({(row["task"], row["id"]): row["correct"] for row in report.transcripts(folder)})
         if not sides[-1]:
             raise InputError(f"{folder}: no run folder with transcripts in it")
-    names = [Path(folder).resolve().name for folder in (config.first, config.second)]
-    print(report.paired_table(*sides, names if names[0] != names[1] else ("first", "second")))
+    print(report.paired_table(*sides, (Path(config.first).name, Path(config.second).name)))
 
 
 @dataclasses.dataclass(kw_only=True)
 class AskConfig(SpeakConfig):
-    question: str | None = option(None, "the question; without one, a prompt to ask many", positional=True)
+    question: str | None = option(None, "the question (default: questions are read from the terminal)", positional=True)
 
 
 def ask(config):
     """Ask a student one question and print the steps as they come."""
-    prompts, search = _prompts_and_search(config)
-    system = _system(config, prompts)
-    answerer = ServedStudent(config, prompts) if config.url else LocalStudent(config)
-    sandboxes = open_sandboxes(config, search)
+    speaker = Speaker(config)
+    speaker.load()
     questions = [config.question] if config.question else iter(lambda: input("question: ").strip(), "")
     with contextlib.suppress(EOFError):
         for question in questions:
-            episode = _printing(start_episode(config, prompts, system, search, sandboxes, question))
-            for _, finished, _ in answerer([(("ask", question), episode)]):
-                print(f"Answer: {finished.prediction!r} ({finished.error or finished.stop})")
+            for _, episode, _ in speaker.answer([(("ask", question), _print_steps(speaker.episode(question)))]):
+                print(f"Answer: {episode.prediction!r} ({episode.error or episode.stop})")
 
 
-def _printing(episode):
-    """The same episode, with each step printed as it passes."""
-    shown = 2  # system prompt and question
-    try:
-        turn = next(episode)
-        while True:
-            candidates = yield turn
-            turn = episode.send(candidates)
-            for message in turn.messages[shown:]:
-                print(message["content"], end="\n\n", flush=True)
-            shown = len(turn.messages)
-    except StopIteration as finished:
-        for message in finished.value.messages[shown:]:
-            print(message["content"], end="\n\n")
-        return finished.value
+def _print_steps(episode):
+    """The same episode; its messages are printed as they come, but for the system prompt and the question."""
+    running, shown = Running(episode), 2
+    while True:
+        messages = (running.turn or running.result).messages
+        for message in messages[shown:]:
+            print(message["content"], end="\n\n", flush=True)
+        shown = len(messages)
+        if running.turn is None:
+            return running.result
+        try:
+            candidates = yield running.turn
+        except TurnFailed as failure:
+            candidates = failure
+        running.advance(candidates)
 
 
 if __name__ == "__main__":
-    run_command_line(
-        __doc__,
-        {
-            "run": (RunConfig, run),
-            "report": (ReportConfig, write_report),
-            "regrade": (RegradeConfig, regrade),
-            "compare": (CompareConfig, compare),
-            "ask": (AskConfig, ask),
-        },
-        default="run",
-    )
+    commands = {"run": (RunConfig, run), "regrade": (RegradeConfig, regrade), "report": (ReportConfig, write_report)}
+    commands |= {"compare": (CompareConfig, compare), "ask": (AskConfig, ask)}
+    common.run_command_line(__doc__, commands, default="run")

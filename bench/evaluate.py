@@ -1,22 +1,21 @@
-"""Questions an hour: evaluate.py beside the way of the authors' code, with one model, in one run.
+"""Questions per hour: evaluate.py beside the way of the authors' code, with one model, in one run.
 
-    python bench/evaluate.py                                              # CPU: 6 layers of 256, random weights
-    python bench/evaluate.py --shape 0.5b --questions 64 --batch 32       # a GPU: Qwen2.5-0.5B's shape, random weights
-    python bench/evaluate.py --miniature runs/miniature/seed0 --questions 64 --max-tokens 150 --max-steps 5
+    python bench/evaluate.py                                            # 6 layers of 256, random weights
+    python bench/evaluate.py --model runs/miniature/SmolLM2-135M-Instruct    # a real model, as in `make reproduce`
+    python bench/evaluate.py count                                      # kernels and waits for the device per token
 
 The authors' way (a fork of smolagents): one question at a time; the N samples of a step by num_return_sequences; the
-candidates' code run one after another in an interpreter inside this process, where all share one state, and the
-winner's run once more. It is written anew here, around the same episode loop, prompts, search and limits, with
-smolagents' LocalPythonExecutor (or `exec`, which is faster, where that is not installed). The random numbers differ,
-and so do the texts. A student of random weights says nothing that parses: each of its steps takes all its tokens, and
-no code runs. The two take turns; the ratio is that of the medians.
+code of the candidates runs one after the other in an interpreter in this process, where all share one state, and the
+winner's code once more. It is written anew here, around the same episode, prompts, search and limits, with smolagents'
+LocalPythonExecutor (or `exec`, which is faster, where that is not installed). The random numbers differ, and so do the
+texts. A model of random weights writes no code: each of its steps takes all its tokens. The two take turns, and the
+ratio is that of the medians.
 """
 
 import contextlib
 import dataclasses
 import functools
 import io
-import random
 import statistics
 import sys
 import tempfile
@@ -24,76 +23,68 @@ import time
 from pathlib import Path
 from typing import Literal
 
+import tokenizers
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import retriever  # noqa: E402
-import scratch  # noqa: E402
-import world  # noqa: E402
-from agent_distill import STOP, agent_episode  # noqa: E402
-from bench.train import SHAPES, VOCABULARY  # noqa: E402
-from chat import render  # noqa: E402
-from client import cut_at_stop  # noqa: E402
-from common import option, run_command_line, write_jsonl  # noqa: E402
-from evaluate import run_lockstep  # noqa: E402
-from lora import load_model  # noqa: E402
-from sandbox import Observation, Sandboxes  # noqa: E402
-from student import StopAtStrings, Student  # noqa: E402
-from tasks import Prompts, load_tasks, open_search  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import retriever
+import train
+from agent_distill import STOP, EpisodeConfig, Prompts, Running, Turn, agent_episode, open_tools
+from common import load_tasks, option, run_command_line
+from common.client import cut_at_stop
+from common.devices import uses_bf16
+from common.lora import load_model
+from evaluate import Student, run_lockstep
+from miniature import world
+from sandbox import Observation, Sandbox
+
+SHAPES = {  # hidden size, layers, heads, key-value heads, intermediate size
+    "small": (256, 6, 4, 2, 1024),
+    "0.5b": (896, 24, 14, 2, 4864),
+}
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 @dataclasses.dataclass(kw_only=True)
 class Config:
-    shape: Literal["small", "0.5b", "1.5b", "3b"] = option("small", "of the student of random weights")
-    miniature: str | None = option(None, "folder of a seed of `make reproduce`: its questions, index and student")
-    size: str = option("M", "of the miniature's student")
-    questions: int = option(8, "questions a round")
+    model: str | None = option(None, "folder of a model (default: random weights)")
+    shape: Literal["small", "0.5b"] = option("small", "of the model of random weights")
+    precision: Literal["auto", "bf16", "fp32"] = option("fp32", "of the weights")
+    questions: int = option(16, "questions per round")
     one_by_one: int = option(2, "how many of them the authors' way is timed on: its rate does not depend on it")
     rounds: int = option(2, "how often the two take turns")
-    sc: int = option(8, "samples a step")
-    max_tokens: int = option(48, "new tokens a step")
-    max_steps: int = option(2, "steps a question")
-    batch: int = option(32, "questions at once in lockstep")
-    threads: int = option(1, "CPU threads")
+    sc: int = option(8, "samples per step")
+    max_tokens: int = option(48, "new tokens per step")
+    max_steps: int = option(2, "steps per question")
+    threads: int = option(2, "CPU threads")
 
 
-def make_student(config, prompts, folder):
-    """A student of random weights, with questions and an index of a small world."""
-    built = world.build(
-        0, train_questions=200, test_questions=3 * config.questions, sizes=dict.fromkeys(world.SIZES, 100)
-    )
-    write_jsonl(folder / "passages.jsonl", built.passages)
-    write_jsonl(folder / "test" / "hotpotqa.jsonl", built.test["hotpotqa"])
-    retriever.build(str(folder / "passages.jsonl"), str(folder / "index"), quiet=True)
-    texts = [prompts.agent_system, *(passage["contents"] for passage in built.passages)]
-    tokenizer = scratch.make_tokenizer(texts)
+def make_model(config, folder):
+    """Returns (model, tokenizer): the one of --model, or one of random weights with a tokenizer for the world."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if uses_bf16(config.precision, device) else torch.float32
+    if config.model:
+        return load_model(config.model, device, dtype)
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=8192, special_tokens=special, show_progress=False)
+    bpe.train([str(folder / "world" / "passages.jsonl")], trainer)
+    options = {"eos_token": special[2], "pad_token": special[0], "chat_template": TEMPLATE}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **options)
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+    shape = dict(zip(names, SHAPES[config.shape], strict=True)) | {"tie_word_embeddings": True, "vocab_size": 151936}
+    # Large embeddings make it as sure of its words as a trained model is.
+    shape |= {"max_position_embeddings": 32768, "initializer_range": 0.2, "eos_token_id": tokenizer.eos_token_id}
     torch.manual_seed(0)
-    shape = SHAPES[config.shape] | {
-        "tie_word_embeddings": True,
-        "vocab_size": VOCABULARY,
-        "max_position_embeddings": 32768,
-    }
-    # Large embeddings make it as sure of its words as a trained model: from 152,000 likely ones, sampling is slower.
-    shape |= {"initializer_range": 0.2, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-    model = Qwen2ForCausalLM(Qwen2Config(**shape))
-    cuda = torch.cuda.is_available()
-    model = model.to("cuda" if cuda else "cpu", torch.bfloat16 if cuda else torch.float32)
-    return model, tokenizer, [folder / "test" / "hotpotqa.jsonl"], folder / "index", prompts.agent_system
-
-
-def load_student(config, prompts):
-    """The miniature's student, its eight test sets and its index."""
-    folder = Path(config.miniature)
-    model, tokenizer = load_model(str(folder / config.size / "agent"), "cpu", torch.float32)
-    return (
-        model,
-        tokenizer,
-        sorted((folder / "world/test").glob("*.jsonl")),
-        folder / "index",
-        prompts.agent_student_system,
-    )
+    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**shape)).to(device, dtype).eval()
+    return model, tokenizer
 
 
 class InProcess:
@@ -145,76 +136,93 @@ class InProcess:
 
 def one_by_one(config, model, tokenizer, episodes):
     """The authors' way: each episode to its end, n samples by num_return_sequences. Returns the tokens written."""
+    model.set_attn_implementation("sdpa")
     written = 0
     for _, episode in episodes:
-        with contextlib.suppress(StopIteration):
-            turn = next(episode)
-            while True:
-                prompt = render(tokenizer, turn.messages, reply=True) + turn.opening
-                ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
-                length = ids["input_ids"].shape[1]
-                out = model.generate(
-                    **ids, do_sample=True, temperature=0.4, top_p=0.8, top_k=0, num_return_sequences=config.sc,
-                    max_new_tokens=config.max_tokens, pad_token_id=tokenizer.pad_token_id,
-                    stopping_criteria=[StopAtStrings(tokenizer, STOP, length)],
-                )[:, length:]  # fmt: skip
-                written += int((out != tokenizer.pad_token_id).sum())
-                texts = tokenizer.batch_decode(out, skip_special_tokens=True)
-                turn = episode.send([cut_at_stop(text, STOP) for text in texts])
+        running = Running(episode)
+        while running.turn:
+            prompt = train.render(tokenizer, running.turn.messages, reply=True)
+            ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
+            length = ids["input_ids"].shape[1]
+            out = model.generate(
+                **ids, do_sample=True, temperature=0.4, top_p=0.8, top_k=0, num_return_sequences=config.sc,
+                max_new_tokens=config.max_tokens, stop_strings=STOP, tokenizer=tokenizer,
+                pad_token_id=tokenizer.pad_token_id,
+            )[:, length:]  # fmt: skip
+            texts = [cut_at_stop(text, STOP) for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
+            written += int((out != tokenizer.pad_token_id).sum())
+            running.advance(texts)
     return written
 
 
 def lockstep(config, model, tokenizer, episodes):
-    """evaluate.py's way. Returns the tokens written."""
-    options = {"n": config.sc, "temperature": 0.4, "top_p": 0.8, "max_tokens": config.max_tokens}
-    student = Student(model, tokenizer, batch=config.batch, **options)
+    """The way of evaluate.py. Returns the tokens written."""
+    student = Student(model, tokenizer, n=config.sc, max_tokens=config.max_tokens)
     return sum(usage["completion_tokens"] for _, _, usage in run_lockstep(episodes, student, STOP))
 
 
-def timed(way, config, setting, tasks, prompts):
-    """(questions an hour, tokens a second) of one way on these tasks."""
-    model, tokenizer, _, index, system = setting
-    model.set_attn_implementation("sdpa")
-    tools = {"web_search": open_search(index, prompts, k=1)}
-    opener = Sandboxes(tools=tools) if way is lockstep else functools.partial(InProcess, tools)
-    start = functools.partial(
-        agent_episode, prompts=prompts, open_sandbox=opener, system=system, max_steps=config.max_steps
-    )
-    started = time.perf_counter()
-    tokens = way(config, model, tokenizer, [((task["task"], task["id"]), start(task["question"])) for task in tasks])
-    seconds = time.perf_counter() - started
-    return 3600 * len(tasks) / seconds, tokens / seconds
-
-
 def bench(config):
-    """Run the two in turns and print questions an hour and tokens a second."""
+    """Run the two in turns, and print questions per hour and tokens per second."""
     torch.set_num_threads(config.threads)
     prompts, rates = Prompts(), {one_by_one: [], lockstep: []}
     with tempfile.TemporaryDirectory() as folder:
-        setting = load_student(config, prompts) if config.miniature else make_student(config, prompts, Path(folder))
-        model, tokenizer, tests, *_ = setting
-        model.generation_config.eos_token_id = tokenizer.eos_token_id
-        tasks = load_tasks(tests)
-        random.Random(0).shuffle(tasks)
+        folder = Path(folder)
+        with contextlib.redirect_stdout(io.StringIO()):
+            world.write(world.Config(out=str(folder / "world"), test_questions=config.questions))
+            retriever.build(str(folder / "world" / "passages.jsonl"), str(folder / "index"), kind="bm25", quiet=True)
+        model, tokenizer = make_model(config, folder)
+        tasks = load_tasks([str(folder / "world" / "test" / "hotpotqa.jsonl")])
+        tools = open_tools(EpisodeConfig(search=str(folder / "index")), prompts)
+        system = prompts.system("agent_student_system", tools)
         for _ in range(config.rounds):
-            few, many = tasks[: config.one_by_one], tasks[: config.questions]
-            rates[one_by_one].append(timed(one_by_one, config, setting, few, prompts))
-            rates[lockstep].append(timed(lockstep, config, setting, many, prompts))
-            tasks = tasks[config.questions :] + many
-    parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+            for way, count in ((one_by_one, config.one_by_one), (lockstep, config.questions)):
+                place = functools.partial(InProcess if way is one_by_one else Sandbox, tools)
+                options = {"system": system, "max_steps": config.max_steps}
+                episodes = [(t["id"], agent_episode(t["question"], prompts, place, **options)) for t in tasks[:count]]
+                started = time.perf_counter()
+                tokens = way(config, model, tokenizer, episodes)
+                seconds = time.perf_counter() - started
+                rates[way].append((3600 * count / seconds, tokens / seconds))
+    size = sum(p.numel() for p in model.parameters()) / 1e6
     print(
-        f"{config.miniature or config.shape}, {parameters:.2f}M parameters, {config.sc} samples a step, {model.device}"
+        f"{config.model or config.shape}: {size:.1f} M parameters, {model.dtype}, {model.device}, {config.sc} samples"
     )
     medians = {way: [statistics.median(values) for values in zip(*rates[way], strict=True)] for way in rates}
     for way, label in ((one_by_one, "the authors' way"), (lockstep, "evaluate.py")):
-        slowest, fastest = (f(rate for rate, _ in rates[way]) for f in (min, max))
-        questions, tokens = medians[way]
-        print(
-            f"{label:>16} {questions:9,.0f} questions/hour ({slowest:,.0f} to {fastest:,.0f}) {tokens:9,.0f} tokens/s"
-        )
+        print(f"{label:>16} {medians[way][0]:9,.0f} questions per hour {medians[way][1]:9,.0f} tokens per second")
     questions, tokens = (ours / theirs for ours, theirs in zip(medians[lockstep], medians[one_by_one], strict=True))
     print(f"evaluate.py: {questions:.1f} times the questions, {tokens:.1f} times the tokens")
 
 
+class Counter(TorchDispatchMode):
+    """Counts operations that launch a kernel on a GPU, and those for whose result the host waits."""
+
+    WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero")
+    kernels = waits = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        wait = function.name().split(".")[0] in self.WAITS
+        self.waits += wait
+        self.kernels += not (function.is_view or wait or "empty" in function.name())
+        return function(*args, **(kwargs or {}))
+
+
+def count(config):
+    """Print kernels and waits per generated token, greedy and with the samples of --sc."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        world.write(world.Config(out=f"{folder}/world", train_questions=2, test_questions=2))
+        model, tokenizer = make_model(config, Path(folder))
+    turns = [Turn([{"role": "user", "content": f"Question {i}"}]) for i in range(4)]
+    for n in (1, config.sc):
+        counters = []
+        for tokens in (16, 48):  # the difference leaves out what happens once
+            with Counter() as counter:
+                Student(model, tokenizer, n=n, max_tokens=tokens).answer(turns)
+            counters.append(counter)
+        kernels, waits = ((getattr(counters[1], x) - getattr(counters[0], x)) / 32 for x in ("kernels", "waits"))
+        layers = model.config.num_hidden_layers
+        print(f"{n} samples: {kernels:.0f} kernels per token ({kernels / layers:.0f} per layer), {waits:.2f} waits")
+
+
 if __name__ == "__main__":
-    run_command_line(__doc__, {"bench": (Config, bench)}, default="bench")
+    run_command_line(__doc__, {"bench": (Config, bench), "count": (Config, count)}, default="bench")
