@@ -3,52 +3,108 @@
     URL=http://127.0.0.1:8000/v1
     python agent_distill.py collect train.jsonl --url $URL --out cot.jsonl --method cot
     python agent_distill.py collect train.jsonl --url $URL --out plain.jsonl --search index
-    python agent_distill.py collect train.jsonl --url $URL --out agent.jsonl --search index --first-thought
+    python agent_distill.py collect train.jsonl --url $URL --out agent.jsonl --search index --first-thought cot.jsonl
     python agent_distill.py filter agent.jsonl --out agent.train.jsonl
     python agent_distill.py prefix-gain plain.jsonl agent.jsonl
 
-Read `agent_episode` first: it is the paper's loop. An episode is a generator. It yields what it
-wants the model to say and receives candidates; who answers (a teacher over HTTP here, a student
-under HF generate in evaluate.py) is no business of the loop.
+Read `agent_episode` first: it is the paper's loop. An episode is a generator. It yields what a model is asked, and
+receives candidate texts. The same episode runs with a teacher over HTTP (here) and with a student (evaluate.py).
 """
 
-import ast
 import collections
 import dataclasses
+import functools
 import hashlib
+import importlib
 import itertools
 import json
 import random
 import re
-import threading
 import time
+from pathlib import Path
 from typing import Literal
 
-import grade
-from client import BadRequest, Client, Speaker, in_parallel
-from common import (
-    REQUIRED,
-    InputError,
-    Journal,
-    keep_config,
-    option,
-    progress,
-    read_jsonl,
-    run_command_line,
-)
-from sandbox import Sandboxes
-from tasks import Prompts, load_tasks, open_search
-from trajectories import FilterConfig, GainConfig, filter_trajectories, prefix_gain
+import common
+import retriever
+from common import REQUIRED, InputError, grading, option, read_jsonl, read_text, stable_seed
+from common.client import BadRequest, Client, Served, in_parallel
+from common.report import paired_table, table
+from sandbox import Sandbox
 
-# The action format, as in smolagents and in the authors' published trajectories. Prompts, stop
-# strings and parser must agree; tests/test_agent_distill.py holds prompts/ to these constants.
+# ---------------------------------------------------------------------------------------------
+# Prompts and tools: what an episode is given
+# ---------------------------------------------------------------------------------------------
+
+
+class Prompts:
+    """Every text that a model is shown, one file each: `prompts.question` is prompts/question.txt."""
+
+    default = Path(__file__).parent / "prompts"
+
+    def __init__(self, folder=default):
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise InputError(f"{folder}: no such folder of prompts")
+
+    def __getattr__(self, name):
+        text = read_text(self.folder / f"{name}.txt")
+        setattr(self, name, text)
+        return text
+
+    def fill(self, name, **values):
+        """The prompt with its {placeholders} replaced, in one pass: braces inside a value stay as they are."""
+        return re.sub(r"\{(\w+)\}", lambda m: str(values.get(m[1], m[0])), getattr(self, name))
+
+    def system(self, name, tools):
+        """A system prompt. {tools} becomes the descriptions of the tools, {calls} a list of their signatures.
+
+        tools: names. Each is described in prompts/tools/NAME.txt: a signature, a colon, and what the tool does.
+        Raises InputError for a tool that is not described.
+        """
+        described = [read_text(self.folder / "tools" / f"{tool}.txt") for tool in (*tools, "final_answer")]
+        calls = [re.sub(r":[^,)]*", "", text[: text.index(")") + 1]) for text in described]  # without annotations
+        return self.fill(name, tools="\n".join(f"- {text}" for text in described), calls=", ".join(calls))
+
+    @functools.cached_property
+    def sha256(self):
+        """One hash of all prompts of the folder. Results made with other prompts must not be mixed with these."""
+        texts = {str(path.relative_to(self.folder)): read_text(path) for path in sorted(self.folder.rglob("*.txt"))}
+        return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+
+
+def open_tools(config, prompts, device=None):
+    """The tools of an agent, {name: function}. This is the only place to add one.
+
+    A tool takes and returns JSON values, runs in this process, and must be thread-safe. Describe it in
+    prompts/tools/NAME.txt. device: where a dense index keeps its vectors.
+    """
+    tools = {}
+    if config.search:
+        tools["web_search"] = _search_tool(retriever.load(config.search, device), prompts, config.top_k)
+    prompts.system("agent_system", tools)  # refuses a tool without a description
+    return tools
+
+
+def _search_tool(index, prompts, k):
+    def web_search(query):
+        texts = []
+        for rank, hit in enumerate(index.search([str(query)], k=k)[0], 1):
+            title, _, text = hit.contents.partition("\n")
+            about = {"rank": rank, "place": rank - 1, "score": f"{hit.score:.2f}"}
+            texts.append(prompts.fill("search_result", title=title.strip('"'), text=text, **about))
+        return "\n\n".join(texts) or "No passages found."
+
+    return web_search
+
+
+# ---------------------------------------------------------------------------------------------
+# Actions: a thought and code (r_t, a_t), parsed from the text that a model wrote
+# ---------------------------------------------------------------------------------------------
+
+# The action format of smolagents and of the authors' published trajectories. A test checks that prompts/ uses it.
 CODE_OPEN = "```py"
 CODE_CLOSE = "```<end_code>"
-STOP = ["<end_code>", "Observation:"]
-
-# ---------------------------------------------------------------------------------------------
-# Actions: a thought and code (r_t, a_t), parsed from what the model wrote
-# ---------------------------------------------------------------------------------------------
+STOP = ["<end_code>", "\nObservation:"]
 
 
 @dataclasses.dataclass
@@ -60,62 +116,38 @@ class Action:
     code: str | None
 
 
-_FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[ \t]*$", re.MULTILINE)
-_CLOSE = re.compile(r"```")
+# A fence opens on a line of its own, or behind "Code:", and ends at the next ``` that begins or ends a line.
+_FENCE = re.compile(r"^[ \t]*(?:Code:[ \t]*)?```[ \t]*(\w*)[ \t]*\n(.*?)(?:^[ \t]*```|```[ \t]*$|\Z)", re.M | re.S)
+_CODE_LABEL = re.compile(r"^[ \t]*Code:[ \t]*$", re.M)
+_OBSERVATION = re.compile(r"^Observation:", re.M)
 _THOUGHT = re.compile(r"^\s*Thought:[ \t]*")
-_CODE_LABEL = re.compile(r"^[ \t]*Code:[ \t]*$", re.MULTILINE)
 
 
 def parse_action(text):
-    """Read thought and code out of model output in all the shapes that models produce.
+    """Read the thought and the code from a model's text. Returns an Action.
 
-    Accepted: fences marked py, python or nothing; several fences (joined, as smolagents does); a
-    fence that never closes; no fence at all after a `Code:` line, if what follows is Python.
+    Accepted: fences marked py, python or nothing; several fences (joined, as in smolagents); a fence that never
+    closes; code without a fence after a line `Code:`. The text ends at <end_code>, or where the model starts to write
+    an observation of its own outside the code.
     """
-    text = text.replace("\r\n", "\n")
-    for stop in STOP:
-        text = text.split(stop)[0]
-    text = text.strip()
-    blocks, start, first = [], 0, None
-    while opening := _FENCE.search(text, start):
-        code, start = _fenced_code(text, opening.end())
-        if opening[1] in ("py", "python", ""):
-            blocks.append(code)
-            first = opening.start() if first is None else first
+    text = text.replace("\r\n", "\n").split("<end_code>")[0].strip()
+    fences = [match for match in _FENCE.finditer(text) if match[1] in ("py", "python", "")]
+    for own in _OBSERVATION.finditer(text):
+        if not any(fence.start() < own.start() < fence.end() for fence in fences):
+            text = text[: own.start()].rstrip()
+            fences = [fence for fence in fences if fence.start() < own.start()]
+            break
     label = _CODE_LABEL.search(text)
-    if not blocks and label and _is_python(text[label.end() :]):
-        blocks, first = [text[label.end() :].strip("\n")], label.start()
-    code = "\n\n".join(block for block in blocks if block.strip()) or None
+    if fences:
+        code = "\n\n".join(fence[2].strip("\n") for fence in fences if fence[2].strip())
+        start = min(fences[0].start(), label.start() if label else len(text))
+    elif label:
+        code, start = text[label.end() :].strip("\n"), label.start()
+    else:
+        code, start = "", len(text)
     if text.endswith("```"):
-        text += "<end_code>"  # the stop string that generation took away
-    before = text if code is None else text[: label.start() if label and label.start() < first else first]
-    return Action(text, _THOUGHT.sub("", before).strip(), code)
-
-
-def _fenced_code(text, start):
-    """The code of the fence that opens at `start`, and where it ends.
-
-    Backticks may stand in a string of the code: the fence ends at the first ``` up to which the
-    code is Python; failing that, at the first one; failing that, the fence never closes.
-    """
-    ends = [match.start() for match in _CLOSE.finditer(text, start)]
-    for end in ends:
-        if _is_python(text[start:end]):
-            return text[start:end].strip("\n"), end + 3
-    if ends:
-        return text[start : ends[0]].strip("\n"), ends[0] + 3
-    return text[start:].strip("\n"), len(text)
-
-
-_parsing = threading.Lock()  # ast counts its depth for all threads together, and fails when they meet (CPython 3.11)
-
-
-def _is_python(code):
-    try:
-        with _parsing:
-            return bool(ast.parse(code.strip("\n")).body)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
+        text += "<end_code>"  # generation stops before this string; the context shows it
+    return Action(text, _THOUGHT.sub("", text[:start]).strip(), code or None)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -125,9 +157,9 @@ def _is_python(code):
 
 @dataclasses.dataclass
 class Turn:
-    """What an episode asks of a model: N continuations of `messages`, begun with `opening`.
+    """What an episode asks of a model: N continuations of `messages`.
 
-    opening: text the assistant's message starts with; the candidates continue it.
+    opening: text with which the assistant's message begins; the candidates continue it.
     """
 
     messages: list
@@ -135,16 +167,16 @@ class Turn:
 
 
 class TurnFailed(Exception):
-    """Thrown into an episode by its driver: this turn cannot be answered (context too long, ...)."""
+    """The driver throws this into an episode when no model can answer the turn (the context is too long, ...)."""
 
 
 @dataclasses.dataclass
 class Episode:
     """A finished trajectory tau = ((r_1, a_1, o_1), ..., (r_T, a_T, o_T)), Eq. 3, and how it ended.
 
-    messages: chat ready for training. steps: a dict a step with thought, code, observation, error_kind
-    and, where several candidates were sampled, all of them with the vote. prediction: JSON value or None.
-    stop: "final_answer" | "max_steps" | "error".
+    messages: the conversation, ready for training. steps: one dict per step with thought, code, observation,
+    error_kind, vote and, where several candidates were sampled, all of them. prediction: a JSON value or None.
+    stop: "final_answer" | "max_steps" | "no_answer" (CoT) | "error".
     """
 
     messages: list
@@ -154,12 +186,36 @@ class Episode:
     error: str | None = None
 
 
-def agent_episode(question, prompts, open_sandbox, *, system, max_steps=5, first_thought="", rng=None):
+def votes_of(observations):
+    """The vote of each candidate: equal numbers mean equal observations. None: it failed to parse or to run."""
+    numbers, votes = {}, []
+    for o in observations:
+        if o is None or o.error_kind is not None:
+            votes.append(None)
+            continue
+        # Candidates that end the episode agree if they give the same answer, others if they observe the same.
+        observed = ("final", json.dumps(o.final_answer, sort_keys=True)) if o.is_final else (o.stdout, o.result)
+        votes.append(numbers.setdefault(observed, len(numbers)))
+    return votes
+
+
+def choose(actions, observations, rng):
+    """The vote of self-consistent action generation: the index of the candidate to keep.
+
+    The majority wins; a tie goes to the observation that was sampled first. If all candidates failed, one of them is
+    kept at random, and the model sees its error. With one candidate (greedy) this is candidate 0.
+    """
+    counts = collections.Counter(vote for vote in votes_of(observations) if vote is not None)
+    if not counts:
+        return rng.randrange(len(actions)) if len(actions) > 1 else 0
+    return votes_of(observations).index(max(counts, key=counts.get))
+
+
+def agent_episode(question, prompts, open_sandbox, *, system, max_steps=5, first_thought="", rng=random, choose=choose):
     """The agent's loop: thought, code, observation, until final_answer or the step limit.
 
-    first_thought: with the first-thought prefix (Eq. 5), the first step of the teacher's
-    chain of thought; it opens the first thought, and the model continues it.
-    rng: random.Random for SC-action's last resort.
+    first_thought: with the first-thought prefix (Eq. 5), the first step of the teacher's chain of thought. It opens
+    the first thought, and the model continues it. choose: another vote, with the arguments of `choose`.
     """
     messages = _chat(system, prompts.fill("question", question=question))
     steps = []
@@ -171,58 +227,37 @@ def agent_episode(question, prompts, open_sandbox, *, system, max_steps=5, first
             except TurnFailed as failure:
                 return Episode(messages, steps, None, "error", str(failure))
             actions = [parse_action(opening + text) for text in candidates]
-            chosen, observations = choose(actions, sandbox, rng)
+            # Each distinct code runs once, all from the same state. The chosen candidate's state is kept.
+            codes = list(dict.fromkeys(action.code for action in actions if action.code is not None))
+            ran = dict(zip(codes, sandbox.run_candidates(codes), strict=True)) if codes else {}
+            observations = [ran.get(action.code) for action in actions]
+            chosen = choose(actions, observations, rng)
             action, observation = actions[chosen], observations[chosen]
+            if observation is not None:
+                sandbox.commit(codes.index(action.code))
             messages = [*messages, {"role": "assistant", "content": action.text}]
-            steps.append(_record(actions, observations, chosen, prompts))
+            steps.append(_step(actions, observations, chosen, prompts))
             if observation is not None and observation.is_final:
                 return Episode(messages, steps, observation.final_answer, "final_answer")
             messages = [*messages, {"role": "user", "content": steps[-1]["observation"]}]
     return Episode(messages, steps, None, "max_steps")
 
 
-def choose(actions, sandbox, rng):
-    """Self-consistent action generation: run all candidates, take the majority by observation.
-
-    Candidates that fail to parse or to run have no vote; ties go to the earliest. If all fail, one
-    of them is kept at random and the model sees its error. One candidate (greedy) is the same
-    with N = 1. Each distinct code is run once, from the same state, and never again: the winner's
-    state is committed. Returns the chosen index and the observations (None where there was no code).
-    """
-    codes = list(dict.fromkeys(action.code for action in actions if action.code is not None))
-    ran = dict(zip(codes, sandbox.run_candidates(codes), strict=True)) if codes else {}
-    observations = [ran.get(action.code) for action in actions]
-    votes = collections.Counter(_vote(o) for o in observations if o is not None and o.error_kind is None)
-    if votes:
-        winner = max(votes, key=votes.get)  # of equals, the one sampled first
-        chosen = next(i for i, o in enumerate(observations) if o and o.error_kind is None and _vote(o) == winner)
-    else:
-        chosen = (rng or random).randrange(len(actions)) if len(actions) > 1 else 0
-    if observations[chosen] is not None:
-        sandbox.commit(codes.index(actions[chosen].code))
-    return chosen, observations
-
-
-def _vote(observation):
-    """What candidates agree or disagree on: the answer if it is final, else everything observed."""
-    if observation.is_final:
-        return "final", json.dumps(observation.final_answer, sort_keys=True)
-    return "observed", observation.stdout, observation.result
-
-
-def _record(actions, observations, chosen, prompts):
-    """The step as it is stored: the action taken, and the candidates if there was a choice."""
-    step = _candidate(actions[chosen], observations[chosen], prompts)
-    if len(actions) > 1:
-        step["candidates"] = [_candidate(a, o, prompts) for a, o in zip(actions, observations, strict=True)]
-        step["chosen"] = chosen
-    return step
-
-
-def _candidate(action, observation, prompts):
-    kind = "no_code" if observation is None else observation.error_kind
-    text = observation_text(observation, prompts)
-    return {"thought": action.thought, "code": action.code, "observation": text, "error_kind": kind}
+def _step(actions, observations, chosen, prompts):
+    """The step as it is stored: the chosen candidate, and all candidates if there were several."""
+    candidates = []
+    for action, observation, vote in zip(actions, observations, votes_of(observations), strict=True):
+        candidates.append({
+            "thought": action.thought,
+            "code": action.code,
+            "observation": observation_text(observation, prompts),
+            "error_kind": "no_code" if observation is None else observation.error_kind,
+            "vote": vote,
+        })  # fmt: skip
+        if observation is not None and observation.is_final:
+            candidates[-1]["final_answer"] = observation.final_answer
+    several = {"candidates": candidates, "chosen": chosen} if len(actions) > 1 else {}
+    return candidates[chosen] | several
 
 
 def observation_text(observation, prompts):
@@ -236,7 +271,7 @@ def observation_text(observation, prompts):
 
 
 def cot_episode(question, prompts, *, system, search=None):
-    """Chain of thought: one turn, no tools. search: for CoT + RAG, passages for the question itself.
+    """Chain of thought: one turn, no tools. search: for CoT + RAG, the passages for the question are shown with it.
 
     With several candidates (self-consistency), the majority of the answers wins.
     """
@@ -248,20 +283,21 @@ def cot_episode(question, prompts, *, system, search=None):
         candidates = yield Turn(messages)
     except TurnFailed as failure:
         return Episode(messages, [], None, "error", str(failure))
-    answers = [grade.cot_answer(text) for text in candidates]
-    votes = collections.Counter(answer for answer in answers if answer is not None)
-    chosen = answers.index(max(votes, key=votes.get)) if votes else 0
+    answers = [grading.cot_answer(text) for text in candidates]
+    counts = collections.Counter(answer for answer in answers if answer is not None)
+    chosen = answers.index(max(counts, key=counts.get)) if counts else 0
+    numbers = {answer: number for number, answer in enumerate(counts)}
     step = {"thought": candidates[chosen], "code": None, "observation": None, "error_kind": None}
     if len(candidates) > 1:
-        step["candidates"] = [{"thought": text, "answer": a} for text, a in zip(candidates, answers, strict=True)]
+        pairs = zip(candidates, answers, strict=True)
+        step["candidates"] = [{"thought": t, "answer": a, "vote": numbers.get(a)} for t, a in pairs]
         step["chosen"] = chosen
     messages = [*messages, {"role": "assistant", "content": candidates[chosen].strip()}]
-    stop = "max_steps" if answers[chosen] is None else "final_answer"
-    return Episode(messages, [step], answers[chosen], stop)
+    return Episode(messages, [step], answers[chosen], "no_answer" if answers[chosen] is None else "final_answer")
 
 
 def first_step(cot):
-    """The first step of a chain of thought: the text up to the first blank line (Eq. 5's prefix)."""
+    """The first step of a chain of thought: the text up to the first blank line. It is the prefix of Eq. 5."""
     return re.split(r"\n[ \t]*\n", cot.strip().replace("\r\n", "\n"))[0].strip()
 
 
@@ -269,34 +305,32 @@ def _chat(system, user):
     return [{"role": "system", "content": system}, {"role": "user", "content": user}]
 
 
-# ---------------------------------------------------------------------------------------------
-# The teacher over HTTP
-# ---------------------------------------------------------------------------------------------
+class Running:
+    """An episode under way. turn: what it asks for now, None after its end. result: the Episode, None until then."""
+
+    def __init__(self, episode):
+        self.episode, self.turn, self.result = episode, None, None
+        self.advance(None)
+
+    def advance(self, candidates):
+        """Send the candidates (a list of texts), or throw a TurnFailed, into the episode."""
+        try:
+            send = self.episode.throw if isinstance(candidates, TurnFailed) else self.episode.send
+            self.turn = send(candidates)
+        except StopIteration as end:
+            self.turn, self.result = None, end.value
 
 
 def drive(episode, answer):
-    """Run one episode to its end. answer(turn): its candidates; a BadRequest ends the episode as an error."""
-    try:
-        turn = next(episode)
-        while True:
-            try:
-                candidates = answer(turn)
-            except BadRequest as error:
-                turn = episode.throw(TurnFailed(str(error)))
-            else:
-                turn = episode.send(candidates)
-    except StopIteration as finished:
-        return finished.value
-
-
-def stable_seed(*parts):
-    """A 31-bit seed from values, the same in every process (hash() is not)."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") >> 1
-
-
-# ---------------------------------------------------------------------------------------------
-# collect
-# ---------------------------------------------------------------------------------------------
+    """Run one episode to its end. answer(turn) returns the candidates; a BadRequest ends the episode as an error."""
+    running = Running(episode)
+    while running.turn:
+        try:
+            candidates = answer(running.turn)
+        except BadRequest as error:
+            candidates = TurnFailed(str(error))
+        running.advance(candidates)
+    return running.result
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -304,92 +338,149 @@ class EpisodeConfig:
     """What teacher and student have in common. Defaults are the paper's where it names them."""
 
     search: str | None = option(None, "index folder or /retrieve URL behind web_search")
-    top_k: int = option(3, "passages a search (paper: 3)")
-    max_steps: int = option(5, "steps an episode (paper: 5)")
-    max_tokens: int = option(1024, "new tokens a step (paper: 1,024)")
+    top_k: int = option(3, "passages per search (paper: 3)")
+    max_steps: int = option(5, "steps per episode (paper: 5)")
+    max_tokens: int = option(1024, "new tokens per step (paper: 1,024)")
     timeout: float = option(10.0, "seconds for one code action")
+    isolation: Literal["auto", "require", "off"] = option(
+        "auto", "where the kernel cannot contain the code fully: warn (auto), refuse (require), or do not ask (off)"
+    )
+    choose: str | None = option(None, "another vote over candidates, as MODULE.FUNCTION (default: the majority)")
     prompts: str = option(str(Prompts.default), "folder of prompts")
-    api_key_env: str = option("OPENAI_API_KEY", "environment variable that holds the key")
+    api_key_env: str = option("OPENAI_API_KEY", "environment variable that holds the server's key")
+
+
+def open_episode(config, question, prompts, tools, *, system, first_thought="", rng=random):
+    """The episode of one question by config.method: "agent", "cot" or "cot-rag"."""
+    if config.method != "agent":
+        search = tools["web_search"] if config.method == "cot-rag" else None
+        return cot_episode(question, prompts, system=system, search=search)
+    return agent_episode(
+        question,
+        prompts,
+        functools.partial(Sandbox, tools=tools, timeout=config.timeout, isolation=config.isolation),
+        system=system,
+        max_steps=config.max_steps,
+        first_thought=first_thought,
+        rng=rng,
+        choose=_load_function(config.choose) if config.choose else choose,
+    )
+
+
+def _load_function(dotted):
+    module, _, name = dotted.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, ValueError, AttributeError) as error:
+        raise InputError(f"--choose {dotted}: {error}") from None
+
+
+def trajectory_row(task, method, episode, usage, judge=None):
+    """A finished episode as the row that is stored: the task, what happened, the cost, the grade and its reason."""
+    fields = ("id", "task", "kind", "domain", "question", "answer", "aliases")
+    row = {name: task[name] for name in fields if name in task}
+    row |= {"method": method, **dataclasses.asdict(episode)}
+    if episode.stop == "no_answer" and usage.get("truncated"):
+        row["stop"] = "truncated"  # the reply was cut at --max-tokens before it gave an answer
+    verdict = grading.grade(
+        task["kind"], episode.prediction, task["answer"], task.get("aliases", ()), task["question"], judge
+    )
+    return row | {"correct": verdict.correct, "why": verdict.why, "usage": dict(usage)}
+
+
+# ---------------------------------------------------------------------------------------------
+# collect, filter, prefix-gain
+# ---------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(kw_only=True)
 class CollectConfig(EpisodeConfig):
     tasks: list[str] = option(REQUIRED, "task files: JSONL, or JSON with a list of examples", positional=True)
-    out: str = option(REQUIRED, "trajectories are appended to this JSONL file; what is there is not asked again")
+    out: str = option(REQUIRED, "trajectories are appended to this JSONL file; finished questions are not asked again")
     method: Literal["agent", "cot"] = option("agent", "agent (Eq. 3) or plain chain of thought (Eq. 2)")
-    first_thought: bool = option(False, "open the first thought with the first step of a CoT (Eq. 5)")
-    cot: str | None = option(None, "earlier `collect --method cot` file with those CoTs; without it they are asked for")
-    url: list[str] = option(REQUIRED, "server, ending in /v1; may be repeated", action="append", nargs=None)
-    model: str | None = option(None, "model name for the server; without it, the first one it lists")
+    first_thought: str | None = option(
+        None, "a file of `collect --method cot`: the first step of each CoT opens the agent's first thought (Eq. 5)"
+    )
+    url: str = option(REQUIRED, "the teacher's server, ending in /v1")
+    model: str | None = option(None, "the model's name at the server (default: the first one that it lists)")
     kind: Literal["fact", "math"] | None = option(None, "kind of the tasks, for files that do not state it")
     limit: int | None = option(None, "only the first n tasks of each file")
-    samples: int = option(1, "trajectories a question (paper: 1); more need a temperature")
+    samples: int = option(1, "trajectories per question (paper: 1); more need a temperature")
     temperature: float = option(0.0, "0 is greedy")
     top_p: float = option(1.0, "nucleus sampling")
-    prefix_mode: Literal["auto", "continue", "completions", "instruct"] = option(
-        "auto", "how the server continues a prefix; auto: probe for continue_final_message, as vLLM has it"
+    prefix_mode: Literal["continue", "completions"] = option(
+        "continue", "how the server continues a prefix: continue_final_message (vLLM), or the text of the whole chat"
     )
     tokenizer: str | None = option(None, "whose chat template --prefix-mode completions renders (default: --model)")
     concurrency: int = option(16, "episodes at once")
-    retries: int = option(8, "further attempts for a request that failed in a way that may pass")
+    retries: int = option(8, "further attempts for a request that failed")
     request_timeout: float = option(600.0, "seconds for one request")
-    price_in: float = option(0.0, "price of a million prompt tokens")
-    price_out: float = option(0.0, "price of a million completion tokens")
-    budget: float | None = option(None, "stop, cleanly, when this much is spent")
     seed: int = option(0, "seeds every request")
     quiet: bool = option(False, "no progress bar")
 
 
-def collect(config):
-    """Ask a teacher for one trajectory a question, over HTTP, and append each to a file.
+MAY_CHANGE = (
+    "url",
+    "concurrency",
+    "retries",
+    "request_timeout",
+    "limit",
+    "quiet",
+    "out",
+    "tasks",
+    "api_key_env",
+    "prompts",
+)
 
-    The same command continues after any interruption: finished questions are not asked again.
+
+def collect(config):
+    """Ask a teacher for one trajectory per question, over HTTP, and append each to a file.
+
+    The same command continues after an interruption: finished questions are not asked again.
     """
     if config.samples > 1 and config.temperature == 0:
         raise InputError("--samples above 1 repeats the same greedy answer: give a --temperature")
-    tasks = load_tasks(config.tasks, config.kind, config.limit)
+    tasks = common.load_tasks(config.tasks, config.kind, config.limit)
     if config.method == "agent" and not config.search and any(task["kind"] == "fact" for task in tasks):
         raise InputError("fact questions need web_search: name an index folder or a /retrieve URL with --search")
-    with Journal(config.out) as journal:
-        keep_config(f"{config.out}.run.json", config, COLLECT_MAY_CHANGE, binding=bool(journal.rows))
+    prompts = Prompts(config.prompts)
+    with common.Journal(config.out) as journal:
+        settings = dataclasses.asdict(config) | {"prompts_sha256": prompts.sha256}
+        common.keep_config(f"{config.out}.run.json", settings, MAY_CHANGE, binding=bool(journal.rows))
         done = {(row["task"], row["id"], row["sample"]) for row in journal.rows}
         items = [(task, sample) for task in tasks for sample in range(config.samples)]
         todo = [item for item in items if (item[0]["task"], item[0]["id"], item[1]) not in done]
-        spent = Spending(config, journal.rows)
         if todo:
-            ask = Collector(config)
-            affordable = itertools.takewhile(lambda _: not spent.all(), todo)
+            ask = Collector(config, prompts)
             title = f"collect {config.method}"
-            with progress(total=len(items), done=len(items) - len(todo), desc=title, quiet=config.quiet) as bar:
-                for row in in_parallel(ask, affordable, config.concurrency):
+            with common.progress(total=len(items), done=len(items) - len(todo), desc=title, quiet=config.quiet) as bar:
+                for row in in_parallel(ask, todo, config.concurrency):
                     journal.append(row)
-                    spent.add(row)
                     bar.update()
-                    bar.set_postfix_str(spent.summary(), refresh=False)
-        print(f"{config.out}: {spent.rows} trajectories; {spent.summary()}")
-        if spent.all():
-            raise InputError(f"the budget of {config.budget:g} is spent; a larger --budget continues from here")
-
-
-COLLECT_MAY_CHANGE = ("url", "concurrency", "retries", "request_timeout", "budget", "limit", "quiet", "out", "tasks",
-                      "price_in", "price_out", "api_key_env")  # fmt: skip
+                    bar.set_postfix_str(_summary(journal.rows), refresh=False)
+        print(f"{config.out}: {len(journal.rows)} trajectories; {_summary(journal.rows)}")
 
 
 class Collector:
-    """Turns one (task, sample) into one trajectory row; threads share it."""
+    """Turns one (task, sample) into one trajectory row. Threads share it."""
 
-    def __init__(self, config):
-        self.config, self.prompts = config, Prompts(config.prompts)
-        self.search = open_search(config.search, self.prompts, config.top_k) if config.search else None
-        tools = {"web_search": self.search} if self.search else {}
-        self.sandboxes = Sandboxes(tools=tools, timeout=config.timeout)
-        self.cots = {(row["task"], row["id"]): row for _, row in read_jsonl(config.cot)} if config.cot else {}
+    def __init__(self, config, prompts):
+        self.config, self.prompts, self.tools = config, prompts, open_tools(config, prompts)
+        self.system = prompts.cot_system if config.method == "cot" else prompts.system("agent_system", self.tools)
+        self.cots = {}
+        for _, row in read_jsonl(config.first_thought) if config.first_thought else ():
+            self.cots[row["task"], row["id"]] = row["messages"][-1]["content"] if row["stop"] != "error" else None
         client = Client(config.url, config.model, config.api_key_env, config.request_timeout, config.retries)
-        self.speaker = Speaker(
-            client, self.prompts, config.prefix_mode, config.tokenizer or client.model,
-            temperature=config.temperature, top_p=config.top_p, max_tokens=config.max_tokens,
-        )  # fmt: skip
-        self.speaker.probe(opening=config.first_thought)
+        self.teacher = Served(
+            client,
+            config.prefix_mode,
+            config.tokenizer or client.model,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            max_tokens=config.max_tokens,
+            stop=STOP if config.method == "agent" else None,
+        )
+        self.teacher.probe(opening=bool(config.first_thought))
 
     def __call__(self, item):
         task, sample = item
@@ -397,80 +488,109 @@ class Collector:
 
         def answer(turn):
             seed = stable_seed(self.config.seed, task["task"], task["id"], sample, next(turns))
-            stop = STOP if self.config.method == "agent" else None
-            return self.speaker.answer(turn, usage, seed=seed, stop=stop)
+            return self.teacher.answer(turn, usage, seed=seed)
 
-        cot = self._cot(task, answer) if self.config.first_thought else None
-        prefix = first_step(cot) if cot else None
-        if self.config.method == "cot":
-            episode = cot_episode(task["question"], self.prompts, system=self.prompts.cot_system)
-        else:
-            episode = agent_episode(
-                task["question"],
-                self.prompts,
-                self.sandboxes,
-                system=self.prompts.agent_system,
-                max_steps=self.config.max_steps,
-                first_thought=prefix,
-            )
-        row = trajectory(task, self.config.method, drive(episode, answer))
-        row |= {"sample": sample, "model": self.speaker.served, "prefix": prefix, "cot": cot}
-        return row | {"usage": dict(usage), "seconds": round(time.perf_counter() - start, 3)}
-
-    def _cot(self, task, answer):
-        """The chain of thought whose first step becomes the prefix: from the --cot file, or asked for now."""
-        row = self.cots.get((task["task"], task["id"]))
-        if row is None:
-            episode = cot_episode(task["question"], self.prompts, system=self.prompts.cot_system)
-            row = {"messages": drive(episode, answer).messages}
-        last = row["messages"][-1]
-        return last["content"] if last["role"] == "assistant" else None
+        cot = self.cots.get((task["task"], task["id"]))
+        prefix = first_step(cot) if cot else ""
+        episode = open_episode(
+            self.config, task["question"], self.prompts, self.tools, system=self.system, first_thought=prefix
+        )
+        row = trajectory_row(task, self.config.method, drive(episode, answer), usage)
+        row |= {"sample": sample, "model": self.teacher.client.model, "prefix": prefix, "tools": list(self.tools)}
+        return row | {"seconds": round(time.perf_counter() - start, 3)}
 
 
-def trajectory(task, method, episode, judge=None):
-    """A finished episode as the row that is stored: the task, what happened, and the grade with its reason."""
-    kept = {
-        name: task[name] for name in ("id", "task", "kind", "domain", "question", "answer", "aliases") if name in task
-    }
-    verdict = grade.grade(
-        task["kind"], episode.prediction, task["answer"], task.get("aliases", ()), task["question"], judge
+def _summary(rows):
+    usage = sum((collections.Counter(row["usage"]) for row in rows), collections.Counter())
+    trouble = "".join(f", {usage[name]} {name}" for name in ("retries", "truncated") if usage[name])
+    right = sum(row["correct"] for row in rows) / max(len(rows), 1)
+    return f"{right:.1%} right, {usage['prompt_tokens']:,} + {usage['completion_tokens']:,} tokens{trouble}"
+
+
+@dataclasses.dataclass(kw_only=True)
+class FilterConfig:
+    trajectories: list[str] = option(REQUIRED, "files written by collect", positional=True)
+    out: str = option(REQUIRED, "training file to write")
+    per_question: int = option(1, "trajectories kept per question (paper: 1)")
+    prompts: str = option(str(Prompts.default), "folder of prompts: the student's system prompt replaces the teacher's")
+
+
+def drop_reason(row):
+    """Why a trajectory is not learned from, or None. Run-time errors that the teacher then repaired are kept."""
+    if row["stop"] == "error":
+        return "error"
+    if row["stop"] != "final_answer":
+        return "no answer"
+    if not row["correct"]:
+        return "wrong"
+    if any(step["error_kind"] in ("no_code", "syntax") for step in row["steps"]):
+        return "parse error"
+    return None
+
+
+def filter_trajectories(config):
+    """Keep the trajectories with a right answer and without parse errors. Prints what was dropped and why.
+
+    Each conversation gets the short system prompt that the student will be given (paper, Sec. 4).
+    """
+    prompts = Prompts(config.prompts)
+    rows = []
+    for path in config.trajectories:
+        for number, row in read_jsonl(path):
+            for field in ("id", "task", "kind", "question", "messages", "steps", "correct", "stop", "method"):
+                if field not in row:
+                    raise InputError(f"{path}:{number}: not a trajectory: the field {field!r} is missing")
+            rows.append(row)
+    # Rows are stored in the order in which they finished; training must not depend on that.
+    rows.sort(key=lambda row: (row["task"], str(row["id"]), row.get("sample", 0)))
+    kept, times, counts = [], collections.Counter(), collections.defaultdict(collections.Counter)
+    for row in rows:
+        question = " ".join(row["question"].casefold().split())
+        reason = drop_reason(row)
+        if not reason and times[question] >= config.per_question:
+            reason = "duplicate"
+        if not reason:
+            times[question] += 1
+            kept.append(_training_row(row, prompts))
+        counts[row["task"]].update(["asked", reason or "kept", *(["right"] if row["correct"] else [])])
+    if not kept:
+        raise InputError(f"{', '.join(config.trajectories)}: none of {len(rows)} trajectories can be kept")
+    common.write_jsonl(config.out, kept)
+    columns = ["asked", "right", "kept", "wrong", "no answer", "parse error", "error", "duplicate"]
+    counts["all"] = sum(counts.values(), collections.Counter())
+    print(table(["task", *columns], [[name, *(row[c] for c in columns)] for name, row in counts.items()]))
+
+
+def _training_row(row, prompts):
+    if row["method"] == "agent":
+        system = prompts.system("agent_student_system", row.get("tools", ()))
+    else:
+        system = prompts.cot_system
+    messages = [{"role": "system", "content": system}, *(m for m in row["messages"] if m["role"] != "system")]
+    fields = {name: row[name] for name in ("id", "task", "kind", "question", "method")}
+    steps = [{"error_kind": step["error_kind"]} for step in row["steps"]]
+    return fields | {"prefix": bool(row.get("prefix")), "messages": messages, "steps": steps}
+
+
+@dataclasses.dataclass(kw_only=True)
+class GainConfig:
+    plain: str = option(REQUIRED, "trajectories without the prefix", positional=True)
+    prefixed: str = option(REQUIRED, "trajectories with it, on the same questions", positional=True)
+
+
+def prefix_gain(config):
+    """Print the teacher's accuracy without and with the first-thought prefix, paired by question."""
+    plain, prefixed = (
+        {(row["task"], row["id"], row.get("sample", 0)): row["correct"] for _, row in read_jsonl(path)}
+        for path in (config.plain, config.prefixed)
     )
-    return {**kept, "method": method, **dataclasses.asdict(episode), "correct": verdict.correct, "why": verdict.why}
-
-
-class Spending:
-    """Running totals of a collection: right answers, tokens, retries, cost."""
-
-    def __init__(self, config, rows):
-        self.config, self.rows, self.right, self.usage = config, 0, 0, collections.Counter()
-        for row in rows:
-            self.add(row)
-
-    def add(self, row):
-        self.rows += 1
-        self.right += row["correct"]
-        self.usage.update(row["usage"])
-
-    def cost(self):
-        prices = self.config.price_in, self.config.price_out
-        return (self.usage["prompt_tokens"] * prices[0] + self.usage["completion_tokens"] * prices[1]) / 1e6
-
-    def all(self):
-        return self.config.budget is not None and self.cost() >= self.config.budget
-
-    def summary(self):
-        tokens = f"{self.usage['prompt_tokens']:,} + {self.usage['completion_tokens']:,} tokens"
-        cost = f", cost {self.cost():.2f}" if self.cost() else ""
-        trouble = "".join(f", {self.usage[name]} {name}" for name in ("retries", "truncated") if self.usage[name])
-        return f"{self.right / max(self.rows, 1):.1%} right, {tokens}{cost}{trouble}"
+    print(paired_table(plain, prefixed, ("without", "with")))
 
 
 if __name__ == "__main__":
-    run_command_line(
-        __doc__,
-        {
-            "collect": (CollectConfig, collect),
-            "filter": (FilterConfig, filter_trajectories),
-            "prefix-gain": (GainConfig, prefix_gain),
-        },
-    )
+    commands = {
+        "collect": (CollectConfig, collect),
+        "filter": (FilterConfig, filter_trajectories),
+        "prefix-gain": (GainConfig, prefix_gain),
+    }
+    common.run_command_line(__doc__, commands)

@@ -1,35 +1,45 @@
-"""The method: parsing what models write, the episode with scripted candidates, prefix, filter, gain.
+"""The method: parsing a model's text, the episode with scripted candidates, prefix, filter, gain.
+
+    make test ROOM=agent_distill
 
 Code runs in the real sandbox; the model's side is a list of texts.
 """
 
-import concurrent.futures
 import functools
-import gc
 import json
 import random
-import sys
-import time
+import shutil
 
 import pytest
 
 import agent_distill
+import retriever
 from agent_distill import (
     CODE_CLOSE,
     CODE_OPEN,
     STOP,
+    EpisodeConfig,
+    FilterConfig,
+    GainConfig,
+    Prompts,
+    Running,
     TurnFailed,
     agent_episode,
+    choose,
     cot_episode,
+    drop_reason,
+    filter_trajectories,
     first_step,
+    open_episode,
+    open_tools,
     parse_action,
+    prefix_gain,
+    trajectory_row,
+    votes_of,
 )
-from client import BadRequest
 from common import InputError
-from report import mcnemar
-from sandbox import Sandbox
-from tasks import Prompts
-from trajectories import FilterConfig, GainConfig, drop_reason, filter_trajectories, prefix_gain
+from common.client import BadRequest
+from sandbox import Observation, Sandbox
 
 PROMPTS = Prompts()
 
@@ -50,6 +60,7 @@ SHAPES = {
     "no fence": "Thought: add.\nCode:\nx = 1 + 1\nprint(x)\n<end_code>",
     "prose after": "Thought: add.\nCode:\n```py\nx = 1 + 1\nprint(x)\n```\nThis prints the sum.",
     "made-up observation": "Thought: add.\nCode:\n```py\nx = 1 + 1\nprint(x)\n```\nObservation: 3\nThought: so 3",
+    "label and fence on one line": "Thought: add.\nCode: ```py\nx = 1 + 1\nprint(x)\n```<end_code>",
     "another language first": "Thought: add.\n```json\n[1]\n```\nCode:\n```py\nx = 1 + 1\nprint(x)\n```<end_code>",
 }
 
@@ -69,10 +80,10 @@ def test_two_fences_are_one_action():
     assert action.thought == "t"
 
 
-def test_backticks_inside_a_string_do_not_close_the_fence():
-    code = 's = """\n```\nquoted\n```\n"""\nprint(s)'
-    action = parse_action(f"Thought: t\nCode:\n```py\n{code}\n```<end_code>")
-    assert action.code == code
+def test_the_word_observation_inside_code_does_not_end_it():
+    code = 'print("""\nObservation: 3\n""")\nprint("Observation: 4")'
+    action = parse_action(f"Thought: t\nCode:\n```py\n{code}\n```\nObservation: made up\n```py\nprint(5)\n```")
+    assert action.code == code and action.text.endswith("```<end_code>")
 
 
 @pytest.mark.parametrize("text", ["", "I do not know.", "Thought: it is Paris.", "Code:\n", "```py\n```", "yes"])
@@ -92,9 +103,30 @@ def test_prompts_agree_with_the_parser():
     examples = PROMPTS.agent_system.split("Two examples of finished tasks.")[1].split("\nThought: ")[1:]
     assert len(examples) >= 4
     for example in examples:
-        assert parse_action(example.split("Observation:")[0]).code
+        assert parse_action(example.split("\nObservation:")[0]).code
     assert any(CODE_CLOSE.endswith(stop) for stop in STOP)
-    assert PROMPTS.observation.startswith(STOP[1]) and PROMPTS.error.startswith(STOP[1])
+    assert PROMPTS.observation.startswith(STOP[1].strip()) and PROMPTS.error.startswith(STOP[1].strip())
+
+
+def test_every_tool_is_described_to_teacher_and_student(tmp_path):
+    """The tools come from one function, and each needs a text in prompts/tools."""
+    (tmp_path / "p.jsonl").write_text('{"id": "1", "contents": "\\"Ems\\"\\nA river."}\n')
+    retriever.build(str(tmp_path / "p.jsonl"), str(tmp_path / "index"), quiet=True)
+    tools = open_tools(EpisodeConfig(search=str(tmp_path / "index")), PROMPTS)
+    assert "Ems" in tools["web_search"]("river Ems")
+    teacher, student = (PROMPTS.system(name, tools) for name in ("agent_system", "agent_student_system"))
+    for name in (*tools, "final_answer"):
+        assert f"- {name}(" in teacher and f"{name}(" in student
+    assert "web_search(query), final_answer(answer)" in student and "{" not in student
+    with pytest.raises(InputError, match="tools/shell.txt"):
+        PROMPTS.system("agent_system", ["shell"])
+
+
+def test_changed_prompts_have_another_hash(tmp_path):
+    shutil.copytree(Prompts.default, tmp_path / "prompts")
+    assert Prompts(tmp_path / "prompts").sha256 == PROMPTS.sha256
+    (tmp_path / "prompts" / "question.txt").write_text("Task: {question}")
+    assert Prompts(tmp_path / "prompts").sha256 != PROMPTS.sha256
 
 
 # The episode --------------------------------------------------------------------------------------
@@ -112,14 +144,13 @@ def play(script, **options):
         "Q?", PROMPTS, functools.partial(Sandbox, tools=tools, timeout=options.pop("timeout", 5.0)),
         system="S", rng=random.Random(0), **options,
     )  # fmt: skip
-    try:
-        turns.append(next(episode))
-        for candidates in script:
-            texts = candidates if isinstance(candidates, list) else [candidates]
-            turns.append(episode.send([text.removeprefix(turns[-1].opening) for text in texts]))
-    except StopIteration as finished:
-        return finished.value, turns
-    pytest.fail("the script ended before the episode")
+    running = Running(episode)
+    for candidates in script:
+        turns.append(running.turn)
+        texts = candidates if isinstance(candidates, list) else [candidates]
+        running.advance([text.removeprefix(running.turn.opening) for text in texts])
+    assert running.turn is None, "the script ended before the episode"
+    return running.result, turns
 
 
 def test_an_episode_reads_as_a_chat():
@@ -167,11 +198,9 @@ def test_a_turn_that_fails_ends_the_episode_as_an_error():
 
     episode = agent_distill.drive(agent_episode("Q?", PROMPTS, Sandbox, system="S"), answer)
     assert (episode.stop, episode.error, episode.prediction) == ("error", "400: context length", None)
-    generator = cot_episode("Q?", PROMPTS, system="S")
-    next(generator)
-    with pytest.raises(StopIteration) as finished:
-        generator.throw(TurnFailed("too long"))
-    assert finished.value.value.stop == "error"
+    running = Running(cot_episode("Q?", PROMPTS, system="S"))
+    running.advance(TurnFailed("too long"))
+    assert running.result.stop == "error"
 
 
 # SC-action ----------------------------------------------------------------------------------------
@@ -218,17 +247,45 @@ def test_final_answers_vote_with_their_value():
     assert (episode.prediction, episode.steps[0]["chosen"]) == (4, 1)
 
 
+def test_votes_are_stored_and_another_vote_can_be_tried_on_them():
+    """final_answer(3), (4), (5) print the same, but they disagree; a failed candidate has no vote."""
+    texts = ["final_answer(3)", "final_answer(4)", "x = 3\nfinal_answer(x)", "1 / 0"]
+    episode, _ = play([[step(text) for text in texts]])
+    assert [c["vote"] for c in episode.steps[0]["candidates"]] == [0, 1, 0, None]
+    assert [c.get("final_answer") for c in episode.steps[0]["candidates"]] == [3, 4, 3, None]
+    observations = [Observation("4"), Observation("5"), None, Observation("4"), Observation(error_kind="runtime")]
+    assert votes_of(observations) == [0, 1, None, 0, None]
+    assert choose([None] * 5, observations, random) == 0
+
+
+def last_candidate(actions, observations, rng):
+    return len(actions) - 1
+
+
+def test_another_vote_is_an_argument_and_an_option():
+    candidates = [step("print(1)"), step("print(1)"), step("final_answer(2)")]
+    episode, _ = play([candidates], choose=last_candidate)
+    assert episode.steps[0]["chosen"] == 2 and episode.prediction == 2
+    config = EpisodeConfig(choose="test_agent_distill.last_candidate")
+    config.method = "agent"
+    running = Running(open_episode(config, "Q?", PROMPTS, {}, system="S"))
+    running.advance(candidates)
+    assert running.result.prediction == 2
+    config.choose = "test_agent_distill.nothing"
+    with pytest.raises(InputError, match="--choose test_agent_distill.nothing"):
+        open_episode(config, "Q?", PROMPTS, {}, system="S")
+
+
 def test_candidates_do_not_see_each_other_and_the_winner_is_not_run_again():
     calls = []
     tools = {"note": lambda text: calls.append(text) or text}
     episode = agent_episode("Q?", PROMPTS, functools.partial(Sandbox, tools=tools), system="S", rng=random.Random(0))
-    next(episode)
-    episode.send([step("n = 0\nnote('zero')")])
-    episode.send([step("n += 1\nnote('a')\nprint(n)"), step("n += 1\nnote('b')\nprint(n)"), step("n += 5\nprint(n)")])
-    with pytest.raises(StopIteration) as finished:
-        episode.send([step("final_answer(n)")])
-    assert finished.value.value.prediction == 1
-    assert sorted(calls) == ["a", "b", "zero"]
+    running = Running(episode)
+    running.advance([step("n = 0\nnote('zero')")])
+    running.advance([step(f"n += {i}\nnote('{c}')\nprint(n)") for i, c in ((1, "a"), (1, "b"), (5, "c"))])
+    running.advance([step("final_answer(n)")])
+    assert running.result.prediction == 1
+    assert sorted(calls) == ["a", "b", "c", "zero"]
 
 
 def test_a_candidate_that_hangs_does_not_win():
@@ -241,18 +298,17 @@ def test_a_candidate_that_hangs_does_not_win():
 
 
 def cot(texts, **options):
-    episode = cot_episode("Q?", PROMPTS, system="S", **options)
-    turn = next(episode)
-    with pytest.raises(StopIteration) as finished:
-        episode.send(texts)
-    return finished.value.value, turn
+    running = Running(cot_episode("Q?", PROMPTS, system="S", **options))
+    turn = running.turn
+    running.advance(texts)
+    return running.result, turn
 
 
 def test_cot_is_one_turn():
     episode, turn = cot(["First.\n\nSo \\boxed{4}."])
     assert turn.messages[1]["content"] == "Q?"
     assert (episode.prediction, episode.stop, len(episode.messages)) == ("4", "final_answer", 3)
-    assert cot(["I give up."])[0].stop == "max_steps"
+    assert cot(["I give up."])[0].stop == "no_answer"
 
 
 def test_cot_with_retrieval_shows_the_passages():
@@ -263,6 +319,13 @@ def test_cot_with_retrieval_shows_the_passages():
 def test_self_consistency_takes_the_majority_answer():
     episode, _ = cot(["\\boxed{1}", "none", "a \\boxed{2}", "b \\boxed{2}"])
     assert episode.prediction == "2" and episode.messages[-1]["content"] == "a \\boxed{2}"
+
+
+def test_a_reply_that_was_cut_is_told_from_one_without_an_answer():
+    task = {"id": "1", "task": "t", "kind": "math", "question": "Q?", "answer": "4"}
+    episode, _ = cot(["I give"])
+    assert trajectory_row(task, "cot", episode, {"truncated": 1})["stop"] == "truncated"
+    assert trajectory_row(task, "cot", episode, {"truncated": 0})["stop"] == "no_answer"
 
 
 def test_first_step_is_the_text_to_the_first_blank_line():
@@ -291,7 +354,7 @@ def test_filter_keeps_what_the_authors_keep(tmp_path, capsys):
     rows = [
         row(0), row(1, correct=False), row(2, stop="max_steps", correct=False), row(3, errors=("no_code", None)),
         row(4, errors=("syntax", None)), row(5, errors=("runtime", None)), row(6, stop="error", correct=False),
-        row(7, question="Question 0 ?"), row(8, errors=("timeout", None)),
+        row(7, question=" Question  0?"), row(8, errors=("timeout", None)),
     ]  # fmt: skip
     filter_trajectories(FilterConfig(trajectories=[write(tmp_path / "a", rows)], out=str(tmp_path / "out.jsonl")))
     kept = [json.loads(line)["id"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
@@ -302,17 +365,27 @@ def test_filter_keeps_what_the_authors_keep(tmp_path, capsys):
     assert [drop_reason(r) for r in rows[1:4]] == ["wrong", "no answer", "parse error"]
 
 
-def test_filter_balances_kinds(tmp_path):
-    rows = [row(i) for i in range(9)] + [row(i, kind="math", task="m") for i in range(20, 24)]
-    filter_trajectories(
-        FilterConfig(trajectories=[write(tmp_path / "a", rows)], out=str(tmp_path / "out"), balance=True)
-    )
-    kinds = [json.loads(line)["kind"] for line in (tmp_path / "out").read_text().splitlines()]
-    assert kinds.count("fact") == kinds.count("math") == 4
+def test_only_the_very_same_question_is_a_duplicate(tmp_path):
+    """Case and white space aside. The same words in another order are another question."""
+    questions = ["What is 3 - 2?", "What is 2 - 3?", "Is A older than B?", "Is B older than A?", "what is  3 - 2?"]
+    rows = [row(i, question=question) for i, question in enumerate(questions)]
+    filter_trajectories(FilterConfig(trajectories=[write(tmp_path / "a", rows)], out=str(tmp_path / "out.jsonl")))
+    kept = [json.loads(line)["id"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert kept == ["0", "1", "2", "3"]
+
+
+def test_training_rows_carry_the_students_prompt_and_what_a_weighting_needs(tmp_path):
+    rows = [row(0) | {"tools": ["web_search"], "prefix": "I need"}, row(1, errors=("runtime", None))]
+    filter_trajectories(FilterConfig(trajectories=[write(tmp_path / "a", rows)], out=str(tmp_path / "out.jsonl")))
+    first, second = (json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines())
+    system = {"role": "system", "content": PROMPTS.system("agent_student_system", ["web_search"])}
+    assert first["messages"] == [system, {"role": "user", "content": "x"}]
+    assert (first["method"], first["prefix"], second["prefix"]) == ("agent", True, False)
+    assert second["steps"] == [{"error_kind": "runtime"}, {"error_kind": None}]
 
 
 def test_filter_refuses_what_is_no_trajectory_and_an_empty_result(tmp_path):
-    with pytest.raises(InputError, match=r"a:1: not a trajectory: no 'id'"):
+    with pytest.raises(InputError, match=r"a:1: not a trajectory: the field 'id' is missing"):
         filter_trajectories(FilterConfig(trajectories=[write(tmp_path / "a", [{"task": "t"}])], out="x"))
     with pytest.raises(InputError, match="none of 1"):
         filter_trajectories(FilterConfig(trajectories=[write(tmp_path / "a", [row(0, correct=False)])], out="x"))
@@ -323,37 +396,3 @@ def test_prefix_gain_is_paired(tmp_path, capsys):
     prefixed = write(tmp_path / "prefixed", [row(i, correct=i > 0) for i in range(9)])
     prefix_gain(GainConfig(plain=plain, prefixed=prefixed))
     assert "| all | 9 | 44.4 | 88.9 | +44.4 | 1 | 5 | 0.22 |" in capsys.readouterr().out
-
-
-def test_mcnemar_against_the_binomial():
-    assert mcnemar([1] * 10, [1] * 10) == (0, 0, 1.0)
-    lost, won, p = mcnemar([1, 0, 0, 0, 0, 0, 0, 1], [0, 1, 1, 1, 1, 1, 1, 1])
-    assert (lost, won) == (1, 6) and p == pytest.approx(2 * (1 + 7) / 2**7)
-
-
-def test_actions_parse_in_many_threads_at_once():
-    """ast.parse fails in CPython 3.11 when a finalizer lets another thread parse in the middle of it."""
-
-    class Cycle:
-        def __init__(self):
-            self.me = self
-
-        def __del__(self):
-            for _ in range(10):
-                time.sleep(0)
-
-    def parse_many(_):
-        for _ in range(60):
-            Cycle()
-            assert parse_action(text).code
-
-    text = "Thought: x\nCode:\n```py\n" + "a = [(1, 2), {3: 4}, f(x)[0].y if z else lambda q: q + 1]\n" * 20 + "```"
-    interval, threshold = sys.getswitchinterval(), gc.get_threshold()
-    sys.setswitchinterval(1e-6)
-    gc.set_threshold(50)
-    try:
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            list(pool.map(parse_many, range(8)))
-    finally:
-        sys.setswitchinterval(interval)
-        gc.set_threshold(*threshold)
