@@ -1,0 +1,304 @@
+"""The scripted teacher of `make reproduce`, behind a server that speaks OpenAI's chat completions.
+
+    python -m miniature.teacher runs/miniature/world --then 'python agent_distill.py collect ... --url $TEACHER_URL'
+    python -m miniature.teacher ranks runs/miniature/teacher/agent.jsonl
+
+It is a script, not a model: it knows the plan of every question (plans.jsonl of miniature.world), and errs at the rates
+stated in Config. What it says about a page, it says only after the page stood in an observation.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import re
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+from common import REQUIRED, InputError, option, read_jsonl, run_command_line, serve_json
+from miniature.world import GOALS, OPPOSITE, need, title
+
+MODEL = "scripted-teacher"
+
+
+@dataclasses.dataclass(kw_only=True)
+class Config:
+    """Each rate is the probability of a mistake, as large models make them; the first two let the prefix help."""
+
+    world: str = option(REQUIRED, "folder written by miniature.world", positional=True)
+    port: int = option(0, "port on 127.0.0.1; 0 takes a free one")
+    then: str | None = option(None, "serve while this shell command runs, with $TEACHER_URL set; exit with its status")
+    wrong_plan: float = option(0.12, "the agent opens with a wrong plan, and follows it")
+    wrong_plan_cot: float = option(0.03, "the same in a chain of thought; a first-thought prefix hands it to the agent")
+    syntax_error: float = option(0.01, "the code of a step does not parse; repaired in the next step")
+    run_error: float = option(0.02, "the code of a step raises an error; repaired in the next step")
+    slip: float = option(0.01, "a query names another page (repaired in the next step), or code has a wrong digit")
+    slip_cot: float = option(
+        0.05, "a wrong value in a recalled fact, or a wrong digit in a result computed in the head"
+    )
+    seed: int = option(0, "part of every random draw")
+
+
+class Teacher:
+    """Answers a chat from its messages alone, as any chat server does.
+
+    It looks the question up in the plans, reads the plan that it follows out of its own first thought (or out of the
+    prefix that opens it), and reads in the observations which pages it has seen. In a chain of thought there are no
+    observations: it knows all pages by heart, as a large model knows facts, and computes in its head.
+    """
+
+    def __init__(self, config):
+        self.config = config
+        self.plans = {row["question"]: row for _, row in read_jsonl(Path(config.world) / "plans.jsonl")}
+        self.values = {}  # relation -> values, for wrong ones
+        self.entities = set()
+        for plan in self.plans.values():
+            for entity, relation, value, _ in (hop for hops in plan.get("branches", []) for hop in hops):
+                self.entities.add(entity)
+                self.values.setdefault(relation, set()).add(value)
+
+    def reply(self, messages, opening="", salt=""):
+        """The text that follows `opening`. salt: what distinguishes one sample from another (seed and number)."""
+        key = json.dumps([self.config.seed, salt, messages, opening])
+        rng = random.Random(hashlib.sha256(key.encode()).digest())
+        turns = [message for message in messages if message["role"] != "system"]
+        plan = self.plans.get(turns[0]["content"].strip().removeprefix("New task:").strip())
+        if plan is None:
+            return "I am a script and have no plan for this."
+        if "<end_code>" not in messages[0]["content"]:
+            return self.chain_of_thought(plan, rng)
+        said = [m["content"] for m in turns[1:] if m["role"] == "assistant"]
+        seen = [m["content"] for m in turns[1:] if m["role"] == "user"]
+        wrong = self.follows_wrong_plan(plan, (said or [opening])[0], rng)
+        thought, code = (self.compute if plan["shape"] == "math" else self.look_up)(plan, wrong, said, seen, rng)
+        if seen and "\nError:\n" in seen[-1]:
+            thought = f"That failed. {thought}"
+        else:
+            code = self.break_code(code, rng)
+        return ("" if opening else f"Thought: {thought}") + f"\nCode:\n```py\n{code}\n```<end_code>"
+
+    def follows_wrong_plan(self, plan, first_thought, rng):
+        """Whether the agent follows the wrong plan: the one that its first thought states, else a draw."""
+        for wrong, text in ((False, plan["need"]), (True, plan["wrong"])):
+            if re.search(rf"I need {re.escape(str(text))}\.(\s|$)", first_thought):
+                return wrong
+        return plan["wrong"] is not None and rng.random() < self.config.wrong_plan
+
+    def chain_of_thought(self, plan, rng):
+        wrong = plan["wrong"] is not None and rng.random() < self.config.wrong_plan_cot
+        slips = rng.random() < self.config.slip_cot
+        if plan["shape"] == "math":
+            result = plan["wrong_result" if wrong else "result"]
+            *steps, last = plan["wrong_steps" if wrong else "steps"]
+            answer = wrong_digit(result, rng) if slips else result
+            steps.append(last.removesuffix(f"{result}.") + f"{answer}.")
+        else:
+            branches, steps = branches_of(plan, wrong), []
+            if slips:
+                hop = branches[-1][-1]
+                value = rng.choice(sorted(self.values[hop[1]]))
+                branches = [*branches[:-1], [*branches[-1][:-1], [*hop[:2], value, hop[3].replace(hop[2], value)]]]
+            steps = [statement for hops in branches for *_, statement in hops]
+            answer = conclude(OPPOSITE[plan["shape"]] if wrong else plan["shape"], branches)[2]
+        return "\n\n".join([f"I need {plan['wrong' if wrong else 'need']}.", *steps, f"\\boxed{{{answer}}}"])
+
+    def compute(self, plan, wrong, said, seen, rng):
+        """(thought, code) of a math question: the whole plan as one piece of code."""
+        code = plan["wrong_code" if wrong else "code"]
+        if rng.random() < self.config.slip:
+            number = rng.choice(re.findall(r"\d+", code))
+            code = code.replace(number, wrong_digit(number, rng), 1)
+        return f"I need {plan['wrong' if wrong else 'need']}.", code
+
+    def look_up(self, plan, wrong, said, seen, rng):
+        """(thought, code): search for the first page that has not been read; conclude when there is none."""
+        news, branches = "", branches_of(plan, wrong)
+        shape = OPPOSITE[plan["shape"]] if wrong else plan["shape"]
+        for i, hops in enumerate(branches):
+            for j, (entity, relation, _, statement) in enumerate(hops):
+                if not any(f"] {title(entity)}\n" in text for text in seen):
+                    rest = need([hops[j:], *branches[i + 1 :]], shape)
+                    return self.search(entity, relation, f"{news}I need {rest}.", said, rng)
+                news = f"{statement} "
+        comparison, expression, _ = conclude(shape, branches)
+        why = f"I need {GOALS[shape].removeprefix(', and ')}: {comparison}." if comparison else "That is the answer."
+        return news + why, f"final_answer({expression})"
+
+    def search(self, entity, relation, thought, said, rng):
+        """The next search. A page that an earlier query did not find is searched for by its title alone."""
+        if len(said) >= 4:  # the step limit is near, and any answer is better than none
+            return thought, 'final_answer("unknown")'
+        query = f"{relation} of {entity}"
+        if said and search_code(query) in said[-1]:
+            thought, query = f"The page of {entity} is not there. {thought}", title(entity)
+        elif rng.random() < self.config.slip:
+            query = f"{relation} of {rng.choice(sorted(self.entities))}"
+        return thought, search_code(query)
+
+    def break_code(self, code, rng):
+        """The code, sometimes with an error: an unclosed parenthesis, or a name that does not exist."""
+        draw = rng.random()
+        if draw < self.config.syntax_error:
+            return code[:-1]
+        if draw < self.config.syntax_error + self.config.run_error:
+            return code.replace("print(", "show(").replace("final_answer(", "answer(")
+        return code
+
+
+def search_code(query):
+    return f"print(web_search({json.dumps(query)}))"
+
+
+def branches_of(plan, wrong):
+    """The hops to follow. The wrong plan of a chain forgets the last one."""
+    return [plan["branches"][0][:-1]] if wrong and plan["shape"] == "chain" else plan["branches"]
+
+
+def conclude(shape, branches):
+    """(comparison of the two values, or None for a single one; expression of the answer; the answer)."""
+    values = [hops[-1][2] for hops in branches]
+    if shape == "chain":
+        return None, json.dumps(values[0]), values[0]
+    if shape in ("same", "different"):
+        choices, (left, right) = ("yes", "no"), map(json.dumps, values)
+        sign, holds = ("==", left == right) if shape == "same" else ("!=", left != right)
+    else:
+        choices, (left, right) = [hops[0][0] for hops in branches], values
+        sign, holds = ("<", int(left) < int(right)) if shape == "lower" else (">", int(left) > int(right))
+    comparison = f"{left} {sign} {right}"
+    expression = f"{json.dumps(choices[0])} if {comparison} else {json.dumps(choices[1])}"
+    return comparison, expression, choices[0] if holds else choices[1]
+
+
+def wrong_digit(number, rng):
+    """The number with one digit replaced by another one that is not 0."""
+    i = rng.randrange(len(number))
+    return number[:i] + rng.choice([d for d in "123456789" if d != number[i]]) + number[i + 1 :]
+
+
+# ---------------------------------------------------------------------------------------------
+# The server: OpenAI's chat completions, with vLLM's continue_final_message
+# ---------------------------------------------------------------------------------------------
+
+TOKEN = re.compile(r"\w+|[^\w\s]|\s+")  # a script has no tokenizer; words, signs and spaces are its tokens
+
+
+def complete(teacher, body):
+    """The answer to one /v1/chat/completions request; InputError for a request that such a server refuses."""
+    messages = body.get("messages")
+    if body.get("model") != MODEL:
+        raise InputError(f"model: {MODEL!r} is served here, not {body.get('model')!r}")
+    if not isinstance(messages, list) or not messages:
+        raise InputError("messages: a list with at least one message was expected")
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            raise InputError("messages: each needs a role and a text")
+        if message.get("role") not in ("system", "user", "assistant"):
+            raise InputError(f"messages: unknown role {message.get('role')!r}")
+    opening = ""
+    if body.get("continue_final_message"):
+        if body.get("add_generation_prompt", True) or messages[-1]["role"] != "assistant":
+            raise InputError(
+                "continue_final_message: needs add_generation_prompt false and an assistant's last message"
+            )
+        *messages, last = messages
+        opening = last["content"]
+    if all(message["role"] != "user" for message in messages):
+        raise InputError("messages: a user's message was expected")
+    n, max_tokens = body.get("n") or 1, body.get("max_completion_tokens") or body.get("max_tokens") or 4096
+    if type(n) is not int or type(max_tokens) is not int or min(n, max_tokens) < 1:
+        raise InputError("n and max_tokens: whole numbers from 1 were expected")
+    greedy = body.get("temperature") == 0
+    stop = [body["stop"]] if isinstance(body.get("stop"), str) else body.get("stop") or []
+    if not isinstance(stop, list) or not all(isinstance(string, str) and string for string in stop):
+        raise InputError("stop: a string or a list of strings was expected")
+    choices, completion_tokens = [], 0
+    for index in range(n):
+        text = teacher.reply(messages, opening, "greedy" if greedy else [body.get("seed"), index])
+        for string in stop:
+            text = text.split(string)[0]
+        tokens = TOKEN.findall(text)
+        reason, tokens = ("length" if len(tokens) > max_tokens else "stop"), tokens[:max_tokens]
+        completion_tokens += len(tokens)
+        message = {"role": "assistant", "content": "".join(tokens)}
+        choices.append({"index": index, "message": message, "finish_reason": reason})
+    prompt_tokens = sum(len(TOKEN.findall(message["content"])) for message in messages)
+    usage = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
+    return {
+        "id": "chatcmpl-0",
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": MODEL,
+        "choices": choices,
+        "usage": usage | {"total_tokens": prompt_tokens + completion_tokens},
+    }
+
+
+def open_server(config):
+    """A server of the scripted teacher, not yet started: see common.serve_json."""
+    teacher = Teacher(config)
+
+    def answer(method, path, body):
+        if (method, path) == ("GET", "/v1/models"):
+            return 200, {"object": "list", "data": [{"id": MODEL, "object": "model"}]}
+        if (method, path) == ("POST", "/v1/chat/completions"):
+            return 200, complete(teacher, body)
+        return 404, {"error": f"no such path: {method} {path}"}
+
+    return serve_json(answer, port=config.port)
+
+
+def serve(config):
+    """Serve the scripted teacher on 127.0.0.1, until interrupted or while a command runs."""
+    server = open_server(config)
+    url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    if config.then is None:
+        print(f"{MODEL}: {url}", flush=True)
+        return server.serve_forever()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        return subprocess.run(config.then, shell=True, env=os.environ | {"TEACHER_URL": url}).returncode
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+# ---------------------------------------------------------------------------------------------
+# How well the search works
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(kw_only=True)
+class RanksConfig:
+    trajectories: str = option(
+        REQUIRED, "trajectories of the teacher, from `agent_distill.py collect`", positional=True
+    )
+
+
+def ranks(config):
+    """Print at which rank the teacher's queries find the page that they name."""
+    found = count_ranks(row for _, row in read_jsonl(config.trajectories))
+    queries = sum(found.values())
+    if not queries:
+        raise InputError(f"{config.trajectories}: no search in it")
+    first, shown = found[1] / queries, 1 - found[None] / queries
+    print(f"{queries} queries: the page that the query names is first in {first:.1%}, among those shown in {shown:.1%}")
+
+
+def count_ranks(rows):
+    """Counter of the ranks, from 1, of the pages that queries name; None counts queries that do not find theirs."""
+    found = collections.Counter()
+    for step in (step for row in rows for step in row["steps"]):
+        query = re.search(r'web_search\("(?:[a-z ]+ of )?(.+)"\)', step["code"] or "")
+        if query and step["error_kind"] is None:
+            titles = re.findall(r"^\[(\d+)\] (.+)$", step["observation"], re.MULTILINE)
+            found[next((int(rank) for rank, name in titles if name == title(query[1])), None)] += 1
+    return found
+
+
+if __name__ == "__main__":
+    run_command_line(__doc__, {"serve": (Config, serve), "ranks": (RanksConfig, ranks)}, default="serve")
