@@ -1,4 +1,7 @@
-"""README, Makefile, docstrings and --help agree with the code: files, commands, options, targets."""
+"""README, Makefile, docstrings and --help agree with the code: files, commands, options, targets.
+
+make test ROOM=readme
+"""
 
 import ast
 import dataclasses
@@ -12,57 +15,65 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = sorted(path.name for path in ROOT.glob("*.py"))
+SCRIPTS = ["agent_distill.py", "retriever.py", "sandbox.py", "train.py", "evaluate.py"]
+MODULES = ["miniature.world", "miniature.teacher", "miniature.student", "paper.data", "paper.rehearse"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+MAKEFILE = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("Makefile", "paper/paper.mk"))
+
+
+def path_of(program):
+    return ROOT / (program if program.endswith(".py") else program.replace(".", "/") + ".py")
 
 
 @functools.cache
-def help_of(script, *command):
-    done = subprocess.run([sys.executable, script, *command, "--help"], cwd=ROOT, capture_output=True, text=True)
+def help_of(program, *command):
+    start = [program] if program.endswith(".py") else ["-m", program]
+    done = subprocess.run([sys.executable, *start, *command, "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def commands():
-    """Every `SCRIPT.py ...` in README, Makefile and docstrings: (where, script, the rest of the line)."""
+    """Every `SCRIPT.py ...` or `-m MODULE ...` in README, Makefile and docstrings: (where, program, the rest)."""
     texts = {"README.md": README, "Makefile": MAKEFILE}
-    texts |= {name: (ROOT / name).read_text(encoding="utf-8").split('"""')[1] for name in SCRIPTS}
+    texts |= {name: path_of(name).read_text(encoding="utf-8").split('"""')[1] for name in [*SCRIPTS, *MODULES]}
     for where, text in texts.items():
         text = text.replace("\\\n", " ").replace("\\$$TEACHER_URL", "URL")
-        for script, rest in re.findall(
-            r"(?:python|\$\(RUN\)(?: \$\(TORCHRUN\))?|torchrun.*?) ([a-z_]+\.py)([^`\n#|]*)", text
-        ):
-            if script in SCRIPTS:
-                yield where, script, rest
+        found = re.findall(r"(?:python|\$\(RUN\)(?: \$\(TORCHRUN\))?|torchrun.*?) (?:-m )?([a-z_.]+)([^`\n#|]*)", text)
+        yield from ((where, program, rest) for program, rest in found if program in (*SCRIPTS, *MODULES))
 
 
 COMMANDS = sorted(set(commands()))
 
 
-@pytest.mark.parametrize("where, script, rest", COMMANDS, ids=lambda value: value.strip()[:40])
-def test_every_command_shown_has_its_options(where, script, rest):
+@pytest.mark.parametrize("where, program, rest", COMMANDS, ids=lambda value: value.strip()[:40])
+def test_every_command_shown_has_its_options(where, program, rest):
     """An option in a shown command is an option of that command (or, for --then, of the command inside)."""
     rest = re.sub(r"--then [\"'].*", "--then COMMAND", rest)
     words = rest.split()
-    general = help_of(script)
+    general = help_of(program)
     subcommand = [words[0]] if words and re.search(rf"^    {re.escape(words[0])}\b", general, re.M) else []
     if not subcommand and "COMMAND" in general:
         default = re.search(r"^    (\S+) .*(?:\n .*)*?\(the default", general, re.M)
         subcommand = [default[1]] if default else []
-    known = set(re.findall(r"--[a-z][a-z0-9-]*", help_of(script, *subcommand))) | {"--help"}
+    known = set(re.findall(r"--[a-z][a-z0-9-]*", help_of(program, *subcommand))) | {"--help"}
     used = set(re.findall(r"(?<!\S)--[a-z][a-z0-9-]*", rest))
-    assert used <= known, f"{where}: {script} {rest.strip()}: {used - known}"
+    assert used <= known, f"{where}: {program} {rest.strip()}: {used - known}"
 
 
 def test_there_are_commands_to_check():
     assert len(COMMANDS) > 25
 
 
-def test_every_script_is_on_the_map_and_every_file_on_the_map_is_there():
-    named = set(re.findall(r"`([a-z_]+\.py)`", README))
-    assert set(SCRIPTS) == named & set(SCRIPTS)
-    assert named <= set(SCRIPTS)
+def test_the_five_scripts_are_all_there_is_at_the_root_and_every_named_file_exists():
+    assert sorted(path.name for path in ROOT.glob("*.py")) == sorted(SCRIPTS)
+    named = set(re.findall(r"`((?:[a-z]+/)?[a-z_0-9]+\.py)`", README))
+    assert set(SCRIPTS) <= named and all((ROOT / name).is_file() for name in named)
+
+
+def test_every_room_of_the_readme_has_tests():
+    rooms = re.findall(r"make test ROOM=([a-z_]+)", README)
+    assert rooms and all((ROOT / "tests" / f"test_{room}.py").is_file() for room in rooms)
 
 
 def test_every_make_target_shown_is_there():
@@ -83,7 +94,8 @@ def paper_commands():
     return subprocess.run(["make", "-n", "paper", *variables], cwd=ROOT, capture_output=True, text=True).stdout
 
 
-DETAILS = re.findall(r"^\| ([^|]+) \| (?:`([^`]*)`)? ?\| `(\w+)\.([\w.]+)` \| (?:`(--[^`]*)`)? ?\|$", README, re.M)
+NAME = r"([a-z_]+(?:\.[a-z_]+)*)\.([A-Z]\w+(?:\.\w+)?|[a-z_0-9]+)"
+DETAILS = re.findall(rf"^\| ([^|]+) \| (?:`([^`]*)`)? ?\| `{NAME}` \| (?:`(--[^`]*)`)? ?\|$", README, re.M)
 
 
 def test_the_table_of_details_is_read():
@@ -106,14 +118,15 @@ def test_each_detail_of_the_paper_is_where_the_table_says(detail, value, module,
         assert re.search(rf"(?<!\S){re.escape(flag)}(?!\S)", paper_commands()), detail
 
 
-FORK = README.split("## Fork it")[1].split("## ")[0]
+NAMES = re.findall(r"`((?:common\.)?[a-z_]+)\.([A-Za-z_]+)`", README.replace(".py`", "`"))
 
 
-@pytest.mark.parametrize("module, name", re.findall(r"`([a-z_]+)\.([A-Za-z_]+)`", FORK.replace(".py`", "`")))
-def test_each_line_to_touch_is_there(module, name):
+@pytest.mark.parametrize("module, name", sorted(set(NAMES)))
+def test_every_name_that_the_readme_points_at_exists(module, name):
     assert hasattr(importlib.import_module(module), name)
 
 
 def test_requirements_are_pinned():
-    lines = (ROOT / "requirements.txt").read_text().split()
-    assert lines and all(re.fullmatch(r"[a-z0-9-]+==[\d.]+", line) for line in lines)
+    for file in ("requirements.txt", "requirements-miniature.txt"):
+        lines = (ROOT / file).read_text().split()
+        assert lines and all(re.fullmatch(r"[a-z0-9-]+==[\d.]+", line) for line in lines)
