@@ -31,17 +31,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common import REQUIRED, option, run_command_line, write_json, write_jsonl
+from common.report import TASKS
 
-TASKS = {  # task: (kind, domain)
-    "hotpotqa": ("fact", "in"),
-    "2wikimultihopqa": ("fact", "out"),
-    "musique": ("fact", "out"),
-    "bamboogle": ("fact", "out"),
-    "math": ("math", "in"),
-    "gsm_hard": ("math", "out"),
-    "aime": ("math", "out"),
-    "olymmath": ("math", "out"),
-}
 TEST_MIX = {  # task -> shares of the families of questions
     "hotpotqa": {"two hops": 0.75, "comparison": 0.25},
     "2wikimultihopqa": {"two hops": 0.5, "comparison": 0.3, "yes or no": 0.2},
@@ -514,7 +505,7 @@ def build(seed, train_questions=600, test_questions=25):
 
     def questions(task, split, count):
         rng, rows = random.Random(f"{split} {task} {seed}"), []
-        kind, domain = TASKS[task]
+        kind, domain = TASKS[task].kind, TASKS[task].domain
         while len(rows) < count:
             question, answer, plan = ask(world, rng, task, split)
             if question not in seen:

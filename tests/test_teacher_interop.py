@@ -23,18 +23,18 @@ import requests
 for package in ("fastapi", "uvicorn", "openai"):
     pytest.importorskip(package)
 
+import report  # noqa: E402
 import torch  # noqa: E402
+import trajectories  # noqa: E402
+from client import Client, Speaker  # noqa: E402
+from tasks import Prompts  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 import agent_distill  # noqa: E402
 import miniature  # noqa: E402
-import report  # noqa: E402
 import retriever  # noqa: E402
 import train  # noqa: E402
-import trajectories  # noqa: E402
-from client import Client, Speaker  # noqa: E402
 from common import read_jsonl, write_jsonl  # noqa: E402
-from tasks import Prompts  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 MAX_TOKENS = 120
