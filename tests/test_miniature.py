@@ -19,7 +19,7 @@ import requests
 import agent_distill
 import retriever
 from agent_distill import Prompts
-from common import InputError
+from common import InputError, load_tasks
 from miniature import student, teacher, world
 from sandbox import Sandbox
 
@@ -75,9 +75,7 @@ def test_a_world_is_a_function_of_its_seed(built):
 
 
 def test_files_are_task_files_with_kind_and_domain(folder, built):
-    rows = agent_distill.load_tasks(
-        [str(folder / "train.jsonl"), *(str(folder / "test" / f"{task}.jsonl") for task in world.TASKS)]
-    )
+    rows = load_tasks([str(folder / "train.jsonl"), *(str(folder / "test" / f"{task}.jsonl") for task in world.TASKS)])
     assert len(rows) == len({row["question"] for row in rows}) == 1200 + 8 * 40
     assert {(row["task"], row["kind"], row["domain"]) for row in rows} == {
         (t, v.kind, v.domain) for t, v in world.TASKS.items()

@@ -128,7 +128,13 @@ def test_evaluate_and_report(world, student, capsys):
     rows = json.loads((world / "eval" / "agent" / "results.json").read_text())
     assert len(rows) == 8 and {row["n"] for row in rows} == {2}
     assert {"model", "parameters", "method", "decoding", "task", "kind", "domain", "accuracy", "ci95"} <= set(rows[0])
-    for words in ("| S | ", "agent distill | greedy", "agent distill | sc3", "cot-rag distill | greedy", "bamboogle"):
+    for words in (
+        "| S | ",
+        "agent distill+prefix | greedy",
+        "agent distill+prefix | sc3",
+        "cot-rag distill+prefix | greedy",
+        "Bamboogle",
+    ):
         assert words in table
     assert (world / "eval" / "report.md").read_text() in table
     sampled = report.transcripts(world / "eval" / "sc")

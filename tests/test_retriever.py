@@ -676,7 +676,8 @@ def test_remote_index_retries_while_the_server_is_down(tmp_path):
     timer = threading.Timer(0.3, start)
     timer.start()
     remote = retriever.load(f"http://127.0.0.1:{port}")
-    for adapter in remote.session.adapters.values():  # shorter pauses than in use
+    for adapter in remote.session.adapters.values():  # more and shorter pauses than in use
+        adapter.max_retries.total = 8
         adapter.max_retries.backoff_factor, adapter.max_retries.backoff_jitter = 0.1, 0
     assert remote.search(["words"]) == index.search(["words"])
     assert len(requests_seen) == 3
