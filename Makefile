@@ -1,6 +1,6 @@
 # Agent distillation, the whole pipeline. `make help` lists the targets.
 #
-#   make reproduce                                        the miniature: about 25 minutes on 2 CPU cores, after the set-up
+#   make reproduce                                        the miniature: about 28 minutes on 2 CPU cores, after the set-up
 #   make reproduce STUDENT=Qwen/Qwen2.5-0.5B-Instruct     another student, on the same questions (one GPU)
 #   make reproduce TEACHER_URL=http://... TEACHER_MODEL=...  a real teacher instead of the scripted one
 #   make test                                             the tests
