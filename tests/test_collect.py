@@ -38,7 +38,7 @@ def make_world(folder, questions):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("collect")
-    return folder, make_world(folder, 400)
+    return folder, make_world(folder, 200)
 
 
 def question_of(body):
@@ -113,7 +113,7 @@ def test_a_server_full_of_faults_gives_the_same_file(world, method, limit):
         errors = {row["error"] for row in rows if row["stop"] == "error"}
         assert sum(row["usage"].get("truncated", 0) for row in rows) > 0
         assert len(errors) == 1 and "400: This model's maximum context length" in errors.pop()
-        assert len(seen) > 800 and set(faulty.faults) == set(PASSING)
+        assert len(seen) > 400 and set(faulty.faults) == set(PASSING)
 
 
 # Kills --------------------------------------------------------------------------------------------
