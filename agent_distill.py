@@ -205,10 +205,11 @@ def choose(actions, observations, rng):
     The majority wins; a tie goes to the observation that was sampled first. If all candidates failed, one of them is
     kept at random, and the model sees its error. With one candidate (greedy) this is candidate 0.
     """
-    counts = collections.Counter(vote for vote in votes_of(observations) if vote is not None)
+    votes = votes_of(observations)
+    counts = collections.Counter(vote for vote in votes if vote is not None)
     if not counts:
         return rng.randrange(len(actions)) if len(actions) > 1 else 0
-    return votes_of(observations).index(max(counts, key=counts.get))
+    return votes.index(max(counts, key=counts.get))
 
 
 def agent_episode(question, prompts, open_sandbox, *, system, max_steps=5, first_thought="", rng=random, choose=choose):

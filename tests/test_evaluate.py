@@ -22,13 +22,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 import evaluate
 import retriever
 import train
 from agent_distill import Prompts, Turn, agent_episode
+from bench.gpu import Allocator
 from common import InputError, judge, load_tasks, report
 from common.decoding import Layer, SharedPrompts
 from common.lora import load_model
@@ -235,37 +234,6 @@ def test_attention_that_is_no_plain_softmax_is_refused(tiny_tokenizer):
 
 
 # Memory -------------------------------------------------------------------------------------------
-
-
-class Allocator(TorchDispatchMode):
-    """A simulated allocator: counts the bytes of live tensors, and raises OutOfMemoryError above `limit`."""
-
-    def __init__(self, limit=None):
-        super().__init__()
-        self.limit, self.live, self.now, self.peak, self.failures = limit, {}, 0, 0, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in tree_iter(out):
-            if isinstance(tensor, torch.Tensor):
-                self.add(tensor.untyped_storage())
-        return out
-
-    def add(self, storage):
-        key, size = id(storage), storage.nbytes()
-        if key in self.live and self.live[key]() is storage:
-            return
-        if self.limit and self.now + size > self.limit:
-            self.failures += 1
-            raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-        def gone(reference):
-            self.now -= size
-            del self.live[key]
-
-        self.live[key] = weakref.ref(storage, gone)
 
 
 def talk(student, rounds=3, count=8):
