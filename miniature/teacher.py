@@ -116,14 +116,15 @@ class Teacher:
 
     def look_up(self, plan, wrong, said, seen, rng):
         """(thought, code): search for the first page that has not been read; conclude when there is none."""
-        news, branches = "", branches_of(plan, wrong)
+        news, found, branches = "", "", branches_of(plan, wrong)
         shape = OPPOSITE[plan["shape"]] if wrong else plan["shape"]
         for i, hops in enumerate(branches):
             for j, (entity, relation, _, statement) in enumerate(hops):
                 if not any(f"] {title(entity)}\n" in text for text in seen):
                     rest = need([hops[j:], *branches[i + 1 :]], shape)
-                    return self.search(entity, relation, f"{news}I need {rest}.", said, rng)
+                    return self.search(entity, relation, f"{news}I need {rest}{found}.", said, rng)
                 news = f"{statement} "
+            found = f" ({hops[0][0]}: {hops[0][2]})"  # the second search must not forget what the first one found
         comparison, expression, _ = conclude(shape, branches)
         why = f"I need {GOALS[shape].removeprefix(', and ')}: {comparison}." if comparison else "That is the answer."
         return news + why, f"final_answer({expression})"

@@ -43,8 +43,8 @@ TEST_MIX = {  # task -> shares of the families of questions
     "aime": {"count": 1},
     "olymmath": {"pairs": 1},
 }
-TRAIN_MIX = {  # each task has half of the training questions
-    "hotpotqa": {"one hop": 0.06, "two hops": 0.48, "three hops": 0.22, "comparison": 0.16, "yes or no": 0.08},
+TRAIN_MIX = {  # 60 % of the training questions are those of hotpotqa, 40 % those of math
+    "hotpotqa": {"one hop": 0.05, "two hops": 0.4, "three hops": 0.29, "comparison": 0.16, "yes or no": 0.1},
     "math": {"numbers": 0.36, "story": 0.28, "count": 0.18, "pairs": 0.18},
 }
 HELD_OUT = 0.3  # share of the invented entities that no training question touches
@@ -60,7 +60,7 @@ class Relation(NamedTuple):
     target: str
     statement: str  # what the teacher says when it has read the fact
     questions: tuple  # ways to ask for y
-    phrases: tuple = ()  # ways to mention y in a longer question
+    phrases: tuple = ()  # ways to mention y in a longer question; the first one also reads well around a long x
 
 
 COUNTRY = Relation("country", "{x} is in {y}.", ("In which country is {x}?", "What country is {x} in?"),
@@ -80,20 +80,20 @@ RELATIONS = {  # kind of page -> relation -> Relation
     "novel": {"author": AUTHOR._replace(target="writer")},
     "writer": {
         "country": Relation("country", "{x} was from {y}.", ("Which country was {x} from?",),
-                            ("the country that {x} came from", "the home country of {x}")),
+                            ("the home country of {x}", "the country that {x} came from")),
     },
     "person": {
         "birthplace": Relation("town", "{x} was born in {y}.", ("Where was {x} born?", "In which town was {x} born?"),
-                               ("the town where {x} was born", "the birthplace of {x}")),
+                               ("the birthplace of {x}", "the town where {x} was born")),
         "employer": Relation("company", "{x} works for {y}.", ("Which company does {x} work for?", "Who employs {x}?"),
-                             ("the company that employs {x}", "the firm that {x} works for")),
+                             ("the employer of {x}", "the company that {x} works for")),
         "birth year": Relation("number", "{x} was born in {y}.", ("In which year was {x} born?",)),
     },
     "company": {
         "founder": Relation("person", "{x} was founded by {y}.", ("Who founded {x}?", "Who is the founder of {x}?"),
                             ("the founder of {x}", "the person who founded {x}")),
         "seat": Relation("town", "{x} is based in {y}.", ("Where is {x} based?", "In which town is {x} based?"),
-                         ("the town where {x} is based", "the seat of {x}")),
+                         ("the seat of {x}", "the town where {x} is based")),
         "founding year": Relation("number", "{x} was founded in {y}.", ("In which year was {x} founded?",)),
     },
     "town": {
@@ -105,7 +105,7 @@ RELATIONS = {  # kind of page -> relation -> Relation
     "book": {
         "author": AUTHOR,
         "setting": Relation("town", "{x} is set in {y}.", ("Where is {x} set?", "In which town is {x} set?"),
-                            ("the town where {x} is set", "the setting of {x}")),
+                            ("the setting of {x}", "the town where {x} is set")),
         "publication year": Relation("number", "{x} was published in {y}.", ("In which year was {x} published?",)),
     },
 }  # fmt: skip
@@ -132,14 +132,11 @@ PAGES = {  # several wordings of each kind of page, with the facts in different 
 NUMBERS = {"birth year": (1900, 1999), "founding year": (1900, 1999), "publication year": (1950, 2019),
            "population": (100, 9999)}  # fmt: skip
 COMPARISONS = {  # (kind, relation): how to ask for the lower value, how to ask for the higher one
-    ("person", "birth year"): (("Who was born first, {a} or {b}?", "Who is older, {a} or {b}?"),
-                               ("Who was born later, {a} or {b}?", "Who is younger, {a} or {b}?")),
-    ("company", "founding year"): (("Which company is older, {a} or {b}?", "Which was founded first, {a} or {b}?"),
-                                   ("Which company is younger, {a} or {b}?", "Which was founded later, {a} or {b}?")),
-    ("town", "population"): (("Which town is smaller, {a} or {b}?",), ("Which town has more people, {a} or {b}?",)),
-    ("book", "publication year"): (("Which book came out first, {a} or {b}?",),
-                                   ("Which book came out later, {a} or {b}?",)),
-}  # fmt: skip
+    ("person", "birth year"): ("Who was born first, {a} or {b}?", "Who was born later, {a} or {b}?"),
+    ("company", "founding year"): ("Which was founded first, {a} or {b}?", "Which was founded later, {a} or {b}?"),
+    ("town", "population"): ("Which town has fewer people, {a} or {b}?", "Which town has more people, {a} or {b}?"),
+    ("book", "publication year"): ("Which book came out first, {a} or {b}?", "Which book came out later, {a} or {b}?"),
+}
 YES_OR_NO = {  # (kind, relation): do both have the same value?
     ("person", "birthplace"): "Were {a} and {b} born in the same town?",
     ("person", "employer"): "Do {a} and {b} work for the same company?",
@@ -252,6 +249,7 @@ def chain_set(task, family, split):
     kinds = RELATIONS if task == "hotpotqa" and length < 3 else INVENTED
     found = [(kind, chain) for kind in kinds for chain in chains(kind, length)]
     if length == 3:
+        found = [(kind, chain) for kind, chain in found if len(set(chain)) == 3]
         return [pair for i, pair in enumerate(found) if (i % 4 == 1) == (split == "test")]
     return [(kind, chain) for kind, chain in found if (chain in UNSEEN_PAIRS) == (task == "bamboogle")]
 
@@ -267,11 +265,12 @@ def ask_chain(world, rng, task, family, split):
         relations = rng.choice([chain for start, chain in options if start == kind])
         path = world.hops(rng.choice(world.entities[kind]), relations)
         names = {path[-1][2], *(hop[0] for hop in path)}
-        if world.may_ask(path, split) and len(names) == len(path) + 1:  # never back to where it came from
+        if world.may_ask(path, split) and len(names) == len(path) + 1:  # no page is visited twice
             break
     said = path[0][0]
-    for name, relation, _, _ in path[:-1]:
-        said = rng.choice(RELATIONS[world.kind[name]][relation].phrases).format(x=said)
+    for i, (name, relation, _, _) in enumerate(path[:-1]):
+        phrases = RELATIONS[world.kind[name]][relation].phrases
+        said = rng.choice(phrases if i == 0 else phrases[:1]).format(x=said)
     question = rng.choice(RELATIONS[world.kind[path[-1][0]]][relations[-1]].questions).format(x=said)
     wrong = need([path[:-1]]) if len(path) > 1 else None
     return question, path[-1][2], {"shape": "chain", "branches": [path], "need": need([path]), "wrong": wrong}
@@ -304,7 +303,7 @@ def ask_pair(world, rng, task, family, split):
     }
     if shape == "same":
         return YES_OR_NO[kind, relation].format(a=first, b=second), "yes" if equal else "no", plan
-    question = rng.choice(COMPARISONS[kind, relation][shape == "higher"]).format(a=first, b=second)
+    question = COMPARISONS[kind, relation][shape == "higher"].format(a=first, b=second)
     return question, (first, second)[(int(values[0]) < int(values[1])) == (shape == "higher")], plan
 
 
@@ -516,7 +515,8 @@ def build(seed, train_questions=600, test_questions=25):
         return rows
 
     test = {task: questions(task, "test", test_questions) for task in TASKS}
-    train = questions("hotpotqa", "train", train_questions // 2) + questions("math", "train", -(-train_questions // 2))
+    facts = round(0.6 * train_questions)
+    train = questions("hotpotqa", "train", facts) + questions("math", "train", train_questions - facts)
     random.Random(f"order {seed}").shuffle(train)
     return Build(world, world.passages, train, test, plans)
 

@@ -75,12 +75,14 @@ def test_a_world_is_a_function_of_its_seed(built):
 
 
 def test_files_are_task_files_with_kind_and_domain(folder, built):
-    rows = load_tasks([str(folder / "train.jsonl"), *(str(folder / "test" / f"{task}.jsonl") for task in world.TASKS)])
+    rows = load_tasks(
+        [str(folder / "train.jsonl"), *(str(folder / "test" / f"{task}.jsonl") for task in world.TASKS)]
+    )
     assert len(rows) == len({row["question"] for row in rows}) == 1200 + 8 * 40
     assert {(row["task"], row["kind"], row["domain"]) for row in rows} == {
         (t, v.kind, v.domain) for t, v in world.TASKS.items()
     }
-    assert collections.Counter(row["task"] for row in built.train) == {"hotpotqa": 600, "math": 600}
+    assert collections.Counter(row["task"] for row in built.train) == {"hotpotqa": 720, "math": 480}
     passages = [json.loads(line) for line in (folder / "passages.jsonl").read_text().splitlines()]
     assert passages == built.passages
 
