@@ -71,18 +71,21 @@ class Student:
     """A Hugging Face model that answers the turns of many episodes, n candidates each.
 
     model, tokenizer: as from load_model. n: 1 is greedy; more are sampled with temperature and top_p.
-    batch: turns in one generate call; by default 64 on a CPU, and what fits the memory on a GPU. It is halved when
-    memory runs out, and grows again later. on_tokens: called with the number of new tokens while they are generated.
+    sample: whether one candidate is sampled, too. batch: turns in one generate call; by default 64 on a CPU, and what
+    fits the memory on a GPU. It is halved when memory runs out, and grows again later. on_tokens: called with the
+    number of new tokens while they are generated.
     """
 
-    SEGMENT = 16  # tokens per generate call; after each, the rows that have ended leave the batch
-
     def __init__(
-        self, model, tokenizer, n=1, temperature=0.4, top_p=0.8, max_tokens=1024, batch=None, seed=0, on_tokens=None
-    ):
+        self, model, tokenizer, n=1, temperature=0.4, top_p=0.8, max_tokens=1024, batch=None, seed=0, sample=False,
+        on_tokens=None,
+    ):  # fmt: skip
         self.model, self.tokenizer, self.n, self.max_tokens = model, tokenizer, n, max_tokens
         self.seed, self.on_tokens, self.device = seed, on_tokens or (lambda tokens: None), model.device
-        self.processors = [SampleNucleus(temperature, top_p)] if n > 1 and temperature > 0 else []
+        self.processors = [SampleNucleus(temperature, top_p)] if (n > 1 or sample) and temperature > 0 else []
+        # Tokens per generate call. After each, the rows that have ended leave the batch: on a CPU, SC-action was 1.2
+        # times as fast with 4 as with 16. A GPU, where rows cost little, would rather set up fewer calls.
+        self.segment = 4 if self.device.type == "cpu" else 16
         # What else a checkpoint's generation_config.json sets (repetition_penalty, top_k, ...) is not used.
         ends = model.generation_config.eos_token_id
         ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
@@ -103,6 +106,7 @@ class Student:
         self.batch = self.largest_batch = batch or self._batch_that_fits()
         self.calls = 0  # since the batch was changed
         self.known = {}  # conversation -> Known
+        self.drawn = 0  # generate calls so far
 
     def _batch_that_fits(self, prompt=4096):
         """How many turns with prompts of 4,096 tokens fit the free memory, at most 256."""
@@ -126,7 +130,10 @@ class Student:
         """
         texts = [train.render(self.tokenizer, turn.messages, reply=True) + turn.opening for turn in turns]
         prompts = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        earlier = [json.dumps(turn.messages[:-2]) for turn in turns]
+        # The conversation that was read before: an earlier turn's, or this one's if the turn is asked again.
+        same = [json.dumps(turn.messages) for turn in turns]
+        before = [json.dumps(turn.messages[:-2]) for turn in turns]
+        earlier = [a if a in self.known else b for a, b in zip(same, before, strict=True)]
         todo = [i for i, ids in enumerate(prompts) if len(ids) < self.context]
         answers, asked, self.calls = [None] * len(turns), {}, self.calls + 1
         if self.calls > 8:
@@ -151,7 +158,7 @@ class Student:
                 torch.cuda.empty_cache()
                 continue
             for row, (i, answer) in enumerate(zip(chunk, got, strict=True)):
-                answers[i], asked[json.dumps(turns[i].messages)] = answer, Known(prompts[i][:-1], states, row)
+                answers[i], asked[same[i]] = answer, Known(prompts[i][:-1], states, row)
             todo = todo[len(chunk) :]
         self.known = asked | {key: known for key, known in self.known.items() if key == "[]"}
         return answers
@@ -194,7 +201,8 @@ class Student:
                 if end > first and (too_many or rows * (longest - start) > 64 + 1.25 * needed):
                     break
                 end += 1
-            ids = pad_sequence([torch.tensor(ids[start:-1]) for ids in prompts[first:end]], batch_first=True)
+            tokens = [torch.tensor(ids[start:-1], dtype=torch.long) for ids in prompts[first:end]]
+            ids = pad_sequence(tokens, batch_first=True)
             if ids.shape[1]:
                 cache = transformers.Cache([Layer(layer[:, first:end], start) for layer in states])
                 self.model(input_ids=ids.to(self.device), past_key_values=cache, logits_to_keep=1)
@@ -215,9 +223,10 @@ class Student:
         limits = [min(self.max_tokens, self.context - len(prompt)) for prompt in prompts for _ in range(n)]
         written, texts, truncated = [[] for _ in limits], [""] * len(limits), [0] * len(limits)
         rows = list(range(len(limits)))  # the samples that have not ended
-        torch.manual_seed(stable_seed(self.seed, prompts))
+        self.drawn += 1
+        torch.manual_seed(stable_seed(self.seed, self.drawn))  # a turn that is asked again gets other samples
         while rows:
-            segment = min(self.SEGMENT, max(limits[r] - len(written[r]) for r in rows))
+            segment = min(self.segment, max(limits[r] - len(written[r]) for r in rows))
             cache.keep(rows, segment)
             options = {"max_new_tokens": segment, "logits_processor": self.processors, "do_sample": False}
             ids = self.model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **options)
@@ -323,8 +332,9 @@ class SpeakConfig(EpisodeConfig):
     url: str | None = option(None, "evaluate a served model: an OpenAI-compatible server's address, ending in /v1")
     method: Literal["agent", "cot", "cot-rag"] = option("agent", "agent, chain of thought, or CoT with passages")
     sc: int = option(1, "candidates per step; 1 is greedy; 8 is the paper's SC-action (for cot: self-consistency)")
-    temperature: float = option(0.4, "of the candidates if there are several (paper: 0.4)")
-    top_p: float = option(0.8, "of the candidates if there are several (paper: 0.8)")
+    sample: bool = option(False, "sample a single candidate, too (default: greedy, as in the paper)")
+    temperature: float = option(0.4, "of sampled candidates (paper: 0.4)")
+    top_p: float = option(0.8, "of sampled candidates (paper: 0.8)")
     system_prompt: str | None = option(None, "file with a system prompt (default: that of the student's training)")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     precision: Literal["auto", "bf16", "fp32"] = option("auto", "of weights; auto: bf16 where the hardware has it")
@@ -369,14 +379,15 @@ class Speaker:
         sampling = {"temperature": config.temperature, "top_p": config.top_p}
         if config.url:
             client = Client(config.url, config.model, config.api_key_env)
-            sampling = sampling if config.sc > 1 else {"temperature": 0.0}
+            sampling = sampling if config.sc > 1 or config.sample else {"temperature": 0.0}
             self.student = Served(client, max_tokens=config.max_tokens, stop=self.stop or None, **sampling)
             self.student.probe()
             self.about["model"] = client.model
         else:
             dtype = torch.bfloat16 if uses_bf16(config.precision, self.device) else torch.float32
             model, tokenizer = load_model(config.model, self.device, dtype)
-            sampling |= {"n": config.sc, "max_tokens": config.max_tokens, "batch": config.batch, "seed": config.seed}
+            names = ("sample", "max_tokens", "batch", "seed")
+            sampling |= {"n": config.sc} | {name: getattr(config, name) for name in names}
             self.student = Student(model, tokenizer, on_tokens=on_tokens, **sampling)
             adapters = {id(p) for _, layer in lora_layers(model) for p in (layer.a, layer.b)}
             self.about["parameters"] = sum(p.numel() for p in model.parameters() if id(p) not in adapters)

@@ -203,10 +203,10 @@ def evaluation_memory(shape, n, limit, prompts=(320, 970, 1620, 2270, 2920), new
             reading, gpu.peak = gpu.peak, gpu.now
             cache = SharedPrompts(states, torch.ones(student.batch, length - 1), n)
             rows = list(range(student.batch * n))
-            cache.keep(rows, new - student.SEGMENT)
+            cache.keep(rows, new - student.segment)
             for layer in cache.layers:
-                layer.length = new - student.SEGMENT
-            cache.keep(rows, student.SEGMENT)
+                layer.length = new - student.segment
+            cache.keep(rows, student.segment)
             ids = torch.zeros(len(rows), 1, dtype=torch.int64, device=META)
             scores = student.model(input_ids=ids, past_key_values=cache).logits[:, -1].float()
             for sample in student.processors:
