@@ -9,7 +9,7 @@ As in the paper (Sec. 4.1), the student is trained on two tasks and tested on ei
 | task            | test questions                                          | what training never shows             |
 |-----------------|---------------------------------------------------------|---------------------------------------|
 | hotpotqa        | two hops, half of them about real pages; comparisons    | these questions and invented entities |
-| 2wikimultihopqa | two hops, comparisons, yes or no                        | comparing two of the relations        |
+| 2wikimultihopqa | two hops, comparisons, yes or no                        | four of the nine kinds of comparison  |
 | musique         | three hops                                              | these chains of three relations       |
 | bamboogle       | two hops                                                | these pairs of relations              |
 | math            | divisors, equations, sums, means, short stories         | these questions                       |
@@ -278,10 +278,9 @@ def ask_chain(world, rng, task, family, split):
 
 def ask_pair(world, rng, task, family, split):
     """(question, answer, plan) that compares two entities; the wrong plan compares the other way round."""
-    unseen = task == "2wikimultihopqa"
-    options = [
-        pair for pair in (YES_OR_NO if family == "yes or no" else COMPARISONS) if (pair in UNSEEN_COMPARED) == unseen
-    ]
+    options = list(YES_OR_NO if family == "yes or no" else COMPARISONS)
+    if task != "2wikimultihopqa":
+        options = [pair for pair in options if pair not in UNSEEN_COMPARED]
     kind, relation = rng.choice(options)
     shape = "same" if family == "yes or no" else rng.choice(["lower", "higher"])
     equal = shape == "same" and rng.random() < 0.5
