@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ["agent_distill.py", "retriever.py", "sandbox.py", "train.py", "evaluate.py"]
 MODULES = ["miniature.world", "miniature.teacher", "miniature.student", "paper.data", "paper.rehearse"]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "paper/README.md"))
 MAKEFILE = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("Makefile", "paper/paper.mk"))
 
 
