@@ -1,6 +1,6 @@
 """What one GPU does, beside what was calculated for it without one. Run this on a GPU, and paste back what it prints:
 
-    python bench/gpu.py                 # versions, training and generation at the shapes of Qwen2.5 0.5B and 3B
+    python bench/gpu.py                 # training, generation, SC-action at the shapes of Qwen2.5 0.5B and 3B
     python bench/gpu.py calculate       # needs no GPU: the memory of training and evaluation, 0.5B to 7B
 
 Weights are random, so nothing is downloaded. `calculate` runs the code of train.py and evaluate.py on PyTorch's meta
@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
 import train
 from agent_distill import Turn
+from bench import evaluate as questions_per_hour
 from common import InputError, option, run_command_line
 from common.decoding import SharedPrompts
 from common.devices import choose_device, uses_bf16
@@ -350,6 +351,9 @@ def measure(config):
     head = ["", "shape", "tokens/s", "bound, calculated", "share of it", "peak GiB", "calculated"]
     text = [[a, b, f"{r:,.0f}", f"{c:,.0f}", f"{r / c:.0%}", f"{p:.1f}", f"{m:.1f}"] for a, b, r, c, p, m in rows]
     print(table(head, text).replace("nan", "-"))
+    print("\nSC-action beside the authors' way, as bench/evaluate.py measures it:\n")
+    shape = "0.5b" if cuda else "small"
+    questions_per_hour.bench(questions_per_hour.Config(shape=shape, precision="auto", questions=config.turns))
 
 
 if __name__ == "__main__":
