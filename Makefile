@@ -64,11 +64,11 @@ reproduce: $(READY)  ## the miniature, offline: world, teacher, students, evalua
 	@printf '\nThe teacher without and with the first-thought prefix:\n'; cat $(SEEDS:%=$(RUNS)/seed%/teacher/gain.md)
 
 SEED ?= 0
-NAME := $(notdir $(firstword $(STUDENT)))
+STUDENT_NAME := $(notdir $(firstword $(STUDENT)))
 D := $(RUNS)/seed$(SEED)
-S := $(D)/$(NAME)
+S := $(D)/$(STUDENT_NAME)
 ROWS ?= agent.greedy cot.cot base.cot cot.cot-rag base.agent agent.sc8
-one: $(ROWS:%=$(D)/eval/$(NAME).%/.done) $(D)/teacher/gain.md
+one: $(ROWS:%=$(D)/eval/$(STUDENT_NAME).%/.done) $(D)/teacher/gain.md
 
 # 1. World: passages, training questions, eight test sets.
 $(D)/world/.done:
@@ -83,7 +83,7 @@ $(D)/index/.done: $(D)/world/.done
 # 3. Teacher: CoT (Eq. 2), agent trajectories (Eq. 3), and some with the first-thought prefix (Eq. 5), over HTTP.
 COLLECT = $(RUN) agent_distill.py collect $(D)/world/train.jsonl --seed $(SEED)
 ifeq ($(TEACHER_URL),)
-ASK = $(RUN) -m miniature.teacher $(D)/world --then "$(COLLECT) --url \$$TEACHER_URL --concurrency 4 $(1)"
+ASK = $(RUN) -m miniature.teacher $(D)/world $(TEACHER_OPTIONS) --then "$(COLLECT) --url \$$TEACHER_URL --concurrency 4 $(1)"
 else
 ASK = $(COLLECT) --url $(TEACHER_URL) $(TEACHER_MODEL:%=--model %) $(1)
 endif
@@ -116,8 +116,8 @@ $(S)/%/.done: $(D)/teacher/%.train.jsonl $(MODEL_DONE)
 	touch $@
 
 # 5. Evaluation: eight tasks. The name of a row: what the student learned from, the method, the decoding.
-EVALUATE = $(RUN) evaluate.py $(D)/world/test/*.jsonl --out $(@D) --name $(NAME) --seed $(SEED) $(EVALUATE_OPTIONS)
-ROW := $(D)/eval/$(NAME)
+EVALUATE = $(RUN) evaluate.py $(D)/world/test/*.jsonl --out $(@D) --name $(STUDENT_NAME) --seed $(SEED) $(EVALUATE_OPTIONS)
+ROW := $(D)/eval/$(STUDENT_NAME)
 # Given the long prompt with examples, the untrained model writes no code that runs: five questions per task show that.
 BASE_AGENT ?= --limit 5 --max-steps 3
 $(ROW).base.cot/.done: $(D)/world/.done $(MODEL_DONE)
@@ -147,6 +147,7 @@ pictures: $(READY)  ## the README's pictures, from the runs
 	cp $(RUNS)/bars.svg $(RUNS)/episode.svg pictures/
 
 include paper/paper.mk
+include experiments/experiments.mk
 
 # ------------------------------------------------------------------------------------------------
 # Checks

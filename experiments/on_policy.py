@@ -1,0 +1,120 @@
+"""On-policy distillation without a tool call in training: the student writes, the teacher model scores every token.
+
+Source: ReOPD (arXiv 2607.04763). A teacher's trajectory is replayed up to a turn t, drawn with a probability
+proportional to 0.6^t. The student writes this turn; it is not executed. The loss is the reverse KL divergence
+KL(student || teacher) over the whole vocabulary, at each token that the student wrote:
+
+    mean over tokens of sum_v p_S(v) (log p_S(v) - log p_T(v))
+
+    make experiment NAME=on_policy
+
+Replaced: the loss and the loop. The student is fine-tuned first (SFT), here on 150 trajectories; the teacher is the
+student of `make reproduce`, distilled on all of them. Baseline: the student after SFT. Real models must be of one
+family. Vocabularies are cut to the smaller one (Qwen2.5 to 3B: 151,936, from 7B on: 152,064; the rest is padding).
+"""
+
+import dataclasses
+import random
+from pathlib import Path
+
+import torch
+
+import common
+import train
+from common import REQUIRED, option, read_jsonl, run_command_line, write_jsonl
+from common.lora import load_model, load_tokenizer, save_lora, training_record
+from experiments import Setting, compare, evaluate_student, train_student
+
+
+@dataclasses.dataclass(kw_only=True)
+class Config(Setting):
+    trajectories: str = option(REQUIRED, "filtered trajectories, from agent_distill.py filter", positional=True)
+    teacher: str = option(REQUIRED, "the teacher: a model or an adapter with the student's tokenizer")
+    sft: int = option(150, "trajectories of the student's first training")
+    steps: int = option(16, "optimiser steps of on-policy distillation")
+    turns: int = option(8, "turns per step")
+    decay: float = option(0.6, "turn t is drawn with a probability proportional to decay^t (ReOPD: 0.6)")
+    policy_lr: float = option(1e-4, "learning rate of on-policy distillation, falling linearly to 0")
+    temperature: float = option(1.0, "at which the student writes its turns")
+    trust: bool = option(False, "weigh turns down where student and teacher diverge (after SOD, arXiv 2605.07725)")
+
+
+def draw_turn(messages, decay, rng):
+    """Returns the messages before a turn of the assistant, which is drawn with weight decay^t, t = 0, 1, ..."""
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    return messages[: rng.choices(turns, [decay**t for t in range(len(turns))])[0]]
+
+
+@torch.no_grad()
+def write_turns(model, tokenizer, prompts, config):
+    """Returns the ids that the student writes after each prompt (a list of ids), with the end-of-turn token."""
+    longest, pad, end = max(map(len, prompts)), tokenizer.pad_token_id or 0, tokenizer.eos_token_id
+    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])  # (turns, longest)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    options = {"max_new_tokens": config.max_tokens, "do_sample": True, "temperature": config.temperature, "top_k": 0}
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    model.eval()
+    ids = model.generate(ids, attention_mask=mask, eos_token_id=end, pad_token_id=pad, **options)
+    model.train()
+    written = ids[:, longest:].tolist()
+    return [tokens[: tokens.index(end) + 1] if end in tokens else tokens for tokens in written]
+
+
+def reverse_kl(student, teacher):
+    """KL(student || teacher) at each token, from logits (tokens, vocabulary). The larger vocabulary is cut."""
+    words = min(student.shape[-1], teacher.shape[-1])
+    log_p, log_q = (logits[:, :words].float().log_softmax(-1) for logits in (student, teacher))
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def divergence(model, teacher, prompt, written):
+    """reverse_kl at the tokens that the student wrote. The ids are those that it sampled, never tokenised again."""
+    ids, kept = torch.tensor([prompt + written], device=model.device), len(written) + 1
+    logits = model(ids, use_cache=False, logits_to_keep=kept).logits[0, :-1]  # each from the token before
+    with torch.no_grad():
+        scored = teacher(ids, use_cache=False, logits_to_keep=kept).logits[0, :-1]
+    return reverse_kl(logits, scored)
+
+
+def distill(config, student, out):
+    """Continue an adapter by on-policy distillation and save it in the folder `out`, unless that is done."""
+    if (out / "training.json").exists():
+        return
+    tokenizer, rng = load_tokenizer(student), random.Random(config.seed)
+    device, _, _ = train.start()
+    trainer = train.Trainer(train.Config(data=[], model=student, out=str(out), dropout=0.0), device)
+    teacher, _ = load_model(config.teacher, device, trainer.model.dtype)
+    rows = [row["messages"] for _, row in read_jsonl(config.trajectories)]
+    torch.manual_seed(config.seed)
+    with common.progress(range(config.steps), desc=out.name, unit="step", quiet=config.quiet) as bar:
+        for step in bar:
+            replayed = [draw_turn(messages, config.decay, rng) for messages in rng.choices(rows, k=config.turns)]
+            prompts = [train.render(tokenizer, messages, reply=True) for messages in replayed]
+            prompts = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+            turns, losses = write_turns(trainer.model, tokenizer, prompts, config), []
+            total = sum(map(len, turns))
+            trainer.gradient.zero_()
+            for prompt, written in zip(prompts, turns, strict=True):  # one by one: all logits of one turn at once
+                each = divergence(trainer.model, teacher, prompt, written)  # (tokens written,)
+                weight = 1 / (1 + each.detach().mean()) if config.trust else 1.0
+                (weight * each.sum() / total).backward()
+                losses.append(each.sum().item())
+            trainer.update(config.policy_lr * (1 - step / config.steps), clip=1.0)
+            bar.set_postfix_str(f"KL per token {sum(losses) / total:.4f}, {total} tokens written")
+    save_lora(trainer.model, out, trainer.base)
+    tokenizer.save_pretrained(out)
+    common.write_json(out / "training.json", training_record(student))
+
+
+def run(config):
+    """Fine-tune on a few trajectories, continue on-policy, evaluate before and after, and compare."""
+    data, out = Path(config.out, "sft.jsonl"), Path(config.out, "on-policy")
+    rows = [row for _, row in read_jsonl(config.trajectories)]
+    write_jsonl(data, random.Random(config.seed).sample(rows, min(config.sft, len(rows))))
+    sft = train_student(config, "sft", data)
+    distill(config, sft, out)
+    compare(*(evaluate_student(config, student, Path(student).name) for student in (sft, out)))
+
+
+if __name__ == "__main__":
+    run_command_line(__doc__, {"run": (Config, run)}, default="run")

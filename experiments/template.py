@@ -1,0 +1,58 @@
+"""The empty fork: another tool, another vote and another weighting of tokens. Copy this file and change what you like.
+
+    make experiment NAME=template
+
+Source: your idea. Replaced: what you replace. Result: what came out.
+"""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import agent_distill
+from agent_distill import CODE_OPEN, FilterConfig, Prompts, filter_trajectories
+from common import REQUIRED, option, run_command_line
+from experiments import Setting, compare, evaluate_student, train_student
+
+
+@dataclasses.dataclass(kw_only=True)
+class Config(Setting):
+    trajectories: str = option(REQUIRED, "trajectories from collect", positional=True)
+    limit: int = option(2, "test questions of each file")
+
+
+def tools():
+    """Further tools: {name: function of JSON values}."""
+    return {"word_count": lambda text: len(text.split())}
+
+
+DESCRIPTIONS = {"word_count": "word_count(text: str): the number of words in a text."}  # what the models read
+
+
+def choose(actions, observations, rng):
+    """The vote: as in the paper, but a candidate that ends the episode loses as long as another one has run."""
+    going_on = [None if o is None or o.is_final else o for o in observations]
+    return agent_distill.choose(actions, going_on if any(going_on) else observations, rng)
+
+
+def weigh(text, turn, row):
+    """The weights of tokens in the loss: those of code count twice."""
+    return [(text.find(CODE_OPEN), len(text), 2.0)] if CODE_OPEN in text else 1.0
+
+
+def run(config):
+    """Train with the weights; evaluate as in the paper, and with the tool and the vote; compare."""
+    prompts = Path(config.out, "prompts")
+    shutil.copytree(Prompts.default, prompts, dirs_exist_ok=True)
+    for name, text in DESCRIPTIONS.items():
+        (prompts / "tools" / f"{name}.txt").write_text(text + "\n")
+    data = f"{config.out}/train.jsonl"
+    filter_trajectories(FilterConfig(trajectories=[config.trajectories], out=data))
+    student = train_student(config, "student", data, weigh)
+    paper = evaluate_student(config, student, "paper", sc=4)
+    forked = {"tools": "experiments.template.tools", "choose": "experiments.template.choose", "prompts": str(prompts)}
+    compare(paper, evaluate_student(config, student, "fork", sc=4, **forked))
+
+
+if __name__ == "__main__":
+    run_command_line(__doc__, {"run": (Config, run)}, default="run")

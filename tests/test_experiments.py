@@ -1,0 +1,257 @@
+"""The quick experiments: their weights, filters, votes and loss against values made by hand or computed otherwise, and
+each of them once at a tiny size.
+
+    make test ROOM=experiments
+"""
+
+import collections
+import json
+import random
+import threading
+
+import pytest
+import torch
+
+import retriever
+import train
+from agent_distill import CollectConfig, FilterConfig, Prompts, Running, collect, filter_trajectories
+from common import InputError, lora, read_jsonl
+from conftest import make_model
+from experiments import agree_early, always_search, choose_trajectory, mask_failed_steps, on_policy, table, template
+from miniature import teacher, world
+from sandbox import Observation, Sandbox
+
+ACTION = "Thought: {}\nCode:\n```py\n{}\n```<end_code>"
+
+
+def trained(tokenizer, messages, weigh, row=None):
+    """[(text of neighbouring tokens of one weight, weight), ...] of the trained part of a conversation."""
+    ((ids, weights),) = train.encode(tokenizer, messages, weigh, row)
+    runs = []
+    for token, weight in zip(ids, weights, strict=True):
+        if weight and runs and runs[-1][1] == weight and runs[-1][2]:
+            runs[-1][0].append(token)
+        elif weight:
+            runs.append([[token], weight, True])
+        elif runs:
+            runs[-1][2] = False
+    return [(tokenizer.decode(tokens), weight) for tokens, weight, _ in runs]
+
+
+def two_steps():
+    failed, repaired = ACTION.format("ab", "boom()"), ACTION.format("cd", "final_answer(1)")
+    messages = [{"role": "user", "content": "New task:\nabc"}, {"role": "assistant", "content": failed}]
+    messages += [{"role": "user", "content": "Observation:\nno"}, {"role": "assistant", "content": repaired}]
+    return messages, {"steps": [{"error_kind": "runtime"}, {"error_kind": None}]}
+
+
+def test_failed_steps_are_context(tiny_tokenizer):
+    messages, row = two_steps()
+    weigh = mask_failed_steps.weigh_steps
+    assert trained(tiny_tokenizer, messages, weigh, row) == [(messages[-1]["content"] + "<|im_end|>", 1.0)]
+    row["steps"][0]["error_kind"] = None
+    both = [(message["content"] + "<|im_end|>", 1.0) for message in messages[1::2]]
+    assert trained(tiny_tokenizer, messages, weigh, row) == both
+
+
+def test_code_weighs_more_than_thoughts(tiny_tokenizer):
+    messages, _ = two_steps()
+    runs = trained(tiny_tokenizer, messages[:2], choose_trajectory.weigh_code(3.0))
+    assert runs == [("Thought: ab\nCode:\n", 1.0), ("```py\nboom()\n```<end_code>", 3.0), ("<|im_end|>", 1.0)]
+    messages[1]["content"] = "no code"
+    assert trained(tiny_tokenizer, messages[:2], choose_trajectory.weigh_code(3.0)) == [("no code<|im_end|>", 1.0)]
+
+
+def test_surprise_is_the_weighted_mean_of_the_model_s_own_losses(tiny_model, tiny_tokenizer):
+    messages, _ = two_steps()
+    model, tokenizer = lora.load_model(tiny_model)
+    weigh = choose_trajectory.weigh_code(3.0)
+    ((ids, weights),) = train.encode(tokenizer, messages, weigh)
+    with torch.inference_mode():
+        losses = torch.nn.functional.cross_entropy(
+            model(torch.tensor([ids])).logits[0, :-1], torch.tensor(ids[1:]), reduction="none"
+        )
+    expected = sum(w * loss.item() for w, loss in zip(weights[1:], losses, strict=True)) / sum(weights)
+    assert choose_trajectory.surprise(model, tokenizer, {"messages": messages}, weigh) == pytest.approx(expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "steps", "expected"),
+    [
+        ("fact", [('print(web_search("a"))', None), ("final_answer(1)", None)], True),
+        ("fact", [("final_answer(1)", None)], False),
+        ("fact", [('print(web_search("a")', "syntax"), ("final_answer(1)", None)], False),
+        ("fact", [(None, "no_code"), ("final_answer(1)", None)], False),
+        ("math", [("final_answer(1)", None)], True),
+    ],
+)
+def test_a_trajectory_has_searched(kind, steps, expected):
+    row = {"kind": kind, "steps": [{"code": code, "error_kind": error} for code, error in steps]}
+    assert always_search.has_searched(row) is expected
+
+
+@pytest.mark.parametrize(
+    ("codes", "asked", "kept"),
+    [
+        (["print(1)", "print(2 - 1)"], 2, "1"),  # different code, the same observation
+        (["print(1)", "print(2)", "print(2)", "print(3)"], 4, "2"),
+        (["boom()", "boom()", "print(1)", "print(1)"], 4, "1"),  # errors do not agree
+        (["print(1)", "boom()"] + 6 * ["boom()"], 8, "1"),
+        ([f"print({i})" for i in range(8)], 8, "0"),
+        (8 * ["boom()"], 8, "boom"),
+    ],
+)
+def test_sampling_stops_when_two_observe_the_same(codes, asked, kept):
+    place = lambda: Sandbox(isolation="off")  # noqa: E731
+    running = Running(agree_early.episode("?", Prompts(), place, system="", max_steps=1, rng=random.Random(0)))
+    waiting, turns = [ACTION.format("", code) for code in codes], []
+    while running.turn:
+        turns.append(running.turn)
+        running.advance([waiting.pop(0), waiting.pop(0)])
+    step = running.result.steps[0]
+    assert len(step["candidates"]) == asked and not waiting and kept in step["observation"]
+    assert len(turns) == asked // 2 and all(turn is turns[0] for turn in turns)
+
+
+def test_the_majority_of_whole_episodes(tmp_path):
+    answers = {"a": [1, 2, 2, None], "b": [None, None, None, None], "c": ["x", "y", "y", "x"]}
+    rows = []
+    for question, predictions in answers.items():
+        for i, prediction in enumerate(predictions):
+            row = {"task": "t", "id": f"{question}#{i}", "prediction": prediction, "usage": {"tokens": 5}}
+            rows.append(row | {"stop": "max_steps" if prediction is None else "final_answer"})
+    random.Random(0).shuffle(rows)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "run" / "transcripts.0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "run" / "run.json").write_text("{}")
+    agree_early.vote_over_episodes(tmp_path / "run", tmp_path / "out")
+    voted = {row["id"]: row for _, row in read_jsonl(tmp_path / "out" / "transcripts.0.jsonl")}
+    assert {id: row["prediction"] for id, row in voted.items()} == {"a": 2, "b": None, "c": "x"}
+    assert all(row["usage"] == {"tokens": 20} for row in voted.values())
+
+
+# On-policy distillation ---------------------------------------------------------------------------
+
+
+def test_turns_are_drawn_with_decreasing_probability():
+    messages = [{"role": role, "content": ""} for role in ["system", "user"] + ["assistant", "user"] * 3]
+    rng = random.Random(0)
+    counts = collections.Counter(len(on_policy.draw_turn(messages, 0.6, rng)) for _ in range(10_000))
+    shares = [counts[n] / 10_000 for n in (2, 4, 6)]
+    assert shares == pytest.approx([1 / 1.96, 0.6 / 1.96, 0.36 / 1.96], abs=0.02) and len(counts) == 3
+
+
+def test_reverse_kl_equals_pytorch_s_and_cuts_the_larger_vocabulary():
+    student, other = torch.randn(5, 11, generator=torch.Generator().manual_seed(0)).split((3, 2))
+    other = torch.cat([other, student[:1] * 2])
+    log_p, log_q = student[:, :9].double().log_softmax(-1), other[:, :9].double().log_softmax(-1)
+    expected = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+    assert torch.allclose(on_policy.reverse_kl(student, other[:, :9]).double(), expected, atol=1e-6)
+    assert torch.allclose(on_policy.reverse_kl(student[:, :9], other).double(), expected, atol=1e-6)
+    assert on_policy.reverse_kl(student, student).abs().max() < 1e-6
+
+
+@pytest.fixture(scope="module")
+def models(tiny_model, tmp_path_factory, tiny_tokenizer):
+    return [lora.load_model(folder)[0] for folder in (
+        tiny_model, make_model(tmp_path_factory.mktemp("teacher") / "other", tiny_tokenizer, seed=1)
+    )]  # fmt: skip
+
+
+def test_the_loss_touches_only_the_tokens_that_the_student_wrote(models):
+    """The gradient at every logit, against a hand-written one: p (log p - log q - KL) where it wrote, 0 elsewhere."""
+    model, other = models
+    prompt, written = [5, 6, 7, 8], [9, 10, 11]
+    kept = {}
+
+    def keep(module, args, output):
+        kept["logits"] = output
+        output.retain_grad()
+
+    hook = model.lm_head.register_forward_hook(keep)
+    each = on_policy.divergence(model, other, prompt, written)
+    each.sum().backward()
+    hook.remove()
+    gradient = kept["logits"].grad[0]  # of the last four positions: the end of the prompt, and what was written
+    with torch.inference_mode():
+        ids = torch.tensor([prompt + written])
+        log_p, log_q = (m(ids).logits[0].log_softmax(-1) for m in models)
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1, keepdim=True)
+        expected = log_p.exp() * (log_p - log_q - kl)
+    assert torch.allclose(gradient[:3], expected[3:6], atol=1e-6) and not gradient[3].any()
+    assert torch.allclose(each, kl[3:6, 0], atol=1e-6)
+    assert not any(p.grad is not None and p.grad.any() for p in other.parameters())
+
+
+def test_turns_are_written_after_their_own_prompt_and_end_at_the_end_of_turn(models, tiny_tokenizer):
+    config = on_policy.Config(tests=[], search="", model="", out="", trajectories="", teacher="", max_tokens=12)
+    config.temperature = 1e-4  # greedy: nothing is left to chance
+    prompts = [[5, 6, 7, 8, 9, 10], [7, 8]]
+    together = on_policy.write_turns(models[0], tiny_tokenizer, prompts, config)
+    assert together == [on_policy.write_turns(models[0], tiny_tokenizer, [prompt], config)[0] for prompt in prompts]
+    end = tiny_tokenizer.eos_token_id
+    assert all(end not in tokens[:-1] and (len(tokens) == 12 or tokens[-1] == end) for tokens in together)
+
+
+# The template, and all of them at a tiny size -----------------------------------------------------
+
+
+def test_the_template_s_vote_prefers_to_go_on():
+    def observed(text, final=False):
+        return Observation(text, None, None, None, final, text if final else None, 0.0)
+
+    final, going_on = observed("1", True), observed("2")
+    assert template.choose([0] * 3, [final, final, going_on], random.Random(0)) == 2
+    assert template.choose([0] * 3, [final, None, final], random.Random(0)) == 0
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_tokenizer):
+    """A small world with its index, a tiny model, and trajectories of a teacher that makes many mistakes."""
+    folder = tmp_path_factory.mktemp("experiments")
+    world.write(world.Config(out=str(folder / "world"), train_questions=24, test_questions=1))
+    retriever.build(folder / "world" / "passages.jsonl", folder / "index", "bm25", quiet=True)
+    make_model(folder / "model", tiny_tokenizer, max_position_embeddings=2048)
+    server = teacher.open_server(teacher.Config(world=str(folder / "world"), run_error=0.4, from_memory=0.5))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    config = {"tasks": [str(folder / "world" / "train.jsonl")], "search": str(folder / "index"), "url": url}
+    collect(CollectConfig(out=str(folder / "agent.jsonl"), samples=2, temperature=1.0, quiet=True, **config))
+    filtered = str(folder / "agent.train.jsonl")
+    filter_trajectories(FilterConfig(trajectories=[str(folder / "agent.jsonl")], out=filtered))
+    return folder
+
+
+def arguments(place, name):
+    tests = [str(place / "world" / "test" / f"{task}.jsonl") for task in ("musique", "math")]
+    settings = {"tests": tests, "search": str(place / "index"), "model": str(place / "model"), "max_tokens": 4}
+    settings |= {"limit": 1, "quiet": True, "out": str(place / "runs" / "seed0" / name)}
+    if name == "on_policy":
+        trained = str(place / "agent.train.jsonl")
+        return settings | {"trajectories": trained, "teacher": str(place / "model"), "sft": 2, "steps": 1, "turns": 2}
+    return settings if name == "agree_early" else settings | {"trajectories": str(place / "agent.jsonl")}
+
+
+MODULES = [mask_failed_steps, choose_trajectory, always_search, agree_early, on_policy, template]
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__.rpartition(".")[2])
+def test_an_experiment_runs_and_a_second_time_only_prints(place, module, capsys):
+    name = module.__name__.rpartition(".")[2]
+    config = module.Config(**arguments(place, name))
+    module.run(config)
+    first = capsys.readouterr().out
+    assert "p (McNemar)" in first and "searches" in first
+    before = {path: path.stat().st_mtime_ns for path in (place / "runs").rglob("transcripts.0.jsonl")}
+    module.run(config)
+    after = {path: path.stat().st_mtime_ns for path in before if path.parent.name != "majority of episodes"}
+    assert after.items() <= before.items() and capsys.readouterr().out.endswith(first.split("\n| task")[-1])
+
+
+def test_the_table_pools_the_seeds(place, capsys):
+    table.print_table(table.Config(runs=str(place / "runs")))
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split("|")[1].strip() for line in lines[2:]} == set(table.PAIRS) and len(lines) == 8
+    with pytest.raises(InputError, match="no experiment has been run"):
+        table.print_table(table.Config(runs=str(place / "world")))
