@@ -19,7 +19,7 @@ class Judge:
     Called with (question, gold answers, prediction); returns True, False, or None if no attempt brought a clear
     verdict. client: a Client. prompts: Prompts with a "judge". journal: a Journal that keeps verdicts by the hash of
     model and prompt. The files `caches` are read too, so that nothing is asked twice. Threads may share a judge.
-    Raises what Client.chat raises, but for a request that the server refuses, which brings no verdict.
+    Raises what Client.chat raises, but a request that the server refuses brings no verdict.
     """
 
     ATTEMPTS, CHARACTERS = 3, 2000  # the answer to a factual question is a phrase: a longer one is cut
@@ -35,15 +35,14 @@ class Judge:
         answers, prediction = (json.dumps(x, ensure_ascii=False) for x in (answers, prediction[: self.CHARACTERS]))
         prompt = self.prompts.fill("judge", question=question or "(not given)", answer=answers, prediction=prediction)
         key = hashlib.sha256(f"{self.client.model}\n{prompt}".encode()).hexdigest()
-        for attempt in range(self.ATTEMPTS):
-            if key in self.verdicts:
-                break
+        messages = [{"role": "user", "content": prompt}]
+        for attempt in range(0 if key in self.verdicts else self.ATTEMPTS):
             with contextlib.suppress(BadRequest):
-                messages = [{"role": "user", "content": prompt}]
-                reply = self.client.chat(messages, temperature=0.0, max_tokens=64, seed=attempt)
-                if verdict := read_verdict(reply.texts[0]):
+                texts, _ = self.client.chat(messages, temperature=0.0, max_tokens=64, seed=attempt)
+                if verdict := read_verdict(texts[0]):
                     self.journal.append({"key": key, "verdict": verdict, "model": self.client.model})
                     self.verdicts[key] = verdict
+                    break
         return self.verdicts[key] == "correct" if key in self.verdicts else None
 
 
