@@ -29,7 +29,7 @@ import retriever
 from common import REQUIRED, InputError, grading, option, read_jsonl, read_text, stable_seed
 from common.client import BadRequest, Client, Served, in_parallel
 from common.report import paired_table, table
-from sandbox import Sandbox
+from sandbox import Observation, Sandbox
 
 # ------------- Prompts and tools: what an episode is given
 
@@ -41,8 +41,6 @@ class Prompts:
 
     def __init__(self, folder=default):
         self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise InputError(f"{folder}: no such folder of prompts")
 
     def __getattr__(self, name):
         text = read_text(self.folder / f"{name}.txt")
@@ -182,12 +180,9 @@ def votes_of(observations):
     """The vote of each candidate: equal numbers mean equal observations. None: it failed to parse or to run."""
     numbers, votes = {}, []
     for o in observations:
-        if o is None or o.error_kind is not None:
-            votes.append(None)
-            continue
         # Candidates that end the episode agree if they give the same answer, others if they observe the same.
         observed = ("final", json.dumps(o.final_answer, sort_keys=True)) if o.is_final else (o.stdout, o.result)
-        votes.append(numbers.setdefault(observed, len(numbers)))
+        votes.append(None if o.error_kind else numbers.setdefault(observed, len(numbers)))
     return votes
 
 
@@ -223,14 +218,15 @@ def agent_episode(question, prompts, open_sandbox, *, system, max_steps=5, first
             # Each distinct code runs once, all from the same state. The chosen candidate's state is kept.
             codes = list(dict.fromkeys(action.code for action in actions if action.code is not None))
             ran = dict(zip(codes, sandbox.run_candidates(codes), strict=True)) if codes else {}
-            observations = [ran.get(action.code) for action in actions]
+            ran[None] = Observation(error=prompts.no_code, error_kind="no_code")
+            observations = [ran[action.code] for action in actions]
             chosen = choose(actions, observations, rng)
             action, observation = actions[chosen], observations[chosen]
-            if observation is not None:
+            if action.code is not None:
                 sandbox.commit(codes.index(action.code))
             messages = [*messages, {"role": "assistant", "content": action.text}]
             steps.append(_step(actions, observations, chosen, prompts))
-            if observation is not None and observation.is_final:
+            if observation.is_final:
                 return Episode(messages, steps, observation.final_answer, "final_answer")
             messages = [*messages, {"role": "user", "content": steps[-1]["observation"]}]
     return Episode(messages, steps, None, "max_steps")
@@ -244,23 +240,19 @@ def _step(actions, observations, chosen, prompts):
             "thought": action.thought,
             "code": action.code,
             "observation": observation_text(observation, prompts),
-            "error_kind": "no_code" if observation is None else observation.error_kind,
+            "error_kind": observation.error_kind,
             "vote": vote,
         })  # fmt: skip
-        if observation is not None and observation.is_final:
+        if observation.is_final:
             candidates[-1]["final_answer"] = observation.final_answer
     several = {"candidates": candidates, "chosen": chosen} if len(actions) > 1 else {}
     return candidates[chosen] | several
 
 
 def observation_text(observation, prompts):
-    """The observation o_t as the model reads it. None: there was no code to run."""
-    if observation is None:
-        return prompts.fill("error", stdout="", error=prompts.no_code)
-    stdout = observation.stdout.removesuffix("\n")
-    if observation.error is not None:
-        return prompts.fill("error", stdout=stdout, error=observation.error)
-    return prompts.fill("observation", stdout=stdout, result=observation.result)
+    """The observation o_t as the model reads it."""
+    name, stdout = "error" if observation.error_kind else "observation", observation.stdout.removesuffix("\n")
+    return prompts.fill(name, stdout=stdout, error=observation.error, result=observation.result)
 
 
 def cot_episode(question, prompts, *, system, search=None):
@@ -512,10 +504,8 @@ def filter_trajectories(config):
 
 
 def _training_row(row, prompts):
-    if row["method"] == "agent":
-        system = prompts.system("agent_student_system", row.get("tools", ()))
-    else:
-        system = prompts.cot_system
+    agent = row["method"] == "agent"
+    system = prompts.system("agent_student_system", row.get("tools", ())) if agent else prompts.cot_system
     messages = [{"role": "system", "content": system}, *(m for m in row["messages"] if m["role"] != "system")]
     fields = {name: row[name] for name in ("id", "task", "kind", "question", "method")}
     steps = [{"error_kind": step["error_kind"]} for step in row["steps"]]

@@ -252,11 +252,10 @@ class Journal(contextlib.AbstractContextManager):
             raise InputError(f"{self.path}: cannot write ({error.strerror}); earlier rows are intact") from None
         self.rows.append(row)
 
-    def close(self):
+    def close(self, *exception):
         self._file.close()
 
-    def __exit__(self, *exception):
-        self.close()
+    __exit__ = close
 
 
 def keep_config(path, config, may_change=(), binding=True):

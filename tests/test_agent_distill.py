@@ -53,25 +53,20 @@ def test_parse_shapes(shape):
     assert parse_action(action.text) == action  # what stays in the context reads the same again
 
 
-def test_two_fences_are_one_action():
-    action = parse_action("Thought: t\nCode:\n```py\na = 1\n```\nand then\n```py\nprint(a)\n```<end_code>")
-    assert action.code == "a = 1\n\nprint(a)"
-    assert action.thought == "t"
-
-
 def test_the_word_observation_inside_code_does_not_end_it():
     code = 'print("""\nObservation: 3\n""")\nprint("Observation: 4")'
     action = parse_action(f"Thought: t\nCode:\n```py\n{code}\n```\nObservation: made up\n```py\nprint(5)\n```")
     assert action.code == code and action.text.endswith("```<end_code>")
 
 
-@pytest.mark.parametrize("text", ["", "I do not know.", "Thought: it is Paris.", "Code:\n", "```py\n```", "yes"])
-def test_nothing_to_run(text):
-    assert parse_action(text).code is None
+TEXTS = dict.fromkeys(["", "I do not know.", "Thought: it is Paris.", "Code:\n", "```py\n```", "yes"])
+TEXTS["Thought: t\nCode:\n```py\nprint((1\n```<end_code>"] = "print((1"  # a syntax error is for the sandbox to find
+TEXTS["Thought: t\nCode:\n```py\na = 1\n```\nand then\n```py\nprint(a)\n```<end_code>"] = "a = 1\n\nprint(a)"
 
 
-def test_code_with_a_syntax_error_is_still_an_action():
-    assert parse_action("Thought: t\nCode:\n```py\nprint((1\n```<end_code>").code == "print((1"
+@pytest.mark.parametrize("text", TEXTS)
+def test_code_of_other_texts(text):
+    assert parse_action(text).code == TEXTS[text]
 
 
 def test_prompts_agree_with_the_parser():

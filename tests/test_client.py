@@ -11,7 +11,7 @@ from tokenizers.processors import TemplateProcessing
 
 import common
 from common import InputError
-from common.client import BadRequest, Client, Served, ServerError, cut_at_stop, in_parallel
+from common.client import BadRequest, Client, Served, ServerError, in_parallel
 from servers import completion, serve
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -61,11 +61,6 @@ def test_retries_are_bounded():
         with pytest.raises(ServerError, match="500: broken for good; gave up after 3 attempts"):
             Client(url, retries=2).chat(HELLO)
         assert len(seen) == 3
-
-
-def test_connection_refused_ends_as_a_server_error():
-    with serve(lambda *request: completion("fine")) as (url, _):
-        pass
     with pytest.raises(ServerError, match="no answer .NewConnectionError.; gave up after 2 attempts"):
         Client(url, model="m", retries=1).chat(HELLO)
 
@@ -87,23 +82,21 @@ def test_a_server_that_ignores_n_is_asked_n_times_with_other_seeds():
         assert len(seen) == 3 and usage["completion_tokens"] == 6
 
 
-def test_half_a_surrogate_pair_and_a_truncated_text_are_answers():
-    """Servers that cut a text by UTF-16 units leave such halves, which no file could take."""
-    with serve(lambda *request: completion("cut \ud83d", finish_reason="length")) as (url, _):
-        texts, usage = Client(url).chat(HELLO, n=2)
-        assert texts == ["cut ?", "cut ?"] and usage["truncated"] == 2
+REFUSAL = {"role": "assistant", "content": None, "refusal": "I cannot help with that."}
+ANSWERS = {
+    # Servers that cut a text by UTF-16 units leave such halves, which no file could take.
+    "half a surrogate pair": (completion("cut \ud83d", finish_reason="length"), "cut ?", 1),
+    "stop strings": (completion("code ```<end_code> and Observation: made up"), "code ```", 0),
+    "a refusal": ({"choices": [{"message": REFUSAL, "finish_reason": "stop"}]}, "", 0),
+}
 
 
-def test_stop_strings_left_in_the_text_are_cut():
-    with serve(lambda *request: completion("code ```<end_code> and Observation: made up")) as (url, _):
-        assert Client(url).chat(HELLO, stop=["<end_code>", "Observation:"])[0] == ["code ```"]
-    assert cut_at_stop("abc", []) == "abc"
-
-
-def test_a_refusal_is_an_answer_without_text():
-    refusal = {"role": "assistant", "content": None, "refusal": "I cannot help with that."}
-    with serve(lambda *request: {"choices": [{"message": refusal, "finish_reason": "stop"}]}) as (url, seen):
-        assert Client(url).chat(HELLO)[0] == [""] and len(seen) == 1
+@pytest.mark.parametrize("name", ANSWERS)
+def test_answers_that_need_care(name):
+    answer, text, truncated = ANSWERS[name]
+    with serve(lambda *request: answer) as (url, seen):
+        texts, usage = Client(url).chat(HELLO, stop=["<end_code>", "Observation:"])
+        assert (texts, usage["truncated"], len(seen)) == ([text], truncated, 1)
 
 
 def test_a_server_that_restarts_in_the_middle(monkeypatch):
@@ -149,13 +142,9 @@ def test_the_probe_tells_a_server_that_continues_from_those_that_do_not():
     with serve(strict) as (url, _):
         with pytest.raises(InputError, match="does not continue.*unknown field.*--prefix-mode"):
             Served(Client(url)).probe(opening=True)
-
-
-def test_a_server_that_refuses_everything_is_refused():
-    with serve(lambda *request: ("status", 400, {}, "no such model: m")) as (url, seen):
+    with serve(lambda *request: ("status", 400, {}, "no such model: m")) as (url, _):
         with pytest.raises(InputError, match="refuses even a short request .400: no such model: m"):
             Served(Client(url, model="m")).probe()
-        assert len(seen) == 1
 
 
 @pytest.mark.parametrize("own_bos", [False, True])
@@ -186,16 +175,11 @@ def test_a_tokenizer_that_cannot_render_is_one_line(tiny_tokenizer, tmp_path, na
 
 def test_in_parallel_gives_every_result_and_raises_the_first_error():
     assert sorted(in_parallel(lambda x: x * x, range(1, 50), 7)) == [x * x for x in range(1, 50)]
-    assert list(in_parallel(lambda x: None, [None, 1, 2], 2)) == [None] * 3
 
     def fail(x):
         time.sleep(0.001)
-        if x == 20:
-            raise InputError("the twentieth")
-        return x
+        return 1 // (20 - x)
 
-    results = []
-    with pytest.raises(InputError, match="twentieth"):
-        for result in in_parallel(fail, range(1, 4_000), 4):
-            results.append(result)
-    assert len(results) < 2_000
+    results = in_parallel(fail, range(4_000), 4)
+    with pytest.raises(ZeroDivisionError):
+        list(zip(results, range(2_000), strict=False))

@@ -1,4 +1,4 @@
-"""`collect` under faults by the thousand, kills, Ctrl-C and a full disk.  `make test ROOM=collect`
+"""`collect` under faults of every kind, kills, Ctrl-C and a full disk.  `make test ROOM=collect`
 
 The teacher is the miniature's script behind a server that misbehaves as told; searches and sandboxes are real.
 """
@@ -125,12 +125,6 @@ def command_line(folder, url, out, *options):
     ]  # fmt: skip
 
 
-def wait_for_request(seen, before, process, seconds=60):
-    deadline = time.monotonic() + seconds
-    while len(seen) <= before and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.001)
-
-
 def journal_of(path):
     """The rows of a file that a kill may have torn: whole lines are JSON, and only the last may not be whole."""
     *lines, rest = path.read_bytes().split(b"\n") if path.exists() else [b""]
@@ -142,7 +136,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_file(world):
     folder, teacher = world
     out, quiet, cot = folder / "killed.jsonl", folder / "undisturbed.jsonl", folder / "cot.jsonl"
     options = ("--first-thought", str(cot), "--limit", "30")
-    rng, starts, killed = random.Random(0), [], -signal.SIGKILL
+    rng, starts = random.Random(0), []
 
     def behave(path, body, number):
         time.sleep(0.03)
@@ -158,11 +152,12 @@ def test_killed_at_random_moments_it_ends_with_the_same_file(world):
             starts.append(len(seen))
             process = subprocess.Popen(command_line(folder, url, out, *options), cwd=ROOT, stdout=subprocess.DEVNULL)
             if kill:
-                if rng.random() < 0.8:
-                    wait_for_request(seen, starts[-1], process)
+                early = rng.random() < 0.2  # killed before its first request
+                while not early and len(seen) == starts[-1] and process.poll() is None:
+                    time.sleep(0.001)
                 time.sleep(rng.uniform(0, 0.3))
                 process.send_signal(signal.SIGKILL)
-            assert process.wait() == (killed if kill else 0)
+            assert process.wait() == (-signal.SIGKILL if kill else 0)
             time.sleep(0.05)  # what it had sent is read by now
             assert not finished & {question_of(body) for _, body, _ in seen[starts[-1] :]}
         assert len(seen) - starts[0] > undisturbed
@@ -202,12 +197,12 @@ def test_samples_differ_and_each_is_asked_once(world):
         before = len(seen)
         agent_distill.collect(config)
         assert len(seen) == before
-        config.temperature = 0.0
-        with pytest.raises(InputError, match="give a --temperature"):
-            agent_distill.collect(config)
+    config.temperature = 0.0
+    with pytest.raises(InputError, match="give a --temperature"):
+        agent_distill.collect(config)
     rows = rows_of(out)
-    assert {(row["id"], row["sample"]) for row in rows} == {(row["id"], n) for row in rows for n in range(5)}
-    assert len(rows) == 60 and len({json.dumps([row["id"], row["messages"]]) for row in rows}) > 12
+    assert len({(row["id"], row["sample"]) for row in rows}) == len(rows) == 60
+    assert len({json.dumps([row["id"], row["messages"]]) for row in rows}) > 12
 
 
 def test_a_search_that_fails_is_an_observation(world, monkeypatch):
@@ -221,16 +216,6 @@ def test_a_search_that_fails_is_an_observation(world, monkeypatch):
     searched = [step for row in rows for step in row["steps"] if "web_search" in step["code"]]
     assert len(rows) == 3 and searched
     assert all("the index is on fire" in step["observation"] for step in searched if "show(" not in step["code"])
-
-
-def test_a_hopeless_server_stops_the_run_at_once(world, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
-    folder, _ = world
-    out = folder / "hopeless.jsonl"
-    with serve(lambda *request: ("status", 401, {}, "wrong key sk-very-secret")) as (url, seen):
-        done = subprocess.run(command_line(folder, url, out), cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and len(seen) == 1 and out.read_bytes() == b""
-    assert done.stderr.count("\n") == 1 and "401" in done.stderr and "secret" not in done.stderr + done.stdout
 
 
 def test_a_full_disk_is_one_line_and_the_same_command_continues(world):
