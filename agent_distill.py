@@ -147,13 +147,10 @@ def parse_action(text):
 
 @dataclasses.dataclass
 class Turn:
-    """What an episode asks of a model: N continuations of `messages`.
-
-    opening: text with which the assistant's message begins; the candidates continue it.
-    """
+    """What an episode asks of a model: N continuations of `messages`."""
 
     messages: list
-    opening: str = ""
+    opening: str = ""  # text with which the assistant's message begins; the candidates continue it
 
 
 class TurnFailed(Exception):

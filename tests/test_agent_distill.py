@@ -113,12 +113,9 @@ def step(code, thought="t"):
 
 def play(script, **options):
     """Run an episode against a list of candidate lists; returns (Episode, turns)."""
-    turns = []
-    tools = {"web_search": lambda query: f"results for {query}"}
-    episode = agent_episode(
-        "Q?", PROMPTS, functools.partial(Sandbox, tools=tools, timeout=options.pop("timeout", 5.0)),
-        system="S", rng=random.Random(0), **options,
-    )  # fmt: skip
+    turns, tools = [], {"web_search": lambda query: f"results for {query}"}
+    place = functools.partial(Sandbox, tools=tools, timeout=options.pop("timeout", 5.0))
+    episode = agent_episode("Q?", PROMPTS, place, system="S", rng=random.Random(0), **options)
     running = Running(episode)
     for candidates in script:
         turns.append(running.turn)
@@ -168,9 +165,8 @@ def test_a_turn_that_fails_ends_the_episode_as_an_error():
 
     episode = agent_distill.drive(agent_episode("Q?", PROMPTS, Sandbox, system="S"), answer)
     assert (episode.stop, episode.error, episode.prediction) == ("error", "400: context length", None)
-    running = Running(agent_distill.cot_episode("Q?", PROMPTS, system="S"))
-    running.advance(agent_distill.TurnFailed("too long"))
-    assert running.result.stop == "error"
+    episode = agent_distill.drive(agent_distill.cot_episode("Q?", PROMPTS, system="S"), answer)
+    assert (episode.stop, episode.error) == ("error", "400: context length")
 
 
 # SC-action ----------------------------------------------------------------------------------------
@@ -216,15 +212,12 @@ def last_candidate(actions, observations, rng):
     return len(actions) - 1
 
 
-def test_another_vote_is_an_argument_and_an_option():
-    candidates = [step("print(1)"), step("print(1)"), step("final_answer(2)")]
-    episode, _ = play([candidates], choose=last_candidate)
-    assert episode.steps[0]["chosen"] == 2 and episode.prediction == 2
+def test_another_vote_is_an_option():
     config = EpisodeConfig(choose="test_agent_distill.last_candidate")
     config.method = "agent"
     running = Running(agent_distill.open_episode(config, "Q?", PROMPTS, {}, system="S"))
-    running.advance(candidates)
-    assert running.result.prediction == 2
+    running.advance([step("print(1)"), step("print(1)"), step("final_answer(2)")])
+    assert running.result.prediction == 2 and running.result.steps[0]["chosen"] == 2
     config.choose = "test_agent_distill.nothing"
     with pytest.raises(InputError, match="--choose test_agent_distill.nothing"):
         agent_distill.open_episode(config, "Q?", PROMPTS, {}, system="S")

@@ -58,9 +58,6 @@ def rows_of(path):
     return [row for _, row in read_jsonl(path)]
 
 
-# Faults -------------------------------------------------------------------------------------------
-
-
 class Faulty:
     """Each request fails 0 to 3 times, in ways drawn from its own content, before it is answered."""
 
@@ -113,9 +110,6 @@ def test_a_server_full_of_faults_gives_the_same_file(world, method, limit, monke
         assert sum(row["usage"].get("truncated", 0) for row in rows) > 0
         assert len(errors) == 1 and "400: This model's maximum context length" in errors.pop()
         assert len(seen) > 200 and set(faulty.seen) == set(PASSING)
-
-
-# Kills --------------------------------------------------------------------------------------------
 
 
 def command_line(folder, url, out, *options):
@@ -183,9 +177,6 @@ def test_ctrl_c_leaves_whole_lines_and_says_how_to_go_on(world):
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     ids = [row["id"] for row in rows_of(out)]
     assert ids[: len(finished)] == finished and len(set(ids)) == len(ids) == 40
-
-
-# The rest -----------------------------------------------------------------------------------------
 
 
 def test_samples_differ_and_each_is_asked_once(world):

@@ -74,8 +74,6 @@ COMMAND = """
         '''Go 100%.'''
         if config.limit == 13:
             raise InputError("--limit 13: an unlucky number")
-        if config.limit == 14:
-            raise KeyboardInterrupt
         print(config)
 
     run_command_line("What it is.", {"go": (Config, go)}, default="go")
@@ -91,7 +89,6 @@ COMMAND = """
         ("--help", 0, "the default command"),
         ("go --help", 0, "a rate (default: 0.5)"),
         ("x --limit 13", 2, "error: --limit 13: an unlucky number"),
-        ("x --limit 14", 130, "interrupted; the same command continues from here"),
         ("x --lim 3", 2, "error: unrecognized arguments: --lim 3"),
         ("x --kind c", 2, "invalid choice: 'c'"),
         ("", 2, "error: the following arguments are required: data"),
