@@ -1,9 +1,4 @@
-"""What every script shares: command-line options, one-line errors, files that a crash cannot harm, HTTP.
-
-    from common import InputError, Journal, option, run_command_line
-
-All other modules import this one; it imports none of them.
-"""
+"""What every script shares: command-line options, one-line errors, files that a crash cannot harm, HTTP."""
 
 import argparse
 import contextlib

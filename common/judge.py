@@ -1,7 +1,4 @@
-"""The paper's judge of factual answers (gpt-4o-mini), behind any OpenAI-compatible server, with a cache of verdicts.
-
-grading.grade("fact", "the Fab Four", "The Beatles", question="Who sang Help!?", judge=Judge(client, prompts, journal))
-"""
+"""The paper's judge of factual answers (gpt-4o-mini), behind any OpenAI-compatible server, with a cache of verdicts."""
 
 import contextlib
 import hashlib
@@ -15,10 +12,10 @@ from common.client import BadRequest
 class Judge:
     """Asks an LLM whether an answer says what one of the gold answers says.
 
-    Called with (question, gold answers, prediction); returns True, False, or None if no attempt brought a clear
-    verdict. client: a Client. prompts: Prompts with a "judge". journal: a Journal that keeps verdicts by the hash of
-    model and prompt. The files `caches` are read too, so that nothing is asked twice. Threads may share a judge.
-    Raises what Client.chat raises, except BadRequest.
+    Called with (question, gold answers, prediction), as grading.grade does; returns True, False, or None if no attempt
+    brought a clear verdict. journal: a Journal that keeps verdicts by the hash of model and prompt. The files `caches`
+    are read too, so that nothing is asked twice. Threads may share a judge. Raises what Client.chat raises, but not
+    BadRequest: that is no verdict.
     """
 
     ATTEMPTS, CHARACTERS = 3, 2000  # the answer to a factual question is a phrase: a longer one is cut
