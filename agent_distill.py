@@ -15,9 +15,9 @@ import collections
 import dataclasses
 import functools
 import hashlib
-import importlib
 import itertools
 import json
+import pkgutil
 import random
 import re
 import time
@@ -29,11 +29,9 @@ import retriever
 from common import REQUIRED, InputError, grading, option, read_jsonl, read_text, stable_seed
 from common.client import BadRequest, Client, Served, in_parallel
 from common.report import paired_table, table
-from sandbox import Sandbox
+from sandbox import Observation, Sandbox
 
-# ---------------------------------------------------------------------------------------------
-# Prompts and tools: what an episode is given
-# ---------------------------------------------------------------------------------------------
+# ------------- Prompts and tools: what an episode is given
 
 
 class Prompts:
@@ -43,8 +41,6 @@ class Prompts:
 
     def __init__(self, folder=default):
         self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise InputError(f"{folder}: no such folder of prompts")
 
     def __getattr__(self, name):
         text = read_text(self.folder / f"{name}.txt")
@@ -80,26 +76,22 @@ def open_tools(config, prompts, device=None):
     """
     tools = {}
     if config.search:
-        tools["web_search"] = _search_tool(retriever.load(config.search, device), prompts, config.top_k)
+        index = retriever.load(config.search, device)
+
+        def web_search(query):
+            texts = []
+            for rank, hit in enumerate(index.search([str(query)], k=config.top_k)[0], 1):
+                title, _, text = hit.contents.partition("\n")
+                values = {"title": title.strip('"'), "text": text, "score": f"{hit.score:.2f}"}
+                texts.append(prompts.fill("search_result", rank=rank, place=rank - 1, **values))
+            return "\n\n".join(texts) or "No passages found."
+
+        tools["web_search"] = web_search
     prompts.system("agent_system", tools)  # refuses a tool without a description
     return tools
 
 
-def _search_tool(index, prompts, k):
-    def web_search(query):
-        texts = []
-        for rank, hit in enumerate(index.search([str(query)], k=k)[0], 1):
-            title, _, text = hit.contents.partition("\n")
-            about = {"rank": rank, "place": rank - 1, "score": f"{hit.score:.2f}"}
-            texts.append(prompts.fill("search_result", title=title.strip('"'), text=text, **about))
-        return "\n\n".join(texts) or "No passages found."
-
-    return web_search
-
-
-# ---------------------------------------------------------------------------------------------
-# Actions: a thought and code (r_t, a_t), parsed from the text that a model wrote
-# ---------------------------------------------------------------------------------------------
+# ------------- Actions: a thought and code (r_t, a_t), parsed from the text that a model wrote
 
 # The action format of smolagents and of the authors' published trajectories. A test checks that prompts/ uses it.
 CODE_OPEN = "```py"
@@ -150,20 +142,15 @@ def parse_action(text):
     return Action(text, _THOUGHT.sub("", text[:start]).strip(), code or None)
 
 
-# ---------------------------------------------------------------------------------------------
-# The episode
-# ---------------------------------------------------------------------------------------------
+# ------------- The episode
 
 
 @dataclasses.dataclass
 class Turn:
-    """What an episode asks of a model: N continuations of `messages`.
-
-    opening: text with which the assistant's message begins; the candidates continue it.
-    """
+    """What an episode asks of a model: N continuations of `messages`."""
 
     messages: list
-    opening: str = ""
+    opening: str = ""  # text with which the assistant's message begins; the candidates continue it
 
 
 class TurnFailed(Exception):
@@ -190,12 +177,9 @@ def votes_of(observations):
     """The vote of each candidate: equal numbers mean equal observations. None: it failed to parse or to run."""
     numbers, votes = {}, []
     for o in observations:
-        if o is None or o.error_kind is not None:
-            votes.append(None)
-            continue
         # Candidates that end the episode agree if they give the same answer, others if they observe the same.
         observed = ("final", json.dumps(o.final_answer, sort_keys=True)) if o.is_final else (o.stdout, o.result)
-        votes.append(numbers.setdefault(observed, len(numbers)))
+        votes.append(None if o.error_kind else numbers.setdefault(observed, len(numbers)))
     return votes
 
 
@@ -208,8 +192,8 @@ def choose(actions, observations, rng):
     votes = votes_of(observations)
     counts = collections.Counter(vote for vote in votes if vote is not None)
     if not counts:
-        return rng.randrange(len(actions)) if len(actions) > 1 else 0
-    return votes.index(max(counts, key=counts.get))
+        return rng.randrange(len(actions))
+    return votes.index(counts.most_common(1)[0][0])  # of equal counts, the first
 
 
 def agent_episode(question, prompts, open_sandbox, *, system, max_steps=5, first_thought="", rng=random, choose=choose):
@@ -218,8 +202,8 @@ def agent_episode(question, prompts, open_sandbox, *, system, max_steps=5, first
     first_thought: with the first-thought prefix (Eq. 5), the first step of the teacher's chain of thought. It opens
     the first thought, and the model continues it. choose: another vote, with the arguments of `choose`.
     """
-    messages = _chat(system, prompts.fill("question", question=question))
-    steps = []
+    task = prompts.fill("question", question=question)
+    messages, steps = [{"role": "system", "content": system}, {"role": "user", "content": task}], []
     with open_sandbox() as sandbox:
         for step in range(max_steps):
             opening = f"Thought: {first_thought}" if first_thought and step == 0 else ""
@@ -231,14 +215,15 @@ def agent_episode(question, prompts, open_sandbox, *, system, max_steps=5, first
             # Each distinct code runs once, all from the same state. The chosen candidate's state is kept.
             codes = list(dict.fromkeys(action.code for action in actions if action.code is not None))
             ran = dict(zip(codes, sandbox.run_candidates(codes), strict=True)) if codes else {}
-            observations = [ran.get(action.code) for action in actions]
+            ran[None] = Observation(error=prompts.no_code, error_kind="no_code")
+            observations = [ran[action.code] for action in actions]
             chosen = choose(actions, observations, rng)
             action, observation = actions[chosen], observations[chosen]
-            if observation is not None:
+            if action.code is not None:
                 sandbox.commit(codes.index(action.code))
             messages = [*messages, {"role": "assistant", "content": action.text}]
             steps.append(_step(actions, observations, chosen, prompts))
-            if observation is not None and observation.is_final:
+            if observation.is_final:
                 return Episode(messages, steps, observation.final_answer, "final_answer")
             messages = [*messages, {"role": "user", "content": steps[-1]["observation"]}]
     return Episode(messages, steps, None, "max_steps")
@@ -252,23 +237,19 @@ def _step(actions, observations, chosen, prompts):
             "thought": action.thought,
             "code": action.code,
             "observation": observation_text(observation, prompts),
-            "error_kind": "no_code" if observation is None else observation.error_kind,
+            "error_kind": observation.error_kind,
             "vote": vote,
         })  # fmt: skip
-        if observation is not None and observation.is_final:
+        if observation.is_final:
             candidates[-1]["final_answer"] = observation.final_answer
     several = {"candidates": candidates, "chosen": chosen} if len(actions) > 1 else {}
     return candidates[chosen] | several
 
 
 def observation_text(observation, prompts):
-    """The observation o_t as the model reads it. None: there was no code to run."""
-    if observation is None:
-        return prompts.fill("error", stdout="", error=prompts.no_code)
-    stdout = observation.stdout.removesuffix("\n")
-    if observation.error is not None:
-        return prompts.fill("error", stdout=stdout, error=observation.error)
-    return prompts.fill("observation", stdout=stdout, result=observation.result)
+    """The observation o_t as the model reads it."""
+    name, stdout = "error" if observation.error_kind else "observation", observation.stdout.removesuffix("\n")
+    return prompts.fill(name, stdout=stdout, error=observation.error, result=observation.result)
 
 
 def cot_episode(question, prompts, *, system, search=None):
@@ -276,23 +257,20 @@ def cot_episode(question, prompts, *, system, search=None):
 
     With several candidates (self-consistency), the majority of the answers wins.
     """
-    content = question
     if search is not None:
-        content = prompts.fill("cot_rag_question", passages=search(question), question=question)
-    messages = _chat(system, content)
+        question = prompts.fill("cot_rag_question", passages=search(question), question=question)
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
     try:
         candidates = yield Turn(messages)
     except TurnFailed as failure:
         return Episode(messages, [], None, "error", str(failure))
     answers = [grading.cot_answer(text) for text in candidates]
     counts = collections.Counter(answer for answer in answers if answer is not None)
-    chosen = answers.index(max(counts, key=counts.get)) if counts else 0
-    numbers = {answer: number for number, answer in enumerate(counts)}
+    chosen = answers.index(counts.most_common(1)[0][0]) if counts else 0
     step = {"thought": candidates[chosen], "code": None, "observation": None, "error_kind": None}
     if len(candidates) > 1:
         pairs = zip(candidates, answers, strict=True)
-        step["candidates"] = [{"thought": t, "answer": a, "vote": numbers.get(a)} for t, a in pairs]
-        step["chosen"] = chosen
+        step |= {"candidates": [{"thought": text, "answer": answer} for text, answer in pairs], "chosen": chosen}
     messages = [*messages, {"role": "assistant", "content": candidates[chosen].strip()}]
     return Episode(messages, [step], answers[chosen], "no_answer" if answers[chosen] is None else "final_answer")
 
@@ -300,10 +278,6 @@ def cot_episode(question, prompts, *, system, search=None):
 def first_step(cot):
     """The first step of a chain of thought: the text up to the first blank line. It is the prefix of Eq. 5."""
     return re.split(r"\n[ \t]*\n", cot.strip().replace("\r\n", "\n"))[0].strip()
-
-
-def _chat(system, user):
-    return [{"role": "system", "content": system}, {"role": "user", "content": user}]
 
 
 class Running:
@@ -356,42 +330,28 @@ def open_episode(config, question, prompts, tools, *, system, first_thought="", 
     if config.method != "agent":
         search = tools["web_search"] if config.method == "cot-rag" else None
         return cot_episode(question, prompts, system=system, search=search)
-    return agent_episode(
-        question,
-        prompts,
-        functools.partial(Sandbox, tools=tools, timeout=config.timeout, isolation=config.isolation),
-        system=system,
-        max_steps=config.max_steps,
-        first_thought=first_thought,
-        rng=rng,
-        choose=_load_function(config.choose) if config.choose else choose,
-    )
-
-
-def _load_function(dotted):
-    module, _, name = dotted.rpartition(".")
     try:
-        return getattr(importlib.import_module(module), name)
+        vote = pkgutil.resolve_name(config.choose) if config.choose else choose
     except (ImportError, ValueError, AttributeError) as error:
-        raise InputError(f"--choose {dotted}: {error}") from None
+        raise InputError(f"--choose {config.choose}: {error}") from None
+    open_sandbox = functools.partial(Sandbox, tools=tools, timeout=config.timeout, isolation=config.isolation)
+    options = {"system": system, "max_steps": config.max_steps, "first_thought": first_thought}
+    return agent_episode(question, prompts, open_sandbox, rng=rng, choose=vote, **options)
 
 
-def trajectory_row(task, method, episode, usage, judge=None):
+def trajectory_row(task, method, episode, usage):
     """A finished episode as the row that is stored: the task, what happened, the cost, the grade and its reason."""
     fields = ("id", "task", "kind", "domain", "question", "answer", "aliases")
     row = {name: task[name] for name in fields if name in task}
     row |= {"method": method, **dataclasses.asdict(episode)}
     if episode.stop == "no_answer" and usage.get("truncated"):
         row["stop"] = "truncated"  # the reply was cut at --max-tokens before it gave an answer
-    verdict = grading.grade(
-        task["kind"], episode.prediction, task["answer"], task.get("aliases", ()), task["question"], judge
-    )
+    aliases = task.get("aliases", ())
+    verdict = grading.grade(task["kind"], episode.prediction, task["answer"], aliases, task["question"])
     return row | {"correct": verdict.correct, "why": verdict.why, "usage": dict(usage)}
 
 
-# ---------------------------------------------------------------------------------------------
-# collect, filter, prefix-gain
-# ---------------------------------------------------------------------------------------------
+# ------------- collect, filter, prefix-gain
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -399,9 +359,7 @@ class CollectConfig(EpisodeConfig):
     tasks: list[str] = option(REQUIRED, "task files: JSONL, or JSON with a list of examples", positional=True)
     out: str = option(REQUIRED, "trajectories are appended to this JSONL file; finished questions are not asked again")
     method: Literal["agent", "cot"] = option("agent", "agent (Eq. 3) or plain chain of thought (Eq. 2)")
-    first_thought: str | None = option(
-        None, "a file of `collect --method cot`: the first step of each CoT opens the agent's first thought (Eq. 5)"
-    )
+    first_thought: str | None = option(None, "file of --method cot; its first steps open the first thoughts (Eq. 5)")
     url: str = option(REQUIRED, "the teacher's server, ending in /v1")
     model: str | None = option(None, "the model's name at the server (default: the first one that it lists)")
     kind: Literal["fact", "math"] | None = option(None, "kind of the tasks, for files that do not state it")
@@ -420,18 +378,8 @@ class CollectConfig(EpisodeConfig):
     quiet: bool = option(False, "no progress bar")
 
 
-MAY_CHANGE = (
-    "url",
-    "concurrency",
-    "retries",
-    "request_timeout",
-    "limit",
-    "quiet",
-    "out",
-    "tasks",
-    "api_key_env",
-    "prompts",
-)
+# What does not alter answers. The hash of the prompts' texts is compared, not their folder.
+MAY_CHANGE = "url concurrency retries request_timeout limit quiet out tasks api_key_env prompts".split()
 
 
 def collect(config):
@@ -453,8 +401,8 @@ def collect(config):
         todo = [item for item in items if (item[0]["task"], item[0]["id"], item[1]) not in done]
         if todo:
             ask = Collector(config, prompts)
-            title = f"collect {config.method}"
-            with common.progress(total=len(items), done=len(items) - len(todo), desc=title, quiet=config.quiet) as bar:
+            before = len(items) - len(todo)
+            with common.progress(total=len(items), done=before, desc=config.method, quiet=config.quiet) as bar:
                 for row in in_parallel(ask, todo, config.concurrency):
                     journal.append(row)
                     bar.update()
@@ -468,19 +416,14 @@ class Collector:
     def __init__(self, config, prompts):
         self.config, self.prompts, self.tools = config, prompts, open_tools(config, prompts)
         self.system = prompts.cot_system if config.method == "cot" else prompts.system("agent_system", self.tools)
-        self.cots = {}
+        self.prefixes = {}  # without one, the teacher opens its first thought itself
         for _, row in read_jsonl(config.first_thought) if config.first_thought else ():
-            self.cots[row["task"], row["id"]] = row["messages"][-1]["content"] if row["stop"] != "error" else None
+            if row["stop"] != "error":
+                self.prefixes[row["task"], row["id"]] = first_step(row["messages"][-1]["content"])
         client = Client(config.url, config.model, config.api_key_env, config.request_timeout, config.retries)
-        self.teacher = Served(
-            client,
-            config.prefix_mode,
-            config.tokenizer or client.model,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            max_tokens=config.max_tokens,
-            stop=STOP if config.method == "agent" else None,
-        )
+        sampling = {"temperature": config.temperature, "top_p": config.top_p, "max_tokens": config.max_tokens}
+        sampling["stop"] = STOP if config.method == "agent" else None
+        self.teacher = Served(client, config.prefix_mode, config.tokenizer or client.model, **sampling)
         self.teacher.probe(opening=bool(config.first_thought))
 
     def __call__(self, item):
@@ -491,11 +434,9 @@ class Collector:
             seed = stable_seed(self.config.seed, task["task"], task["id"], sample, next(turns))
             return self.teacher.answer(turn, usage, seed=seed)
 
-        cot = self.cots.get((task["task"], task["id"]))
-        prefix = first_step(cot) if cot else ""
-        episode = open_episode(
-            self.config, task["question"], self.prompts, self.tools, system=self.system, first_thought=prefix
-        )
+        prefix = self.prefixes.get((task["task"], task["id"]), "")
+        options = {"system": self.system, "first_thought": prefix}
+        episode = open_episode(self.config, task["question"], self.prompts, self.tools, **options)
         row = trajectory_row(task, self.config.method, drive(episode, answer), usage)
         row |= {"sample": sample, "model": self.teacher.client.model, "prefix": prefix, "tools": list(self.tools)}
         return row | {"seconds": round(time.perf_counter() - start, 3)}
@@ -534,8 +475,7 @@ def filter_trajectories(config):
 
     Each conversation gets the short system prompt that the student will be given (paper, Sec. 4).
     """
-    prompts = Prompts(config.prompts)
-    rows = []
+    prompts, rows = Prompts(config.prompts), []
     for path in config.trajectories:
         for number, row in read_jsonl(path):
             for field in ("id", "task", "kind", "question", "messages", "steps", "correct", "stop", "method"):
@@ -547,9 +487,7 @@ def filter_trajectories(config):
     kept, times, counts = [], collections.Counter(), collections.defaultdict(collections.Counter)
     for row in rows:
         question = " ".join(row["question"].casefold().split())
-        reason = drop_reason(row)
-        if not reason and times[question] >= config.per_question:
-            reason = "duplicate"
+        reason = drop_reason(row) or ("duplicate" if times[question] >= config.per_question else None)
         if not reason:
             times[question] += 1
             kept.append(_training_row(row, prompts))
@@ -563,10 +501,8 @@ def filter_trajectories(config):
 
 
 def _training_row(row, prompts):
-    if row["method"] == "agent":
-        system = prompts.system("agent_student_system", row.get("tools", ()))
-    else:
-        system = prompts.cot_system
+    agent = row["method"] == "agent"
+    system = prompts.system("agent_student_system", row.get("tools", ())) if agent else prompts.cot_system
     messages = [{"role": "system", "content": system}, *(m for m in row["messages"] if m["role"] != "system")]
     fields = {name: row[name] for name in ("id", "task", "kind", "question", "method")}
     steps = [{"error_kind": step["error_kind"]} for step in row["steps"]]
@@ -581,17 +517,12 @@ class GainConfig:
 
 def prefix_gain(config):
     """Print the teacher's accuracy without and with the first-thought prefix, paired by question."""
-    plain, prefixed = (
-        {(row["task"], row["id"], row.get("sample", 0)): row["correct"] for _, row in read_jsonl(path)}
-        for path in (config.plain, config.prefixed)
-    )
-    print(paired_table(plain, prefixed, ("without", "with")))
+    sides = []
+    for path in (config.plain, config.prefixed):
+        sides.append({(row["task"], row["id"], row.get("sample", 0)): row["correct"] for _, row in read_jsonl(path)})
+    print(paired_table(*sides, ("without", "with")))
 
 
 if __name__ == "__main__":
-    commands = {
-        "collect": (CollectConfig, collect),
-        "filter": (FilterConfig, filter_trajectories),
-        "prefix-gain": (GainConfig, prefix_gain),
-    }
-    common.run_command_line(__doc__, commands)
+    commands = {"collect": (CollectConfig, collect), "filter": (FilterConfig, filter_trajectories)}
+    common.run_command_line(__doc__, commands | {"prefix-gain": (GainConfig, prefix_gain)})

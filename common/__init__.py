@@ -1,9 +1,4 @@
-"""What every script shares: command-line options, one-line errors, files that a crash cannot harm, HTTP.
-
-    from common import InputError, Journal, option, run_command_line
-
-All other modules import this one; it imports none of them.
-"""
+"""What every script shares: command-line options, one-line errors, files that a crash cannot harm, HTTP."""
 
 import argparse
 import contextlib
@@ -15,9 +10,7 @@ import http.server
 import json
 import os
 import sys
-import threading
 import traceback
-import types
 import typing
 import zlib
 from pathlib import Path
@@ -33,22 +26,17 @@ class InputError(Exception):
     exit_status = 2
 
 
-# ---------------------------------------------------------------------------------------------
-# Options. A script's configuration is a dataclass, and its command line is made from it: each default is written once,
-# with its reason, and holds for the shell and for importers alike.
-# ---------------------------------------------------------------------------------------------
+# ------------- Options
 
-REQUIRED = object()
+# A script's configuration is a dataclass, and its command line is made from it: each default is written once, with its
+# reason, and holds for the shell and for importers alike.
+
+REQUIRED = dataclasses.MISSING  # an option without a default; such a dataclass is kw_only
 
 
-def option(default, help, positional=False, **argparse_options):
-    """A dataclass field that is also a command-line option (or a positional argument).
-
-    default: REQUIRED means that it must be given (such a dataclass is kw_only).
-    """
-    metadata = {"help": help, "positional": positional, "argparse": argparse_options}
-    if default is REQUIRED:
-        return dataclasses.field(metadata=metadata)
+def option(default, help, positional=False):
+    """Returns a dataclass field that is also a command-line option, or a positional argument."""
+    metadata = {"help": help, "positional": positional}
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -59,21 +47,20 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see {self.prog} --help)")
 
 
-def _add_option(parser, field, annotation):
+def _add_option(parser, field):
     """Add one dataclass field to the parser. An option that is not given keeps the dataclass's default."""
     required = field.default is field.default_factory  # both are MISSING
-    arguments = {"default": argparse.SUPPRESS, **field.metadata["argparse"], "help": field.metadata["help"]}
-    if field.default not in (None, dataclasses.MISSING):
-        arguments["help"] += f" (default: {field.default})"
-    arguments["help"] = arguments["help"].replace("%", "%%")
-    if typing.get_origin(annotation) in (types.UnionType, typing.Union):  # `float | None` is parsed as float
-        annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
+    shown = "" if field.default in (None, REQUIRED) else f" (default: {field.default})"
+    arguments = {"default": argparse.SUPPRESS, "help": (field.metadata["help"] + shown).replace("%", "%%")}
+    annotation, parts = field.type, typing.get_args(field.type)
+    if type(None) in parts:  # `float | None` is parsed as float
+        annotation, parts = parts[0], typing.get_args(parts[0])
     if annotation is bool:
         arguments["action"] = argparse.BooleanOptionalAction
     elif typing.get_origin(annotation) is typing.Literal:
-        arguments["choices"] = typing.get_args(annotation)
+        arguments["choices"] = parts
     elif typing.get_origin(annotation) is list:
-        arguments = {"nargs": "+" if required else "*", "type": typing.get_args(annotation)[0], **arguments}
+        arguments |= {"nargs": "+" if required else "*", "type": parts[0]}
     else:
         arguments["type"] = annotation
     if not field.metadata["positional"]:
@@ -81,7 +68,7 @@ def _add_option(parser, field, annotation):
     elif required:
         parser.add_argument(field.name, **arguments)
     else:
-        parser.add_argument(field.name, **{"nargs": "?", **arguments})
+        parser.add_argument(field.name, nargs="?", **arguments)
 
 
 def run_command_line(description, commands, default=None, argv=None):
@@ -101,9 +88,8 @@ def run_command_line(description, commands, default=None, argv=None):
         doc = (function.__doc__ or "").strip()
         summary = doc.split("\n")[0] + (" (the default command)" if name == default else "")
         subparser = subparsers.add_parser(name, help=summary.replace("%", "%%"), description=doc, **style)
-        annotations = typing.get_type_hints(config_class)
         for field in dataclasses.fields(config_class):
-            _add_option(subparser, field, annotations[field.name])
+            _add_option(subparser, field)
     try:
         values = vars(parser.parse_args(argv))
         config_class, function = commands[values.pop("command")]
@@ -127,20 +113,10 @@ def run_command_line(description, commands, default=None, argv=None):
     sys.exit(0)
 
 
-def progress(iterable=None, *, total=None, done=0, desc="", unit="it", quiet=False):
+def progress(iterable=None, *, done=0, quiet=False, unit="it", **options):
     """A tqdm bar on stderr, updated rarely where stderr is a log file. done: items that an earlier run finished."""
-    return tqdm(
-        iterable,
-        total=total,
-        initial=done,
-        desc=desc,
-        unit=unit,
-        disable=quiet,
-        mininterval=0.1 if sys.stderr.isatty() else 30,
-        dynamic_ncols=True,
-        unit_scale=unit == "B",
-        unit_divisor=1024,
-    )
+    options |= {"dynamic_ncols": True, "mininterval": 0.1 if sys.stderr.isatty() else 30}
+    return tqdm(iterable, initial=done, disable=quiet, unit=unit, unit_scale=unit == "B", **options)
 
 
 def stable_seed(*parts):
@@ -148,9 +124,7 @@ def stable_seed(*parts):
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") >> 1
 
 
-# ---------------------------------------------------------------------------------------------
-# Files. JSON lines are appended whole; any other file is written aside and renamed.
-# ---------------------------------------------------------------------------------------------
+# ------------- Files. JSON lines are appended whole; any other file is written aside and renamed.
 
 
 def read_text(path):
@@ -164,17 +138,17 @@ def read_text(path):
 def read_jsonl(path):
     """Yield (line number, object) for each non-empty line of a JSONL file, plain or gzipped.
 
-    Raises InputError with file and line for a line that is not a JSON object, and for a missing file.
+    Raises InputError with file and line for a line that is not a JSON object, and for a file that cannot be read.
     """
     try:
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield number, parse_object(line, f"{path}:{number}")
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise InputError(f"{path}: {error.strerror}") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(f"{path}: not a complete gzip file: {error}") from None
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
 
 
 def write_jsonl(path, rows):
@@ -195,35 +169,31 @@ def parse_object(line, where):
 
 
 def load_tasks(paths, kind=None, limit=None):
-    """Rows {"id", "task", "kind", "question", "answer", ...} from JSONL files or {"examples": [...]} files.
+    """Returns rows {"id", "task", "kind", "question", "answer", ...} of JSONL files or {"examples": [...]} files.
 
     kind: "fact" or "math" for files that do not state it. limit: only the first n of each file.
-    Raises InputError, with file and row, for a missing field or a repeated id.
+    Raises InputError for an empty file, and with file and row for a missing field or a repeated id.
     """
-    rows, seen = [], set()
+    tasks = {}
     for path in paths:
-        for where, row in list(_task_rows(path))[:limit]:
-            row = {"task": Path(path).stem, **({"kind": kind} if kind else {}), **row}
+        if Path(path).suffix == ".json":
+            rows = list(enumerate(parse_object(read_text(path), path).get("examples", ()), 1))
+        else:
+            rows = list(read_jsonl(path))
+        if not rows:
+            raise InputError(f'{path}: no tasks in it: JSON lines or {{"examples": [...]}} were expected')
+        for number, row in rows[:limit]:
+            row, where = {"task": Path(path).stem, "kind": kind} | row, f"{path}:{number}"
             for field in ("id", "question", "answer"):
                 if row.get(field) in (None, ""):
                     raise InputError(f"{where}: a task needs the field {field!r}")
-            if row.get("kind") not in ("fact", "math"):
+            if row["kind"] not in ("fact", "math"):
                 raise InputError(f'{where}: the kind must be stated: "kind": "fact" or "math", or --kind')
             row["id"] = str(row["id"])
-            if (row["task"], row["id"]) in seen:
+            if (row["task"], row["id"]) in tasks:
                 raise InputError(f"{where}: task {row['task']} has id {row['id']!r} twice")
-            seen.add((row["task"], row["id"]))
-            rows.append(row)
-    return rows
-
-
-def _task_rows(path):
-    if Path(path).suffix != ".json":
-        return [(f"{path}:{number}", row) for number, row in read_jsonl(path)]
-    examples = parse_object(read_text(path), path).get("examples")
-    if not isinstance(examples, list):
-        raise InputError(f'{path}: {{"examples": [...]}} was expected')
-    return [(f"{path}: example {number}", row) for number, row in enumerate(examples)]
+            tasks[row["task"], row["id"]] = row
+    return list(tasks.values())
 
 
 @contextlib.contextmanager
@@ -245,55 +215,42 @@ def replace_file(path, mode="w"):
 def write_json(path, value):
     """Write one JSON value as a file that appears under its name only when it is complete."""
     with replace_file(path) as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
+        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-class Journal:
-    """An append-only JSONL file that a kill, a full disk or a second process cannot corrupt.
+class Journal(contextlib.AbstractContextManager):
+    """An append-only JSONL file that a kill, a full disk or a second process cannot corrupt. Threads may share it.
 
-    Opening it reads the finished rows (`rows`), drops an incomplete last line, and locks the file. `append` writes one
-    line with one system call, so a kill leaves at most one incomplete line. Threads may share a journal.
+    Opening it locks the file, drops an incomplete last line, and reads the finished rows (`rows`). `append` writes one
+    line with one system call, so a kill or a full disk leaves at most one incomplete line.
     Raises InputError if another process has the file open, or if a complete line is not a JSON object.
     """
 
     def __init__(self, path):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        self._lock = threading.Lock()
+        self._file = open(self.path, "ab", buffering=0)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(self._file)
+            self._file.close()
             raise InputError(f"{self.path}: another process is writing this file; wait for it or end it") from None
-        content = self.path.read_bytes()
-        complete = content.rfind(b"\n") + 1
-        if complete < len(content):
-            os.ftruncate(self._file, complete)
-        lines = content[:complete].splitlines()
-        self.rows = [parse_object(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+        self._file.truncate(self.path.read_bytes().rfind(b"\n") + 1)
+        self.rows = [row for _, row in read_jsonl(self.path)]
 
     def append(self, row):
         line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
-        with self._lock:
-            length = os.fstat(self._file).st_size
-            try:
-                while line:
-                    line = line[os.write(self._file, line) :]
-            except OSError as error:  # a full disk took half a line: remove it, so that the file stays valid
-                os.ftruncate(self._file, length)
-                raise InputError(f"{self.path}: cannot write ({error.strerror}); earlier rows are intact") from None
-            self.rows.append(row)
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot write ({error.strerror}); earlier rows are intact") from None
+        self.rows.append(row)
 
-    def close(self):
-        os.close(self._file)
+    def close(self, *exception):
+        self._file.close()
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.close()
+    __exit__ = close
 
 
 def keep_config(path, config, may_change=(), binding=True):
@@ -304,19 +261,17 @@ def keep_config(path, config, may_change=(), binding=True):
     """
     path = Path(path)
     if binding and path.exists():
-        old = parse_object(path.read_text(encoding="utf-8"), str(path))
+        old = parse_object(read_text(path), path)
         for name, value in config.items():
-            if name not in may_change and name in old and old[name] != value:
-                raise InputError(
-                    f"{path}: these results were made with {name.replace('_', '-')} {old[name]}, not {value}: "
-                    "name another --out to keep both, or delete it"
-                )
+            if name not in may_change and old.get(name, value) != value:
+                made = f"made with {name.replace('_', '-')} {old[name]}, not {value}"
+                raise InputError(f"{path}: these results were {made}: name another --out to keep both, or delete it")
     write_json(path, config)
 
 
-# ---------------------------------------------------------------------------------------------
-# HTTP: one retry policy for all clients, one way to serve JSON.
-# ---------------------------------------------------------------------------------------------
+# ------------- HTTP: one retry policy for all clients, one way to serve JSON
+
+BACKOFF = 0.5  # seconds. The waits before the retries are 0, 2, 4, 8, ... times as long, at most 30 s.
 
 
 def http_session(retries=8):
@@ -326,9 +281,8 @@ def http_session(retries=8):
     """
     retry = urllib3.util.Retry(
         retries,
-        backoff_factor=0.5,  # waits 0.5 s, 1 s, 2 s, ... before the retries
+        backoff_factor=BACKOFF,
         backoff_max=30,
-        backoff_jitter=0.5,
         status_forcelist=[408, 429, 500, 502, 503, 504],
         allowed_methods=None,  # POST too: a repeated question harms nothing
         raise_on_status=False,
@@ -344,25 +298,23 @@ def serve_json(answer, host="127.0.0.1", port=0):
     """An HTTP server (not yet started) that answers every request with JSON.
 
     answer(method, path, body) -> (status, object); body is None for a GET. An InputError raised in it becomes status
-    400. Call .serve_forever(); .server_address has the port that was chosen for port 0.
+    400, any other exception 500. Call .serve_forever(); .server_address has the port that was chosen for port 0.
     """
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         disable_nagle_algorithm = True
 
-        def do_GET(self):
-            self.reply(None)
-
         def do_POST(self):
-            self.reply(self.rfile.read(int(self.headers.get("Content-Length", 0))))
-
-        def reply(self, data):
+            data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             try:
-                body = None if data is None else parse_object(data, "request")
+                body = parse_object(data, "request") if self.command == "POST" else None
                 status, value = answer(self.command, self.path, body)
             except InputError as error:
                 status, value = 400, {"error": str(error)}
+            except Exception as error:  # the client is told, and the server continues
+                traceback.print_exc()
+                status, value = 500, {"error": f"{type(error).__name__}: {error}"}
             content = json.dumps(value).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
@@ -371,14 +323,14 @@ def serve_json(answer, host="127.0.0.1", port=0):
             with contextlib.suppress(ConnectionError):  # the client has gone
                 self.wfile.write(content)
 
+        do_GET = do_POST
+
         def log_message(self, *arguments):
             pass
 
-    class Server(http.server.ThreadingHTTPServer):
-        daemon_threads = True
-        request_queue_size = 128
-
     try:
-        return Server((host, port), Handler)
+        server = http.server.ThreadingHTTPServer((host, port), Handler)
     except OSError as error:
         raise InputError(f"port {port} on {host}: {error.strerror}") from None
+    server.socket.listen(128)  # Python's default makes many clients that connect at once wait
+    return server

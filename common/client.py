@@ -1,21 +1,22 @@
 """A client for OpenAI-compatible servers: the teacher, the judge and served students are all asked through it.
 
-from common.client import Client
 client = Client("http://127.0.0.1:8000/v1", model="Qwen/Qwen2.5-32B-Instruct")
-reply = client.chat([{"role": "user", "content": "2 + 2 = ?"}], max_tokens=8)
-reply.texts, reply.usage
+texts, usage = client.chat([{"role": "user", "content": "2 + 2 = ?"}], max_tokens=8)
 """
 
-import dataclasses
+import collections
+import contextlib
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import requests
 
+import common
 from common import InputError, http_session
 
-BACKOFF = 0.5  # seconds before the first retry after an unreadable answer; doubled for each further one
+# What a broken connection in the middle of an answer, text that is not JSON, and missing fields raise.
+UNREADABLE = (requests.RequestException, LookupError, TypeError, AttributeError, ValueError, RecursionError)
 
 
 class ServerError(InputError):
@@ -26,18 +27,6 @@ class ServerError(InputError):
 
 class BadRequest(Exception):
     """The server refused this very request (400, 413, 422), as when the context is too long."""
-
-
-@dataclasses.dataclass
-class Reply:
-    """texts: n continuations, cut before the first stop string. model: the name that the server reports.
-
-    usage: prompt_tokens, completion_tokens, retries, and truncated: the number of texts that reached the token limit.
-    """
-
-    texts: list
-    usage: dict
-    model: str
 
 
 class Client:
@@ -53,97 +42,89 @@ class Client:
     def __init__(self, url, model=None, api_key_env="OPENAI_API_KEY", timeout=600.0, retries=8):
         if not url.startswith(("http://", "https://")):
             raise InputError(f"--url {url}: an address such as http://127.0.0.1:8000/v1 was expected")
-        self.url, self.api_key_env, self.timeout, self.retries = url.rstrip("/"), api_key_env, timeout, retries
-        self.key = os.environ.get(api_key_env or "", "")
-        self.session = http_session(retries)
+        self.url, self.model, self.api_key_env = url.rstrip("/"), model, api_key_env
+        self.timeout, self.retries, self.session = timeout, retries, http_session(retries)
+        self.key = os.environ.get(api_key_env, "")
         if self.key:
             self.session.headers["Authorization"] = f"Bearer {self.key}"
-        self.model = model
         if model is None:
             try:
-                self.model = self._request("GET", "/models", None, lambda body: body["data"][0]["id"])[0]
+                self.model, _ = self._request("GET", "/models", None, lambda body: body["data"][0]["id"])
             except ServerError as error:
                 raise ServerError(f"{error} (or name a --model)") from None
 
-    def chat(self, messages, n=1, extra=None, **sampling):
-        """n replies to a chat. sampling: temperature, top_p, max_tokens, stop, seed. extra: further body fields."""
-        return self._ask("/chat/completions", {"messages": messages, **(extra or {})}, n, sampling)
+    def chat(self, messages, n=1, **fields):
+        """n replies to a chat: (texts, usage). fields: temperature, max_tokens, ...; those that are None are not sent.
 
-    def complete(self, prompt, n=1, **sampling):
-        """n continuations of a text."""
-        return self._ask("/completions", {"prompt": prompt}, n, sampling)
+        texts end before the first stop string. usage: prompt_tokens, completion_tokens, retries, and truncated, the
+        number of texts that reached the token limit.
+        """
+        return self._ask("/chat/completions", n, messages=messages, **fields)
 
-    def _ask(self, path, body, n, sampling):
+    def complete(self, prompt, n=1, **fields):
+        """n continuations of a text, as `chat`."""
+        return self._ask("/completions", n, prompt=prompt, **fields)
+
+    def _ask(self, path, n, **fields):
         """Collect n choices. Some servers ignore n: missing choices are asked for again."""
-        body = {"model": self.model, **body, **{k: v for k, v in sampling.items() if v is not None}}
-        usage = dict.fromkeys(("prompt_tokens", "completion_tokens", "retries", "truncated"), 0)
-        texts, model = [], self.model
+        body = {"model": self.model} | {name: value for name, value in fields.items() if value is not None}
+        texts, usage = [], collections.Counter(truncated=0)
         while len(texts) < n:
-            request = body | ({"n": n - len(texts)} if n - len(texts) > 1 else {})
-            if texts and "seed" in body:
-                request["seed"] = body["seed"] + len(texts)  # the same seed would repeat the first answer
-            (choices, used, model), retries = self._request("POST", path, request, _parse_choices)
-            for text, truncated in choices[: n - len(texts)]:
-                texts.append(cut_at_stop(text, body.get("stop") or []))
+            missing = n - len(texts)
+            request = body | ({"n": missing} if missing > 1 else {})
+            if "seed" in body:
+                request["seed"] += len(texts)  # the same seed would repeat the first answer
+            (choices, used), retries = self._request("POST", path, request, _parse_choices)
+            for text, truncated in choices[:missing]:
+                texts.append(cut_at_stop(text, body.get("stop", ())))
                 usage["truncated"] += truncated
-            for name in ("prompt_tokens", "completion_tokens"):
-                usage[name] += used.get(name) or 0
-            usage["retries"] += retries
-        return Reply(texts, usage, model or self.model)
+            usage.update(used, retries=retries)
+        return texts, usage
 
     def _request(self, method, path, body, parse):
-        """(parse(the answer's JSON), retries). An answer that cannot be parsed is asked for again."""
-        url, reason, retries = self.url + path, "", 0
+        """Returns (parse(the answer's JSON), retries). An answer that cannot be parsed is asked for again."""
+        url, retries = self.url + path, 0
         for attempt in range(self.retries + 1):
             if attempt:
-                time.sleep(min(BACKOFF * 2**attempt, 30.0))
+                time.sleep(min(common.BACKOFF * 2**attempt, 30.0))
             try:
                 response = self.session.request(method, url, json=body, timeout=(10.0, self.timeout))
                 retries += len(response.raw.retries.history)
-                self._check_status(url, response)
-                return parse(response.json()), attempt + retries
-            except (requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError):
-                reason = "the connection broke in the middle of the answer"
-            except requests.exceptions.JSONDecodeError:
-                reason = "the answer is not JSON"
-            except (KeyError, IndexError, TypeError, AttributeError, ValueError, RecursionError):
-                reason = "the answer does not have the expected fields"
-            except requests.exceptions.RequestException as error:  # the session has used up its retries
-                raise ServerError(f"{url}: {_reason(error)}; gave up after {self.retries + 1} attempts") from None
+                if response.status_code == 200:
+                    return parse(response.json()), attempt + retries
+                reason = self._refusal(url, response)
+                break
+            except (requests.ConnectionError, requests.Timeout) as error:  # the session has used up its retries
+                reason = f"no answer ({type(getattr(error.args[0], 'reason', error)).__name__})"
+                break
+            except UNREADABLE as error:
+                reason = f"the answer is incomplete or not in the format of OpenAI ({type(error).__name__})"
         raise ServerError(f"{url}: {reason}; gave up after {self.retries + 1} attempts")
 
-    def _check_status(self, url, response):
-        status = response.status_code
-        if status == 200:
-            return
-        if status in (401, 403):  # the body is not shown: some servers repeat the key in it
-            raise InputError(f"{url} answered {status}: the key in ${self.api_key_env} is missing or not accepted")
-        detail = " ".join(response.text.split())[:300]
+    def _refusal(self, url, response):
+        """What the server answered with a status other than 200. Raises if the request cannot succeed."""
+        status, detail = response.status_code, " ".join(response.text.split())[:300]
         if self.key:
-            detail = detail.replace(self.key, "[key]")
-        if status == 404:
-            raise InputError(f"{url} answered 404: no such path, or no model named {self.model!r} there: {detail}")
+            detail = detail.replace(self.key, "[key]")  # some servers repeat it
         if status in (400, 413, 422):
             raise BadRequest(f"{status}: {detail}")
-        raise ServerError(f"{url} answered {status}: {detail}; gave up after {self.retries + 1} attempts")
+        if status in (401, 403, 404):
+            key = f"${self.api_key_env} is {'set' if self.key else 'not set'}"
+            raise InputError(f"{url} answered {status} (model {self.model!r}, {key}): {detail}")
+        return f"{status}: {detail}"
 
 
 def _parse_choices(body):
-    """([(text, whether it was cut at the token limit)], usage, model) of an answer; raises if fields are missing."""
-    choices = []
+    """Returns ([(text, whether it was cut at the token limit)], token counts). Raises if fields are missing."""
+    choices, usage = [], body.get("usage") or {}
     for choice in body["choices"]:
         message = choice if "text" in choice else choice["message"]  # /completions has no message
         text = "" if message.get("refusal") else message["text" if "text" in choice else "content"]
         text = text.encode("utf-8", "replace").decode()  # half of a surrogate pair cannot be written to a file
         choices.append((text, choice.get("finish_reason") == "length"))
     if not choices:
-        raise IndexError
-    return choices, dict(body.get("usage") or {}), body.get("model")
-
-
-def _reason(error):
-    cause = getattr(error.args[0], "reason", None) if error.args else None
-    return f"no answer ({type(cause or error).__name__})"
+        raise LookupError
+    return choices, {name: usage.get(name) or 0 for name in ("prompt_tokens", "completion_tokens")}
 
 
 def cut_at_stop(text, stop):
@@ -165,16 +146,15 @@ class Served:
     def answer(self, turn, usage, n=1, seed=None):
         """n candidate texts for a turn. Token counts are added to the Counter `usage`."""
         sampling = self.sampling | {"n": n, "seed": seed}
+        opened = [*turn.messages, {"role": "assistant", "content": turn.opening}]
         if not turn.opening:
-            reply = self.client.chat(turn.messages, **sampling)
+            texts, used = self.client.chat(turn.messages, **sampling)
+        elif self.mode == "continue":
+            texts, used = self.client.chat(opened, **_CONTINUE, **sampling)
         else:
-            opened = [*turn.messages, {"role": "assistant", "content": turn.opening}]
-            if self.mode == "continue":
-                reply = self.client.chat(opened, extra=_CONTINUE, **sampling)
-            else:
-                reply = self.client.complete(self._render(opened), **sampling)
-        usage.update(reply.usage)
-        return reply.texts
+            texts, used = self.client.complete(self._render(opened), **sampling)
+        usage.update(used)
+        return texts
 
     def probe(self, opening=False):
         """Ask a short question first: what would fail in every episode is refused before the first one.
@@ -188,21 +168,17 @@ class Served:
                 self.client.complete(self._render(_OPENED), max_tokens=1)
         except BadRequest as error:
             raise InputError(f"the server refuses even a short request ({error})") from None
-        if opening and self.mode == "continue":
-            self._probe_continuation()
-
-    def _probe_continuation(self):
+        if not opening or self.mode == "completions":
+            return
         other = "name --prefix-mode completions"
         try:
-            continued = self.client.chat(_OPENED, extra=_CONTINUE, max_tokens=1).usage["prompt_tokens"]
+            _, continued = self.client.chat(_OPENED, max_tokens=1, **_CONTINUE)
         except BadRequest as error:
             raise InputError(f"the server does not continue a message ({error}): {other}") from None
-        try:
-            closed = self.client.chat(_OPENED, max_tokens=1).usage["prompt_tokens"]
-        except BadRequest:  # it accepts a final assistant message only when told to continue it
-            return
-        if continued >= closed:
-            raise InputError(f"the server ignores continue_final_message: {other}")
+        with contextlib.suppress(BadRequest):  # some accept a final assistant message only when told to continue it
+            _, closed = self.client.chat(_OPENED, max_tokens=1)
+            if continued["prompt_tokens"] >= closed["prompt_tokens"]:
+                raise InputError(f"the server ignores continue_final_message: {other}")
 
     def _render(self, opened):
         """A chat as text that ends with its last message, by the model's own template."""

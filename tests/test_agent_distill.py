@@ -14,32 +14,11 @@ import pytest
 
 import agent_distill
 import retriever
-from agent_distill import (
-    CODE_CLOSE,
-    CODE_OPEN,
-    STOP,
-    EpisodeConfig,
-    FilterConfig,
-    GainConfig,
-    Prompts,
-    Running,
-    TurnFailed,
-    agent_episode,
-    choose,
-    cot_episode,
-    drop_reason,
-    filter_trajectories,
-    first_step,
-    open_episode,
-    open_tools,
-    parse_action,
-    prefix_gain,
-    trajectory_row,
-    votes_of,
-)
+from agent_distill import EpisodeConfig, Prompts, Running, agent_episode, first_step, open_tools, parse_action
 from common import InputError
 from common.client import BadRequest
-from sandbox import Observation, Sandbox
+from conftest import write_jsonl
+from sandbox import Sandbox
 
 PROMPTS = Prompts()
 
@@ -74,38 +53,34 @@ def test_parse_shapes(shape):
     assert parse_action(action.text) == action  # what stays in the context reads the same again
 
 
-def test_two_fences_are_one_action():
-    action = parse_action("Thought: t\nCode:\n```py\na = 1\n```\nand then\n```py\nprint(a)\n```<end_code>")
-    assert action.code == "a = 1\n\nprint(a)"
-    assert action.thought == "t"
-
-
 def test_the_word_observation_inside_code_does_not_end_it():
     code = 'print("""\nObservation: 3\n""")\nprint("Observation: 4")'
     action = parse_action(f"Thought: t\nCode:\n```py\n{code}\n```\nObservation: made up\n```py\nprint(5)\n```")
     assert action.code == code and action.text.endswith("```<end_code>")
 
 
-@pytest.mark.parametrize("text", ["", "I do not know.", "Thought: it is Paris.", "Code:\n", "```py\n```", "yes"])
-def test_nothing_to_run(text):
-    assert parse_action(text).code is None
+TEXTS = dict.fromkeys(["", "I do not know.", "Thought: it is Paris.", "Code:\n", "```py\n```", "yes"])
+TEXTS["Thought: t\nCode:\n```py\nprint((1\n```<end_code>"] = "print((1"  # a syntax error is for the sandbox to find
+TEXTS["Thought: t\nCode:\n```py\na = 1\n```\nand then\n```py\nprint(a)\n```<end_code>"] = "a = 1\n\nprint(a)"
 
 
-def test_code_with_a_syntax_error_is_still_an_action():
-    assert parse_action("Thought: t\nCode:\n```py\nprint((1\n```<end_code>").code == "print((1"
+@pytest.mark.parametrize("text", TEXTS)
+def test_code_of_other_texts(text):
+    assert parse_action(text).code == TEXTS[text]
 
 
 def test_prompts_agree_with_the_parser():
     """One format: the examples in every agent prompt parse, and name the fence and stop string of the constants."""
     for name in ("agent_system", "agent_student_system"):
         text = getattr(PROMPTS, name)
-        assert CODE_OPEN in text and CODE_CLOSE in text
+        assert agent_distill.CODE_OPEN in text and agent_distill.CODE_CLOSE in text
     examples = PROMPTS.agent_system.split("Two examples of finished tasks.")[1].split("\nThought: ")[1:]
     assert len(examples) >= 4
     for example in examples:
         assert parse_action(example.split("\nObservation:")[0]).code
-    assert any(CODE_CLOSE.endswith(stop) for stop in STOP)
-    assert PROMPTS.observation.startswith(STOP[1].strip()) and PROMPTS.error.startswith(STOP[1].strip())
+    end, observation = agent_distill.STOP
+    assert agent_distill.CODE_CLOSE.endswith(end)
+    assert all(text.startswith(observation.strip()) for text in (PROMPTS.observation, PROMPTS.error))
 
 
 def test_every_tool_is_described_to_teacher_and_student(tmp_path):
@@ -138,12 +113,9 @@ def step(code, thought="t"):
 
 def play(script, **options):
     """Run an episode against a list of candidate lists; returns (Episode, turns)."""
-    turns = []
-    tools = {"web_search": lambda query: f"results for {query}"}
-    episode = agent_episode(
-        "Q?", PROMPTS, functools.partial(Sandbox, tools=tools, timeout=options.pop("timeout", 5.0)),
-        system="S", rng=random.Random(0), **options,
-    )  # fmt: skip
+    turns, tools = [], {"web_search": lambda query: f"results for {query}"}
+    place = functools.partial(Sandbox, tools=tools, timeout=options.pop("timeout", 5.0))
+    episode = agent_episode("Q?", PROMPTS, place, system="S", rng=random.Random(0), **options)
     running = Running(episode)
     for candidates in script:
         turns.append(running.turn)
@@ -173,15 +145,10 @@ def test_state_lives_through_the_episode_and_errors_are_observed():
     assert episode.prediction == 22 and episode.steps[0]["error_kind"] == "runtime"
 
 
-def test_text_without_code_is_answered_with_the_format():
-    episode, _ = play(["I think it is 4.", step("final_answer(4)")])
-    assert PROMPTS.no_code in episode.messages[3]["content"]
-    assert episode.steps[0]["error_kind"] == "no_code" and episode.prediction == 4
-
-
-def test_step_limit():
-    episode, turns = play([step("print(1)")] * 3, max_steps=3)
-    assert (episode.stop, episode.prediction, len(episode.steps), len(turns)) == ("max_steps", None, 3, 3)
+def test_text_without_code_is_answered_with_the_format_and_counts_as_a_step():
+    episode, turns = play(["I think it is 4.", step("4")], max_steps=2)
+    assert PROMPTS.no_code in episode.messages[3]["content"] and episode.steps[0]["error_kind"] == "no_code"
+    assert (episode.stop, episode.prediction, len(episode.steps), len(turns)) == ("max_steps", None, 2, 2)
 
 
 def test_first_thought_prefix_opens_the_first_thought_only():
@@ -198,33 +165,30 @@ def test_a_turn_that_fails_ends_the_episode_as_an_error():
 
     episode = agent_distill.drive(agent_episode("Q?", PROMPTS, Sandbox, system="S"), answer)
     assert (episode.stop, episode.error, episode.prediction) == ("error", "400: context length", None)
-    running = Running(cot_episode("Q?", PROMPTS, system="S"))
-    running.advance(TurnFailed("too long"))
-    assert running.result.stop == "error"
+    episode = agent_distill.drive(agent_distill.cot_episode("Q?", PROMPTS, system="S"), answer)
+    assert (episode.stop, episode.error) == ("error", "400: context length")
 
 
 # SC-action ----------------------------------------------------------------------------------------
 
 
-def test_majority_by_observation_not_by_text():
-    """Two codes that print 4 in different words beat two equal codes... of which one observes something else."""
-    candidates = [step("print(5)"), step("print(2 + 2)"), step("print(4)"), step("print('x')")]
-    episode, _ = play([candidates, [step("final_answer(1)")] * 4])
-    assert episode.steps[0]["chosen"] == 1 and episode.steps[0]["code"] == "print(2 + 2)"
-    assert "\n4\n" in episode.messages[3]["content"]
-    assert [c["code"] for c in episode.steps[0]["candidates"]][3] == "print('x')"
+VOTES = {  # the candidates' codes (None: a text without code), and which one is kept
+    "the majority by observation, not by text": (["print(5)", "print(2 + 2)", "print(4)", "print('x')"], 1),
+    "a tie goes to the earliest": (["print(1)", "print(2)", "print(2)", "print(1)"], 0),
+    "failures have no vote": (["1 / 0", "1 / 0", None, "print((1", "print(7)"], 4),
+    "final answers by value": (["final_answer(3)", "final_answer(2 + 2)", "a = 4\nfinal_answer(a)", "print(4)"], 1),
+    "a candidate that hangs": (["while True: pass", "print(1)"], 1),
+}
 
 
-def test_ties_go_to_the_earliest():
-    candidates = [step("print(1)"), step("print(2)"), step("print(2)"), step("print(1)")]
-    episode, _ = play([candidates, [step("final_answer(0)")]])
-    assert episode.steps[0]["chosen"] == 0
-
-
-def test_failures_have_no_vote():
-    candidates = [step("1 / 0"), step("1 / 0"), "no code", step("print((1"), step("print(7)")]
-    episode, _ = play([candidates, [step("final_answer(0)")]])
-    assert episode.steps[0]["chosen"] == 4
+@pytest.mark.parametrize("case", VOTES)
+def test_the_vote(case):
+    codes, chosen = VOTES[case]
+    episode, _ = play([[step(code) if code else "words" for code in codes]], max_steps=1, timeout=1.0)
+    kept = episode.steps[0]
+    assert kept["chosen"] == chosen and kept["code"] == codes[chosen]
+    assert [candidate["code"] for candidate in kept["candidates"]] == codes
+    assert episode.messages[2]["content"] == step(codes[chosen])
 
 
 def test_if_all_fail_one_is_kept_and_its_error_seen():
@@ -236,44 +200,27 @@ def test_if_all_fail_one_is_kept_and_its_error_seen():
     assert kept["code"] == kept["candidates"][kept["chosen"]]["code"]
 
 
-def test_final_answers_vote_with_their_value():
-    candidates = [
-        step("final_answer(3)"),
-        step("final_answer(2 + 2)"),
-        step("x = 4\nfinal_answer(x)"),
-        step("print(4)"),
-    ]
-    episode, _ = play([candidates])
-    assert (episode.prediction, episode.steps[0]["chosen"]) == (4, 1)
-
-
-def test_votes_are_stored_and_another_vote_can_be_tried_on_them():
+def test_votes_are_stored():
     """final_answer(3), (4), (5) print the same, but they disagree; a failed candidate has no vote."""
     texts = ["final_answer(3)", "final_answer(4)", "x = 3\nfinal_answer(x)", "1 / 0"]
-    episode, _ = play([[step(text) for text in texts]])
-    assert [c["vote"] for c in episode.steps[0]["candidates"]] == [0, 1, 0, None]
-    assert [c.get("final_answer") for c in episode.steps[0]["candidates"]] == [3, 4, 3, None]
-    observations = [Observation("4"), Observation("5"), None, Observation("4"), Observation(error_kind="runtime")]
-    assert votes_of(observations) == [0, 1, None, 0, None]
-    assert choose([None] * 5, observations, random) == 0
+    episode, _ = play([[*map(step, texts), "no code"]])
+    assert [c["vote"] for c in episode.steps[0]["candidates"]] == [0, 1, 0, None, None]
+    assert [c.get("final_answer") for c in episode.steps[0]["candidates"]] == [3, 4, 3, None, None]
 
 
 def last_candidate(actions, observations, rng):
     return len(actions) - 1
 
 
-def test_another_vote_is_an_argument_and_an_option():
-    candidates = [step("print(1)"), step("print(1)"), step("final_answer(2)")]
-    episode, _ = play([candidates], choose=last_candidate)
-    assert episode.steps[0]["chosen"] == 2 and episode.prediction == 2
+def test_another_vote_is_an_option():
     config = EpisodeConfig(choose="test_agent_distill.last_candidate")
     config.method = "agent"
-    running = Running(open_episode(config, "Q?", PROMPTS, {}, system="S"))
-    running.advance(candidates)
-    assert running.result.prediction == 2
+    running = Running(agent_distill.open_episode(config, "Q?", PROMPTS, {}, system="S"))
+    running.advance([step("print(1)"), step("print(1)"), step("final_answer(2)")])
+    assert running.result.prediction == 2 and running.result.steps[0]["chosen"] == 2
     config.choose = "test_agent_distill.nothing"
     with pytest.raises(InputError, match="--choose test_agent_distill.nothing"):
-        open_episode(config, "Q?", PROMPTS, {}, system="S")
+        agent_distill.open_episode(config, "Q?", PROMPTS, {}, system="S")
 
 
 def test_candidates_do_not_see_each_other_and_the_winner_is_not_run_again():
@@ -288,17 +235,11 @@ def test_candidates_do_not_see_each_other_and_the_winner_is_not_run_again():
     assert sorted(calls) == ["a", "b", "c", "zero"]
 
 
-def test_a_candidate_that_hangs_does_not_win():
-    episode, _ = play([[step("while True: pass"), step("print(1)")], [step("final_answer(1)")]], timeout=0.5)
-    assert episode.steps[0]["chosen"] == 1
-    assert episode.steps[0]["candidates"][0]["error_kind"] == "timeout"
-
-
 # Chain of thought ---------------------------------------------------------------------------------
 
 
 def cot(texts, **options):
-    running = Running(cot_episode("Q?", PROMPTS, system="S", **options))
+    running = Running(agent_distill.cot_episode("Q?", PROMPTS, system="S", **options))
     turn = running.turn
     running.advance(texts)
     return running.result, turn
@@ -308,10 +249,6 @@ def test_cot_is_one_turn():
     episode, turn = cot(["First.\n\nSo \\boxed{4}."])
     assert turn.messages[1]["content"] == "Q?"
     assert (episode.prediction, episode.stop, len(episode.messages)) == ("4", "final_answer", 3)
-    assert cot(["I give up."])[0].stop == "no_answer"
-
-
-def test_cot_with_retrieval_shows_the_passages():
     _, turn = cot(["\\boxed{1}"], search=lambda query: f"passage for {query}")
     assert turn.messages[1]["content"] == "passage for Q?\n\nQ?"
 
@@ -324,8 +261,8 @@ def test_self_consistency_takes_the_majority_answer():
 def test_a_reply_that_was_cut_is_told_from_one_without_an_answer():
     task = {"id": "1", "task": "t", "kind": "math", "question": "Q?", "answer": "4"}
     episode, _ = cot(["I give"])
-    assert trajectory_row(task, "cot", episode, {"truncated": 1})["stop"] == "truncated"
-    assert trajectory_row(task, "cot", episode, {"truncated": 0})["stop"] == "no_answer"
+    for truncated, stop in ((1, "truncated"), (0, "no_answer")):
+        assert agent_distill.trajectory_row(task, "cot", episode, {"truncated": truncated})["stop"] == stop
 
 
 def test_first_step_is_the_text_to_the_first_blank_line():
@@ -337,17 +274,18 @@ def test_first_step_is_the_text_to_the_first_blank_line():
 # Filter and gain ----------------------------------------------------------------------------------
 
 
-def row(i, correct=True, stop="final_answer", errors=(None,), task="t", kind="fact", question=None):
+def row(i, correct=True, stop="final_answer", errors=(None,), question=None):
     return {
-        "id": str(i), "task": task, "kind": kind, "question": question or f"question {i}?", "answer": "a",
+        "id": str(i), "task": "t", "kind": "fact", "question": question or f"question {i}?", "answer": "a",
         "method": "agent", "messages": [{"role": "user", "content": "x"}],
-        "steps": [{"error_kind": e} for e in errors], "correct": correct, "stop": stop, "sample": 0,
+        "steps": [{"error_kind": e} for e in errors], "correct": correct, "stop": stop,
     }  # fmt: skip
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return str(path)
+def filtered(folder, rows):
+    config = agent_distill.FilterConfig(trajectories=[write_jsonl(folder / "a", rows)], out=str(folder / "out"))
+    agent_distill.filter_trajectories(config)
+    return [json.loads(line) for line in (folder / "out").read_text().splitlines()]
 
 
 def test_filter_keeps_what_the_authors_keep(tmp_path, capsys):
@@ -356,28 +294,22 @@ def test_filter_keeps_what_the_authors_keep(tmp_path, capsys):
         row(4, errors=("syntax", None)), row(5, errors=("runtime", None)), row(6, stop="error", correct=False),
         row(7, question=" Question  0?"), row(8, errors=("timeout", None)),
     ]  # fmt: skip
-    filter_trajectories(FilterConfig(trajectories=[write(tmp_path / "a", rows)], out=str(tmp_path / "out.jsonl")))
-    kept = [json.loads(line)["id"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert kept == ["0", "5", "8"]
+    assert [kept["id"] for kept in filtered(tmp_path, rows)] == ["0", "5", "8"]
     table = capsys.readouterr().out.splitlines()
     assert table[0] == "| task | asked | right | kept | wrong | no answer | parse error | error | duplicate |"
     assert table[-1] == "| all | 9 | 6 | 3 | 1 | 1 | 2 | 1 | 1 |"
-    assert [drop_reason(r) for r in rows[1:4]] == ["wrong", "no answer", "parse error"]
 
 
 def test_only_the_very_same_question_is_a_duplicate(tmp_path):
     """Case and white space aside. The same words in another order are another question."""
     questions = ["What is 3 - 2?", "What is 2 - 3?", "Is A older than B?", "Is B older than A?", "what is  3 - 2?"]
-    rows = [row(i, question=question) for i, question in enumerate(questions)]
-    filter_trajectories(FilterConfig(trajectories=[write(tmp_path / "a", rows)], out=str(tmp_path / "out.jsonl")))
-    kept = [json.loads(line)["id"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert kept == ["0", "1", "2", "3"]
+    kept = filtered(tmp_path, [row(i, question=question) for i, question in enumerate(questions)])
+    assert [row["id"] for row in kept] == ["0", "1", "2", "3"]
 
 
 def test_training_rows_carry_the_students_prompt_and_what_a_weighting_needs(tmp_path):
     rows = [row(0) | {"tools": ["web_search"], "prefix": "I need"}, row(1, errors=("runtime", None))]
-    filter_trajectories(FilterConfig(trajectories=[write(tmp_path / "a", rows)], out=str(tmp_path / "out.jsonl")))
-    first, second = (json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines())
+    first, second = filtered(tmp_path, rows)
     system = {"role": "system", "content": PROMPTS.system("agent_student_system", ["web_search"])}
     assert first["messages"] == [system, {"role": "user", "content": "x"}]
     assert (first["method"], first["prefix"], second["prefix"]) == ("agent", True, False)
@@ -386,13 +318,13 @@ def test_training_rows_carry_the_students_prompt_and_what_a_weighting_needs(tmp_
 
 def test_filter_refuses_what_is_no_trajectory_and_an_empty_result(tmp_path):
     with pytest.raises(InputError, match=r"a:1: not a trajectory: the field 'id' is missing"):
-        filter_trajectories(FilterConfig(trajectories=[write(tmp_path / "a", [{"task": "t"}])], out="x"))
+        filtered(tmp_path, [{"task": "t"}])
     with pytest.raises(InputError, match="none of 1"):
-        filter_trajectories(FilterConfig(trajectories=[write(tmp_path / "a", [row(0, correct=False)])], out="x"))
+        filtered(tmp_path, [row(0, correct=False)])
 
 
 def test_prefix_gain_is_paired(tmp_path, capsys):
-    plain = write(tmp_path / "plain", [row(i, correct=i < 4) for i in range(10)])
-    prefixed = write(tmp_path / "prefixed", [row(i, correct=i > 0) for i in range(9)])
-    prefix_gain(GainConfig(plain=plain, prefixed=prefixed))
+    plain = write_jsonl(tmp_path / "plain", [row(i, correct=i < 4) for i in range(10)])
+    prefixed = write_jsonl(tmp_path / "prefixed", [row(i, correct=i > 0) for i in range(9)])
+    agent_distill.prefix_gain(agent_distill.GainConfig(plain=plain, prefixed=prefixed))
     assert "| all | 9 | 44.4 | 88.9 | +44.4 | 1 | 5 | 0.22 |" in capsys.readouterr().out

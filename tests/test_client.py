@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 from tokenizers.processors import TemplateProcessing
 
+import common
 from common import InputError
-from common import client as client_module
-from common.client import BadRequest, Client, Served, ServerError, cut_at_stop, in_parallel
+from common.client import BadRequest, Client, Served, ServerError, in_parallel
 from servers import completion, serve
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -19,17 +19,7 @@ HELLO = [{"role": "user", "content": "hello"}]
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
-    """Waits of hundredths of a second: the retry policy is the real one, its clock runs faster."""
-    session = client_module.http_session
-
-    def fast_session(retries):
-        made = session(retries)
-        for adapter in made.adapters.values():
-            adapter.max_retries.backoff_factor = adapter.max_retries.backoff_jitter = 0.01
-        return made
-
-    monkeypatch.setattr(client_module, "http_session", fast_session)
-    monkeypatch.setattr(client_module, "BACKOFF", 0.01)
+    monkeypatch.setattr(common, "BACKOFF", 0.01)
 
 
 PASSING = {
@@ -59,9 +49,8 @@ def test_passing_faults_are_retried(fault):
     with serve(lambda path, body, number: PASSING[fault] if number < 2 else completion("fine")) as (url, seen):
         asker = Client(url, timeout=0.4, retries=4)
         start = time.monotonic()
-        reply = asker.chat(HELLO)
-        assert (reply.texts, reply.usage["retries"], len(seen)) == (["fine"], 2, 3)
-        assert reply.usage["prompt_tokens"] == 5 and reply.model == "served-name"
+        texts, usage = asker.chat(HELLO)
+        assert (texts, usage["retries"], usage["prompt_tokens"], len(seen)) == (["fine"], 2, 5, 3)
         if "retry-after" in fault:
             assert time.monotonic() - start > 2
         assert time.monotonic() - start < 5
@@ -72,79 +61,55 @@ def test_retries_are_bounded():
         with pytest.raises(ServerError, match="500: broken for good; gave up after 3 attempts"):
             Client(url, retries=2).chat(HELLO)
         assert len(seen) == 3
-
-
-def test_connection_refused_ends_as_a_server_error():
-    with serve(lambda *request: completion("fine")) as (url, _):
-        pass
     with pytest.raises(ServerError, match="no answer .NewConnectionError.; gave up after 2 attempts"):
         Client(url, model="m", retries=1).chat(HELLO)
 
 
-@pytest.mark.parametrize("status", [401, 403, 404])
-def test_hopeless_statuses_stop_at_once_and_show_no_key(status, monkeypatch):
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 422])
+def test_hopeless_requests_are_not_repeated_and_show_no_key(status, monkeypatch):
     monkeypatch.setenv("TEACHER_KEY", "sk-very-secret")
-    with serve(lambda *request: ("status", status, {}, "bad key sk-very-secret")) as (url, seen):
-        with pytest.raises(InputError) as caught:
+    with serve(lambda *request: ("status", status, {}, "no: sk-very-secret")) as (url, seen):
+        expected = InputError if status in (401, 403, 404) else BadRequest
+        with pytest.raises(expected, match=rf"{status}[^\n]*: no: \[key\]$"):
             Client(url, api_key_env="TEACHER_KEY").chat(HELLO)
-        assert seen[0][2]["Authorization"] == "Bearer sk-very-secret"
-        assert len(seen) == 1 and str(status) in str(caught.value)
-        assert "secret" not in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_the_key_is_cut_out_of_what_a_server_says(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
-    with serve(lambda *request: ("status", 400, {}, "no: sk-very-secret")) as (url, _):
-        with pytest.raises(BadRequest, match=r"no: \[key\]"):
-            Client(url).chat(HELLO)
-
-
-def test_a_bad_request_is_not_repeated():
-    with serve(lambda *request: ("status", 400, {}, "context length exceeded")) as (url, seen):
-        with pytest.raises(BadRequest, match="context length"):
-            Client(url).chat(HELLO)
-        assert len(seen) == 1
+        assert len(seen) == 1 and seen[0][2]["Authorization"] == "Bearer sk-very-secret"
 
 
 def test_a_server_that_ignores_n_is_asked_n_times_with_other_seeds():
     with serve(lambda path, body, number: completion(f"seed {body['seed']}")) as (url, seen):
-        reply = Client(url).chat(HELLO, n=3, seed=7, temperature=0.5)
-        assert reply.texts == ["seed 7", "seed 8", "seed 9"]
-        assert len(seen) == 3 and reply.usage["completion_tokens"] == 6
+        texts, usage = Client(url).chat(HELLO, n=3, seed=7, temperature=0.5)
+        assert texts == ["seed 7", "seed 8", "seed 9"]
+        assert len(seen) == 3 and usage["completion_tokens"] == 6
 
 
-def test_half_a_surrogate_pair_and_a_truncated_text_are_answers():
-    """Servers that cut a text by UTF-16 units leave such halves, which no file could take."""
-    with serve(lambda *request: completion("cut \ud83d", finish_reason="length")) as (url, _):
-        reply = Client(url).chat(HELLO, n=2)
-        assert reply.texts == ["cut ?", "cut ?"] and reply.usage["truncated"] == 2
+REFUSAL = {"role": "assistant", "content": None, "refusal": "I cannot help with that."}
+ANSWERS = {
+    # Servers that cut a text by UTF-16 units leave such halves, which no file could take.
+    "half a surrogate pair": (completion("cut \ud83d", finish_reason="length"), "cut ?", 1),
+    "stop strings": (completion("code ```<end_code> and Observation: made up"), "code ```", 0),
+    "a refusal": ({"choices": [{"message": REFUSAL, "finish_reason": "stop"}]}, "", 0),
+}
 
 
-def test_stop_strings_left_in_the_text_are_cut():
-    with serve(lambda *request: completion("code ```<end_code> and Observation: made up")) as (url, _):
-        assert Client(url).chat(HELLO, stop=["<end_code>", "Observation:"]).texts == ["code ```"]
-    assert cut_at_stop("abc", []) == "abc"
+@pytest.mark.parametrize("name", ANSWERS)
+def test_answers_that_need_care(name):
+    answer, text, truncated = ANSWERS[name]
+    with serve(lambda *request: answer) as (url, seen):
+        texts, usage = Client(url).chat(HELLO, stop=["<end_code>", "Observation:"])
+        assert (texts, usage["truncated"], len(seen)) == ([text], truncated, 1)
 
 
-def test_a_refusal_is_an_answer_without_text():
-    refusal = {"role": "assistant", "content": None, "refusal": "I cannot help with that."}
-    with serve(lambda *request: {"choices": [{"message": refusal, "finish_reason": "stop"}]}) as (url, seen):
-        assert Client(url).chat(HELLO).texts == [""] and len(seen) == 1
-
-
-def test_a_server_that_restarts_in_the_middle():
+def test_a_server_that_restarts_in_the_middle(monkeypatch):
+    monkeypatch.setattr(common, "BACKOFF", 0.1)
     with serve(lambda *r: completion("before")) as (url, _):
         asker = Client(url, retries=10)
-        for adapter in asker.session.adapters.values():
-            adapter.max_retries.backoff_factor = 0.1
-        assert asker.chat(HELLO).texts == ["before"]
+        assert asker.chat(HELLO)[0] == ["before"]
     asker.session.close()  # a thread of the old server would still answer on an open connection
-    port = int(url.rsplit(":", 1)[1].split("/")[0])
     answers = []
-    thread = threading.Thread(target=lambda: answers.append(asker.chat(HELLO).texts[0]))
+    thread = threading.Thread(target=lambda: answers.extend(asker.chat(HELLO)[0]))
     thread.start()
     time.sleep(0.2)
-    with serve(lambda *r: completion("after"), port=port):
+    with serve(lambda *r: completion("after"), port=int(url.split(":")[2].split("/")[0])):
         thread.join(20)
     assert answers == ["after"]
 
@@ -177,13 +142,9 @@ def test_the_probe_tells_a_server_that_continues_from_those_that_do_not():
     with serve(strict) as (url, _):
         with pytest.raises(InputError, match="does not continue.*unknown field.*--prefix-mode"):
             Served(Client(url)).probe(opening=True)
-
-
-def test_a_server_that_refuses_everything_is_refused():
-    with serve(lambda *request: ("status", 400, {}, "no such model: m")) as (url, seen):
+    with serve(lambda *request: ("status", 400, {}, "no such model: m")) as (url, _):
         with pytest.raises(InputError, match="refuses even a short request .400: no such model: m"):
             Served(Client(url, model="m")).probe()
-        assert len(seen) == 1
 
 
 @pytest.mark.parametrize("own_bos", [False, True])
@@ -214,16 +175,11 @@ def test_a_tokenizer_that_cannot_render_is_one_line(tiny_tokenizer, tmp_path, na
 
 def test_in_parallel_gives_every_result_and_raises_the_first_error():
     assert sorted(in_parallel(lambda x: x * x, range(1, 50), 7)) == [x * x for x in range(1, 50)]
-    assert list(in_parallel(lambda x: None, [None, 1, 2], 2)) == [None] * 3
 
     def fail(x):
         time.sleep(0.001)
-        if x == 20:
-            raise InputError("the twentieth")
-        return x
+        return 1 // (20 - x)
 
-    results = []
-    with pytest.raises(InputError, match="twentieth"):
-        for result in in_parallel(fail, range(1, 4_000), 4):
-            results.append(result)
-    assert len(results) < 2_000
+    results = in_parallel(fail, range(4_000), 4)
+    with pytest.raises(ZeroDivisionError):
+        list(zip(results, range(2_000), strict=False))
