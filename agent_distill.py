@@ -69,12 +69,12 @@ class Prompts:
 
 
 def open_tools(config, prompts, device=None):
-    """The tools of an agent, {name: function}. This is the only place to add one.
+    """The tools of an agent, {name: function}: web_search, and those of --tools.
 
-    A tool takes and returns JSON values, runs in this process, and must be thread-safe. Describe it in
+    A tool takes and returns JSON values, runs in this process, and must be thread-safe. It is described in
     prompts/tools/NAME.txt. device: where a dense index keeps its vectors.
     """
-    tools = {}
+    tools = dict(named(config.tools, dict)())
     if config.search:
         index = retriever.load(config.search, device)
 
@@ -320,6 +320,8 @@ class EpisodeConfig:
     isolation: Literal["auto", "require", "off"] = option(
         "auto", "where the kernel cannot contain the code fully: warn (auto), refuse (require), or do not ask (off)"
     )
+    tools: str | None = option(None, "MODULE.FUNCTION that returns further tools, {name: function}")
+    episode: str | None = option(None, "another loop than agent_episode, as MODULE.FUNCTION")
     choose: str | None = option(None, "another vote over candidates, as MODULE.FUNCTION (default: the majority)")
     prompts: str = option(str(Prompts.default), "folder of prompts")
     api_key_env: str = option("OPENAI_API_KEY", "environment variable that holds the server's key")
@@ -330,13 +332,18 @@ def open_episode(config, question, prompts, tools, *, system, first_thought="", 
     if config.method != "agent":
         search = tools["web_search"] if config.method == "cot-rag" else None
         return cot_episode(question, prompts, system=system, search=search)
-    try:
-        vote = pkgutil.resolve_name(config.choose) if config.choose else choose
-    except (ImportError, ValueError, AttributeError) as error:
-        raise InputError(f"--choose {config.choose}: {error}") from None
     open_sandbox = functools.partial(Sandbox, tools=tools, timeout=config.timeout, isolation=config.isolation)
-    options = {"system": system, "max_steps": config.max_steps, "first_thought": first_thought}
-    return agent_episode(question, prompts, open_sandbox, rng=rng, choose=vote, **options)
+    options = {"system": system, "max_steps": config.max_steps, "first_thought": first_thought, "rng": rng}
+    episode, vote = named(config.episode, agent_episode), named(config.choose, choose)
+    return episode(question, prompts, open_sandbox, choose=vote, **options)
+
+
+def named(dotted, default):
+    """The function that MODULE.FUNCTION names, or the default if nothing is named."""
+    try:
+        return pkgutil.resolve_name(dotted) if dotted else default
+    except (ImportError, ValueError, AttributeError) as error:
+        raise InputError(f"no function {dotted}: {error}") from None
 
 
 def trajectory_row(task, method, episode, usage):

@@ -10,6 +10,7 @@ import http.server
 import json
 import os
 import sys
+import threading
 import traceback
 import typing
 import zlib
@@ -177,10 +178,11 @@ def load_tasks(paths, kind=None, limit=None):
     tasks = {}
     for path in paths:
         if Path(path).suffix == ".json":
-            rows = list(enumerate(parse_object(read_text(path), path).get("examples", ()), 1))
+            examples = parse_object(read_text(path), path).get("examples")
+            rows = list(enumerate(examples, 1)) if isinstance(examples, list) else []
         else:
             rows = list(read_jsonl(path))
-        if not rows:
+        if not rows or not all(isinstance(row, dict) for _, row in rows):
             raise InputError(f'{path}: no tasks in it: JSON lines or {{"examples": [...]}} were expected')
         for number, row in rows[:limit]:
             row, where = {"task": Path(path).stem, "kind": kind} | row, f"{path}:{number}"
@@ -222,14 +224,14 @@ class Journal(contextlib.AbstractContextManager):
     """An append-only JSONL file that a kill, a full disk or a second process cannot corrupt. Threads may share it.
 
     Opening it locks the file, drops an incomplete last line, and reads the finished rows (`rows`). `append` writes one
-    line with one system call, so a kill or a full disk leaves at most one incomplete line.
+    line with one system call, so a kill leaves at most one incomplete line.
     Raises InputError if another process has the file open, or if a complete line is not a JSON object.
     """
 
     def __init__(self, path):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "ab", buffering=0)
+        self._file, self._lock = open(self.path, "ab", buffering=0), threading.Lock()
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -240,12 +242,15 @@ class Journal(contextlib.AbstractContextManager):
 
     def append(self, row):
         line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
-        try:
-            while line:
-                line = line[self._file.write(line) :]
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot write ({error.strerror}); earlier rows are intact") from None
-        self.rows.append(row)
+        with self._lock:
+            length = self._file.seek(0, os.SEEK_END)
+            try:
+                while line:
+                    line = line[self._file.write(line) :]
+            except OSError as error:  # a full disk took half a line
+                self._file.truncate(length)
+                raise InputError(f"{self.path}: cannot write ({error.strerror}); earlier rows are intact") from None
+            self.rows.append(row)
 
     def close(self, *exception):
         self._file.close()

@@ -219,7 +219,7 @@ def test_another_vote_is_an_option():
     running.advance([step("print(1)"), step("print(1)"), step("final_answer(2)")])
     assert running.result.prediction == 2 and running.result.steps[0]["chosen"] == 2
     config.choose = "test_agent_distill.nothing"
-    with pytest.raises(InputError, match="--choose test_agent_distill.nothing"):
+    with pytest.raises(InputError, match="no function test_agent_distill.nothing: "):
         agent_distill.open_episode(config, "Q?", PROMPTS, {}, system="S")
 
 

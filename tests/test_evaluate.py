@@ -543,7 +543,7 @@ def test_verdicts_are_read_strictly(reply, verdict):
         ({"search": "nowhere"}, "nowhere"),
         ({"system_prompt": "nowhere.txt"}, "nowhere.txt: No such file"),
         ({"device": "cuda:1"}, "--device cuda:1: there is no GPU"),
-        ({"choose": "nowhere.vote"}, "--choose nowhere.vote: No module"),
+        ({"choose": "nowhere.vote"}, "no function nowhere.vote: No module"),
         ({"model": "nowhere"}, "nowhere"),
     ],
 )
