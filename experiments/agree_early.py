@@ -29,10 +29,8 @@ class Config(Setting):
 
 def agreed(sandbox, texts):
     """Whether two of these candidates observe the same, from the sandbox's state, and without an error."""
-    actions = [parse_action(text) for text in texts]
-    codes = list(dict.fromkeys(action.code for action in actions if action.code is not None))
-    ran = dict(zip(codes, sandbox.run_candidates(codes), strict=True)) if codes else {}
-    votes = collections.Counter(votes_of([ran.get(action.code) for action in actions]))
+    codes = [action.code for action in map(parse_action, texts) if action.code is not None]
+    votes = collections.Counter(votes_of(sandbox.run_candidates(codes) if codes else []))
     del votes[None]
     return max(votes.values(), default=0) >= 2
 

@@ -35,8 +35,8 @@ def run(config):
     filter_trajectories(FilterConfig(trajectories=[config.trajectories], out=data))
     steps = [step["error_kind"] for _, row in read_jsonl(data) for step in row["steps"]]
     print(f"{sum(map(bool, steps))} of {len(steps)} steps failed")
-    students = {"all steps": train_student(config, "all", data)}
-    students["failed masked"] = train_student(config, "masked", data, weigh_steps)
+    students = {"all": train_student(config, "all", data)}
+    students["masked"] = train_student(config, "masked", data, weigh_steps)
     compare(*(evaluate_student(config, student, name) for name, student in students.items()))
 
 

@@ -30,9 +30,10 @@ DESCRIPTIONS = {"word_count": "word_count(text: str): the number of words in a t
 
 
 def choose(actions, observations, rng):
-    """The vote: as in the paper, but a candidate that ends the episode loses as long as another one has run."""
-    going_on = [None if o is None or o.is_final else o for o in observations]
-    return agent_distill.choose(actions, going_on if any(going_on) else observations, rng)
+    """The vote: as in the paper, but among the candidates that do not end the episode, if there are any."""
+    going_on = [i for i, o in enumerate(observations) if not (o.is_final or o.error_kind)]
+    kept = going_on or range(len(observations))
+    return kept[agent_distill.choose([actions[i] for i in kept], [observations[i] for i in kept], rng)]
 
 
 def weigh(text, turn, row):
