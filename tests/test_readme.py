@@ -16,9 +16,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ["agent_distill.py", "retriever.py", "sandbox.py", "train.py", "evaluate.py"]
-MODULES = ["miniature.world", "miniature.teacher", "miniature.student", "paper.data", "paper.rehearse"]
-README = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "paper/README.md"))
-MAKEFILE = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("Makefile", "paper/paper.mk"))
+EXPERIMENTS = [f"experiments.{path.stem}" for path in (ROOT / "experiments").glob("[a-z]*.py")]
+MODULES = ["miniature.world", "miniature.teacher", "miniature.student", "paper.data", "paper.rehearse", *EXPERIMENTS]
+READMES = ("README.md", "paper/README.md", "experiments/README.md")
+README = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in READMES)
+MAKEFILES = ("Makefile", "paper/paper.mk", "experiments/experiments.mk")
+MAKEFILE = "".join((ROOT / name).read_text(encoding="utf-8") for name in MAKEFILES)
 
 
 def path_of(program):
@@ -68,7 +71,14 @@ def test_there_are_commands_to_check():
 def test_the_five_scripts_are_all_there_is_at_the_root_and_every_named_file_exists():
     assert sorted(path.name for path in ROOT.glob("*.py")) == sorted(SCRIPTS)
     named = set(re.findall(r"`((?:[a-z]+/)?[a-z_0-9]+\.py)`", README))
-    assert set(SCRIPTS) <= named and all((ROOT / name).is_file() for name in named)
+    assert set(SCRIPTS) <= named and all(
+        (ROOT / name).is_file() or (ROOT / "experiments" / name).is_file() for name in named
+    )
+
+
+def test_every_experiment_is_short_and_listed():
+    for path in (ROOT / "experiments").glob("[a-z]*.py"):
+        assert path.stem in README and len(path.read_text().splitlines()) <= 120
 
 
 def test_every_room_of_the_readme_has_tests():
