@@ -151,11 +151,8 @@ GIVEN = (
     "Ada Alma Anna Boris Carl Clara David Dora Edgar Ella Emil Eva Felix Greta Hans Helen Hugo Ida Ivan Julia Karin "
     "Leo Lena Marta Max Mina Nora Otto Paul Petra Rosa Simon Sofia Tom Vera"
 ).split()
-SURNAMES = [
-    first + second
-    for first in "Har Mar Win Col Ash Brad Thorn Whit Lang Hol".split()
-    for second in "low wick field ton croft mere den by combe stead".split()
-]
+STARTS, ENDS = "Har Mar Win Col Ash Brad Thorn Whit Lang Hol", "low wick field ton croft mere den by combe stead"
+SURNAMES = [start + end for start in STARTS.split() for end in ENDS.split()]
 THINGS = "Road Garden River House Letters Island Song Door Crown Forest Bell Map Sea Train Tower".split()
 INVENTED = {  # kind -> (how many, all names)
     "person": (320, [f"{given} {surname}" for given in GIVEN for surname in SURNAMES]),
@@ -212,9 +209,9 @@ class World:
 
     def may_ask(self, path, split):
         """Training never touches a held-out entity; a test question about invented pages starts from one."""
-        start, *values = path[0][0], *(value for _, _, value, _ in path)
+        start = path[0][0]
         if split == "train":
-            return self.held_out.isdisjoint([start, *values])
+            return self.held_out.isdisjoint([start, *(value for _, _, value, _ in path)])
         return start in self.held_out or self.kind[start] not in INVENTED
 
 
@@ -228,23 +225,20 @@ def title(name):
 # ---------------------------------------------------------------------------------------------
 
 
-def chains(kind, length):
-    """Every chain of `length` relations that starts at a kind of page."""
-    if length == 0:
-        return [()]
-    steps = RELATIONS.get(kind, {}).items()
-    return [(relation, *rest) for relation, (target, *_) in steps for rest in chains(target, length - 1)]
-
-
 def chain_set(task, family, split):
     """[(kind of the start, relations), ...] that a family of questions asks about."""
     length = {"one hop": 1, "two hops": 2, "three hops": 3}[family]
-    kinds = RELATIONS if task == "hotpotqa" and length < 3 else INVENTED
-    found = [(kind, chain) for kind in kinds for chain in chains(kind, length)]
-    if length == 3:
-        found = [(kind, chain) for kind, chain in found if len(set(chain)) == 3]
-        return [pair for i, pair in enumerate(found) if (i % 4 == 1) == (split == "test")]
-    return [(kind, chain) for kind, chain in found if (chain in UNSEEN_PAIRS) == (task == "bamboogle")]
+    found = [(kind, (), kind) for kind in (RELATIONS if task == "hotpotqa" and length < 3 else INVENTED)]
+    for _ in range(length):
+        found = [
+            (kind, (*chain, relation), target)
+            for kind, chain, end in found
+            for relation, (target, *_) in RELATIONS.get(end, {}).items()
+        ]
+    if length < 3:
+        return [(kind, chain) for kind, chain, _ in found if (chain in UNSEEN_PAIRS) == (task == "bamboogle")]
+    found = [(kind, chain) for kind, chain, _ in found if len(set(chain)) == 3]
+    return [pair for i, pair in enumerate(found) if (i % 4 == 1) == (split == "test")]
 
 
 def ask_chain(world, rng, task, family, split):
