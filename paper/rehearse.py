@@ -111,11 +111,11 @@ def chats_of(made, index):
 
 def smolagents_log(chat):
     """A conversation as smolagents logs it: text parts; each action is followed by its tool call and the result."""
-    log = []
+    log, document = [], '===== Document {}, similarity: 0.83 =====\n"{}"'.format
     for message in chat:
         role, text = message["role"], message["content"]
         if role == "user" and log[-1]["role"] == "tool-call":
-            found = re.sub(r"^\[(\d+)\] (.*)$", _document, text, flags=re.MULTILINE)
+            found = re.sub(r"^\[(\d+)\] (.*)$", lambda hit: document(int(hit[1]) - 1, hit[2]), text, flags=re.MULTILINE)
             found = found.replace("===== Document 0", "\nRetrieved documents:\n\n===== Document 0", 1)
             role, text = "tool-response", f"Call id: call_{len(log)}\n{found}"
         log.append({"role": role, "content": [{"type": "text", "text": text}]})
@@ -123,10 +123,6 @@ def smolagents_log(chat):
             call = {"id": f"call_{len(log)}", "type": "function", "function": {"name": "python_interpreter"}}
             log.append({"role": "tool-call", "content": [{"type": "text", "text": f"Calling tools:\n[{call}]"}]})
     return log
-
-
-def _document(found):
-    return f'===== Document {int(found[1]) - 1}, similarity: 0.83 =====\n"{found[2]}"'
 
 
 # ---------------------------------------------------------------------------------------------
