@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import importlib.util
 from pathlib import Path
-from typing import Literal
 
 from common import REQUIRED, InputError, option, run_command_line
 
@@ -22,7 +21,6 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 @dataclasses.dataclass(kw_only=True)
 class Config:
     out: str = option(REQUIRED, "folder to write")
-    dtype: Literal["float32", "bfloat16"] = option("float32", "how the weights are stored: 540 MB, or 270 MB")
 
 
 def find_gguf():
@@ -40,53 +38,21 @@ def find_gguf():
     return path
 
 
-# GGUF's names for the tensors of a Llama model, and transformers' names for them.
-TENSORS = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-
-
-def read_weights(path, config):
-    """The state dict of the model, in float32. (transformers reads GGUF weights too, but only with accelerate.)"""
-    import gguf
-    import torch
-
-    weights = {}
-    for tensor in gguf.GGUFReader(path).tensors:
-        *block, name, kind = tensor.name.split(".")
-        weight = torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
-        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(name)
-        if heads:  # GGUF pairs neighbouring rows for RoPE, transformers pairs the two halves of a head
-            weight = weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)  # (heads * size, hidden)
-        prefix = f"model.layers.{block[1]}." if block else ""
-        weights[f"{prefix}{TENSORS[name]}.{kind}"] = weight
-    return weights
-
-
 def write(config):
     """Write SmolLM2-135M-Instruct as a Hugging Face folder."""
     path = find_gguf()
     if importlib.util.find_spec("gguf") is None:
         raise InputError("the package gguf is needed to read the model: pip install gguf")
-    import torch  # takes seconds to import
-    from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+    from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM  # takes seconds to import
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    settings = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    model = LlamaForCausalLM(settings)
-    missing, unexpected = model.load_state_dict(read_weights(path, settings), strict=False)
+    model = LlamaForCausalLM(AutoConfig.from_pretrained(path.parent, gguf_file=path.name))
+    # from_pretrained would read the weights too, but it needs the package accelerate for them.
+    weights = load_gguf_checkpoint(path, return_tensors=True, model_to_load=model)["tensors"]
+    missing, unexpected = model.load_state_dict(weights, strict=False)
     if unexpected or missing != ["lm_head.weight"]:  # the output head is the embedding
         raise InputError(f"{path}: unexpected tensors: {unexpected}, {missing}")
-    model.to(getattr(torch, config.dtype)).save_pretrained(config.out)
+    model.save_pretrained(config.out)
     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(config.out)
     print(f"{config.out}: SmolLM2-135M-Instruct, {model.num_parameters() / 1e6:.1f} million parameters")
 

@@ -7,7 +7,6 @@ It is a script, not a model: it knows the plan of every question (plans.jsonl of
 stated in Config. What it says about a page, it says only after the page stood in an observation.
 """
 
-import collections
 import csv
 import dataclasses
 import hashlib
@@ -17,7 +16,6 @@ import random
 import re
 import subprocess
 import threading
-import time
 from pathlib import Path
 
 from common import REQUIRED, InputError, option, read_jsonl, run_command_line, serve_json
@@ -38,9 +36,7 @@ class Config:
     syntax_error: float = option(0.01, "the code of a step does not parse; repaired in the next step")
     run_error: float = option(0.02, "the code of a step raises an error; repaired in the next step")
     slip: float = option(0.01, "a query names another page (repaired in the next step), or code has a wrong digit")
-    slip_cot: float = option(
-        0.05, "a wrong value in a recalled fact, or a wrong digit in a result computed in the head"
-    )
+    slip_cot: float = option(0.05, "a wrong value in a recalled fact, or a wrong digit in a number worked out")
     from_memory: float = option(0.0, "a fact is answered without a search: rightly about real pages, else by a guess")
     seed: int = option(0, "part of every random draw")
 
@@ -48,9 +44,8 @@ class Config:
 class Teacher:
     """Answers a chat from its messages alone, as any chat server does.
 
-    It looks the question up in the plans, reads the plan that it follows out of its own first thought (or out of the
-    prefix that opens it), and reads in the observations which pages it has seen. In a chain of thought there are no
-    observations: it knows all pages by heart, as a large model knows facts, and computes in its head.
+    Its own first thought, or the prefix that opens it, states the plan that it follows; the observations show which
+    pages it has seen. A chain of thought has no observations: it recalls all facts and computes without code.
     """
 
     def __init__(self, config):
@@ -77,8 +72,11 @@ class Teacher:
             return self.chain_of_thought(plan, rng)
         said = [m["content"] for m in turns[1:] if m["role"] == "assistant"]
         seen = [m["content"] for m in turns[1:] if m["role"] == "user"]
-        wrong = self.follows_wrong_plan(plan, (said or [opening])[0], rng)
-        thought, code = (self.compute if plan["shape"] == "math" else self.look_up)(plan, wrong, said, seen, rng)
+        plan = followed(plan, self.follows_wrong_plan(plan, (said or [opening])[0], rng))
+        if plan["shape"] == "math":
+            thought, code = self.compute(plan, rng)
+        else:
+            thought, code = self.look_up(plan, said, seen, rng)
         if seen and "\nError:\n" in seen[-1]:
             thought = f"That failed. {thought}"
         else:
@@ -93,35 +91,33 @@ class Teacher:
         return plan["wrong"] is not None and rng.random() < self.config.wrong_plan
 
     def chain_of_thought(self, plan, rng):
-        wrong = plan["wrong"] is not None and rng.random() < self.config.wrong_plan_cot
+        plan = followed(plan, plan["wrong"] is not None and rng.random() < self.config.wrong_plan_cot)
         slips = rng.random() < self.config.slip_cot
         if plan["shape"] == "math":
-            result = plan["wrong_result" if wrong else "result"]
-            *steps, last = plan["wrong_steps" if wrong else "steps"]
-            answer = wrong_digit(result, rng) if slips else result
-            steps.append(last.removesuffix(f"{result}.") + f"{answer}.")
+            *steps, last = plan["steps"]
+            answer = wrong_digit(plan["result"], rng) if slips else plan["result"]
+            steps.append(last.removesuffix(f"{plan['result']}.") + f"{answer}.")
         else:
-            branches, steps = branches_of(plan, wrong), []
+            branches = plan["branches"]
             if slips:
-                hop = branches[-1][-1]
-                value = rng.choice(sorted(self.values[hop[1]]))
-                branches = [*branches[:-1], [*branches[-1][:-1], [*hop[:2], value, hop[3].replace(hop[2], value)]]]
+                *others, [*hops, (entity, relation, value, statement)] = branches
+                slip = rng.choice(sorted(self.values[relation]))
+                branches = [*others, [*hops, [entity, relation, slip, statement.replace(value, slip)]]]
             steps = [statement for hops in branches for *_, statement in hops]
-            answer = conclude(OPPOSITE[plan["shape"]] if wrong else plan["shape"], branches)[2]
-        return "\n\n".join([f"I need {plan['wrong' if wrong else 'need']}.", *steps, f"\\boxed{{{answer}}}"])
+            answer = eval(conclude(plan["shape"], branches)[1])  # the teacher's own expression
+        return "\n\n".join([f"I need {plan['need']}.", *steps, f"\\boxed{{{answer}}}"])
 
-    def compute(self, plan, wrong, said, seen, rng):
+    def compute(self, plan, rng):
         """(thought, code) of a math question: the whole plan as one piece of code."""
-        code = plan["wrong_code" if wrong else "code"]
+        code = plan["code"]
         if rng.random() < self.config.slip:
             number = rng.choice(re.findall(r"\d+", code))
             code = code.replace(number, wrong_digit(number, rng), 1)
-        return f"I need {plan['wrong' if wrong else 'need']}.", code
+        return f"I need {plan['need']}.", code
 
-    def look_up(self, plan, wrong, said, seen, rng):
+    def look_up(self, plan, said, seen, rng):
         """(thought, code): search for the first page that has not been read; conclude when there is none."""
-        news, found, branches = "", "", branches_of(plan, wrong)
-        shape = OPPOSITE[plan["shape"]] if wrong else plan["shape"]
+        news, found, shape, branches = "", "", plan["shape"], plan["branches"]
         if self.config.from_memory and not said and rng.random() < self.config.from_memory:
             return "I know this.", f"final_answer({json.dumps(self.guess(shape, branches, rng))})"
         for i, hops in enumerate(branches):
@@ -131,7 +127,7 @@ class Teacher:
                     return self.search(entity, relation, f"{news}I need {rest}{found}.", said, rng)
                 news = f"{statement} "
             found = f" ({hops[0][0]}: {hops[0][2]})"  # the second search must not forget what the first one found
-        comparison, expression, _ = conclude(shape, branches)
+        comparison, expression = conclude(shape, branches)
         why = f"I need {GOALS[shape].removeprefix(', and ')}: {comparison}." if comparison else "That is the answer."
         return news + why, f"final_answer({expression})"
 
@@ -146,14 +142,15 @@ class Teacher:
 
     def search(self, entity, relation, thought, said, rng):
         """The next search. A page that an earlier query did not find is searched for by its title alone."""
+        code = 'print(web_search("{}"))'.format
         if len(said) >= 4:  # the step limit is near, and any answer is better than none
             return thought, 'final_answer("unknown")'
         query = f"{relation} of {entity}"
-        if said and search_code(query) in said[-1]:
-            thought, query = f"The page of {entity} is not there. {thought}", title(entity)
-        elif rng.random() < self.config.slip:
+        if said and code(query) in said[-1]:
+            return f"The page of {entity} is not there. {thought}", code(title(entity))
+        if rng.random() < self.config.slip:
             query = f"{relation} of {rng.choice(sorted(self.entities))}"
-        return thought, search_code(query)
+        return thought, code(query)
 
     def break_code(self, code, rng):
         """The code, sometimes with an error: an unclosed parenthesis, or a name that does not exist."""
@@ -165,29 +162,30 @@ class Teacher:
         return code
 
 
-def search_code(query):
-    return f"print(web_search({json.dumps(query)}))"
+def followed(plan, wrong):
+    """The plan, or the wrong one under the names of the right one. A wrong chain forgets its last hop."""
+    if not wrong:
+        return plan
+    if plan["shape"] == "math":
+        return {"shape": "math", "need": plan["wrong"]} | {n: plan[f"wrong_{n}"] for n in ("code", "steps", "result")}
+    branches = [plan["branches"][0][:-1]] if plan["shape"] == "chain" else plan["branches"]
+    return {"shape": OPPOSITE[plan["shape"]], "need": plan["wrong"], "branches": branches}
 
 
-def branches_of(plan, wrong):
-    """The hops to follow. The wrong plan of a chain forgets the last one."""
-    return [plan["branches"][0][:-1]] if wrong and plan["shape"] == "chain" else plan["branches"]
+SIGNS = {"lower": "<", "higher": ">", "same": "==", "different": "!="}
 
 
 def conclude(shape, branches):
-    """(comparison of the two values, or None for a single one; expression of the answer; the answer)."""
+    """(comparison of the two values, or None for a single one; the answer), both as Python expressions."""
     values = [hops[-1][2] for hops in branches]
     if shape == "chain":
-        return None, json.dumps(values[0]), values[0]
+        return None, json.dumps(values[0])
     if shape in ("same", "different"):
         choices, (left, right) = ("yes", "no"), map(json.dumps, values)
-        sign, holds = ("==", left == right) if shape == "same" else ("!=", left != right)
     else:
         choices, (left, right) = [hops[0][0] for hops in branches], values
-        sign, holds = ("<", int(left) < int(right)) if shape == "lower" else (">", int(left) > int(right))
-    comparison = f"{left} {sign} {right}"
-    expression = f"{json.dumps(choices[0])} if {comparison} else {json.dumps(choices[1])}"
-    return comparison, expression, choices[0] if holds else choices[1]
+    comparison = f"{left} {SIGNS[shape]} {right}"
+    return comparison, f"{json.dumps(choices[0])} if {comparison} else {json.dumps(choices[1])}"
 
 
 def wrong_digit(number, rng):
@@ -204,38 +202,21 @@ TOKEN = re.compile(r"\w+|[^\w\s]|\s+")  # a script has no tokenizer; words, sign
 
 
 def complete(teacher, body):
-    """The answer to one /v1/chat/completions request; InputError for a request that such a server refuses."""
-    messages = body.get("messages")
+    """The answer to one /v1/chat/completions request. InputError for the two mistakes that our client could make."""
+    messages, opening = body["messages"], ""
     if body.get("model") != MODEL:
         raise InputError(f"model: {MODEL!r} is served here, not {body.get('model')!r}")
-    if not isinstance(messages, list) or not messages:
-        raise InputError("messages: a list with at least one message was expected")
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise InputError("messages: each needs a role and a text")
-        if message.get("role") not in ("system", "user", "assistant"):
-            raise InputError(f"messages: unknown role {message.get('role')!r}")
-    opening = ""
     if body.get("continue_final_message"):
-        if body.get("add_generation_prompt", True) or messages[-1]["role"] != "assistant":
-            raise InputError(
-                "continue_final_message: needs add_generation_prompt false and an assistant's last message"
-            )
+        if body.get("add_generation_prompt", True):
+            raise InputError("continue_final_message: needs add_generation_prompt false")
         *messages, last = messages
         opening = last["content"]
-    if all(message["role"] != "user" for message in messages):
-        raise InputError("messages: a user's message was expected")
-    n, max_tokens = body.get("n") or 1, body.get("max_completion_tokens") or body.get("max_tokens") or 4096
-    if type(n) is not int or type(max_tokens) is not int or min(n, max_tokens) < 1:
-        raise InputError("n and max_tokens: whole numbers from 1 were expected")
     greedy = body.get("temperature") == 0
-    stop = [body["stop"]] if isinstance(body.get("stop"), str) else body.get("stop") or []
-    if not isinstance(stop, list) or not all(isinstance(string, str) and string for string in stop):
-        raise InputError("stop: a string or a list of strings was expected")
+    stop, max_tokens = body.get("stop") or [], body.get("max_tokens") or 4096
     choices, completion_tokens = [], 0
-    for index in range(n):
+    for index in range(body.get("n") or 1):
         text = teacher.reply(messages, opening, "greedy" if greedy else [body.get("seed"), index])
-        for string in stop:
+        for string in [stop] if isinstance(stop, str) else stop:
             text = text.split(string)[0]
         tokens = TOKEN.findall(text)
         reason, tokens = ("length" if len(tokens) > max_tokens else "stop"), tokens[:max_tokens]
@@ -244,14 +225,7 @@ def complete(teacher, body):
         choices.append({"index": index, "message": message, "finish_reason": reason})
     prompt_tokens = sum(len(TOKEN.findall(message["content"])) for message in messages)
     usage = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
-    return {
-        "id": "chatcmpl-0",
-        "object": "chat.completion",
-        "created": int(time.time()),
-        "model": MODEL,
-        "choices": choices,
-        "usage": usage | {"total_tokens": prompt_tokens + completion_tokens},
-    }
+    return {"model": MODEL, "choices": choices, "usage": usage}
 
 
 def open_server(config):
@@ -259,11 +233,11 @@ def open_server(config):
     teacher = Teacher(config)
 
     def answer(method, path, body):
-        if (method, path) == ("GET", "/v1/models"):
-            return 200, {"object": "list", "data": [{"id": MODEL, "object": "model"}]}
-        if (method, path) == ("POST", "/v1/chat/completions"):
+        if path == "/v1/models":
+            return 200, {"data": [{"id": MODEL}]}
+        if path == "/v1/chat/completions":
             return 200, complete(teacher, body)
-        return 404, {"error": f"no such path: {method} {path}"}
+        return 404, {"error": f"no such path: {path}"}
 
     return serve_json(answer, port=config.port)
 
@@ -276,11 +250,7 @@ def serve(config):
         print(f"{MODEL}: {url}", flush=True)
         return server.serve_forever()
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        return subprocess.run(config.then, shell=True, env=os.environ | {"TEACHER_URL": url}).returncode
-    finally:
-        server.shutdown()
-        server.server_close()
+    return subprocess.run(config.then, shell=True, env=os.environ | {"TEACHER_URL": url}).returncode
 
 
 # ---------------------------------------------------------------------------------------------
@@ -290,30 +260,21 @@ def serve(config):
 
 @dataclasses.dataclass(kw_only=True)
 class RanksConfig:
-    trajectories: str = option(
-        REQUIRED, "trajectories of the teacher, from `agent_distill.py collect`", positional=True
-    )
+    trajectories: str = option(REQUIRED, "trajectories from `agent_distill.py collect`", positional=True)
 
 
 def ranks(config):
     """Print at which rank the teacher's queries find the page that they name."""
-    found = count_ranks(row for _, row in read_jsonl(config.trajectories))
-    queries = sum(found.values())
-    if not queries:
-        raise InputError(f"{config.trajectories}: no search in it")
-    first, shown = found[1] / queries, 1 - found[None] / queries
-    print(f"{queries} queries: the page that the query names is first in {first:.1%}, among those shown in {shown:.1%}")
-
-
-def count_ranks(rows):
-    """Counter of the ranks, from 1, of the pages that queries name; None counts queries that do not find theirs."""
-    found = collections.Counter()
-    for step in (step for row in rows for step in row["steps"]):
+    found = []  # the page's place among the results of each query, None if it is not there
+    for step in (step for _, row in read_jsonl(config.trajectories) for step in row["steps"]):
         query = re.search(r'web_search\("(?:[a-z ]+ of )?(.+)"\)', step["code"] or "")
         if query and step["error_kind"] is None:
-            titles = re.findall(r"^\[(\d+)\] (.+)$", step["observation"], re.MULTILINE)
-            found[next((int(rank) for rank, name in titles if name == title(query[1])), None)] += 1
-    return found
+            titles = re.findall(r"^\[\d+\] (.+)$", step["observation"], re.MULTILINE)
+            found.append(titles.index(title(query[1])) if title(query[1]) in titles else None)
+    if not found:
+        raise InputError(f"{config.trajectories}: no search in it")
+    first, shown = found.count(0) / len(found), 1 - found.count(None) / len(found)
+    print(f"{len(found)} queries: the page that the query names is first in {first:.1%}, shown in {shown:.1%}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ As in the paper (Sec. 4.1), the student is trained on two tasks and tested on ei
 | task            | test questions                                          | what training never shows             |
 |-----------------|---------------------------------------------------------|---------------------------------------|
 | hotpotqa        | two hops, half of them about real pages; comparisons    | these questions and invented entities |
-| 2wikimultihopqa | two hops, comparisons, yes or no                        | four of the nine kinds of comparison  |
+| 2wikimultihopqa | two hops, comparisons, yes or no                        | comparing towns or books              |
 | musique         | three hops                                              | these chains of three relations       |
 | bamboogle       | two hops                                                | these pairs of relations              |
 | math            | divisors, equations, sums, means, short stories         | these questions                       |
@@ -24,7 +24,6 @@ of them. By guessing, a model gets half of the comparisons and half of the yes-o
 import ast
 import csv
 import dataclasses
-import math
 import random
 import re
 from pathlib import Path
@@ -55,9 +54,9 @@ HELD_OUT = 0.3  # share of the invented entities that no training question touch
 
 
 class Relation(NamedTuple):
-    """One kind of fact about x, whose value is y. target: the kind of page (or "number", "word") that y is."""
+    """One kind of fact about x, whose value is y. target: the kind of page that y is, "word", or a number's range."""
 
-    target: str
+    target: str | tuple
     statement: str  # what the teacher says when it has read the fact
     questions: tuple  # ways to ask for y
     phrases: tuple = ()  # ways to mention y in a longer question; the first one also reads well around a long x
@@ -87,26 +86,26 @@ RELATIONS = {  # kind of page -> relation -> Relation
                                ("the birthplace of {x}", "the town where {x} was born")),
         "employer": Relation("company", "{x} works for {y}.", ("Which company does {x} work for?", "Who employs {x}?"),
                              ("the employer of {x}", "the company that {x} works for")),
-        "birth year": Relation("number", "{x} was born in {y}.", ("In which year was {x} born?",)),
+        "birth year": Relation((1900, 1999), "{x} was born in {y}.", ("In which year was {x} born?",)),
     },
     "company": {
         "founder": Relation("person", "{x} was founded by {y}.", ("Who founded {x}?", "Who is the founder of {x}?"),
                             ("the founder of {x}", "the person who founded {x}")),
         "seat": Relation("town", "{x} is based in {y}.", ("Where is {x} based?", "In which town is {x} based?"),
                          ("the seat of {x}", "the town where {x} is based")),
-        "founding year": Relation("number", "{x} was founded in {y}.", ("In which year was {x} founded?",)),
+        "founding year": Relation((1900, 1999), "{x} was founded in {y}.", ("In which year was {x} founded?",)),
     },
     "town": {
         "country": COUNTRY,
         "mayor": Relation("person", "The mayor of {x} is {y}.", ("Who is the mayor of {x}?",), ("the mayor of {x}",)),
-        "population": Relation("number", "{x} has {y} people.",
+        "population": Relation((100, 9999), "{x} has {y} people.",
                                ("How many people live in {x}?", "What is the population of {x}?")),
     },
     "book": {
         "author": AUTHOR,
         "setting": Relation("town", "{x} is set in {y}.", ("Where is {x} set?", "In which town is {x} set?"),
                             ("the setting of {x}", "the town where {x} is set")),
-        "publication year": Relation("number", "{x} was published in {y}.", ("In which year was {x} published?",)),
+        "publication year": Relation((1950, 2019), "{x} was published in {y}.", ("In which year was {x} published?",)),
     },
 }  # fmt: skip
 PAGES = {  # several wordings of each kind of page, with the facts in different orders
@@ -129,8 +128,6 @@ PAGES = {  # several wordings of each kind of page, with the facts in different 
              "{author} wrote {x}, a story set in {setting}. It was published in {publication year}.",
              "A novel set in {setting}, written by {author} and published in {publication year}."],
 }  # fmt: skip
-NUMBERS = {"birth year": (1900, 1999), "founding year": (1900, 1999), "publication year": (1950, 2019),
-           "population": (100, 9999)}  # fmt: skip
 COMPARISONS = {  # (kind, relation): how to ask for the lower value, how to ask for the higher one
     ("person", "birth year"): ("Who was born first, {a} or {b}?", "Who was born later, {a} or {b}?"),
     ("company", "founding year"): ("Which was founded first, {a} or {b}?", "Which was founded later, {a} or {b}?"),
@@ -145,7 +142,7 @@ YES_OR_NO = {  # (kind, relation): do both have the same value?
     ("book", "author"): "Were {a} and {b} written by the same person?",
 }
 # What training never shows; the test questions of 2wikimultihopqa and of bamboogle do.
-UNSEEN_COMPARED = {("town", "population"), ("book", "publication year"), ("town", "country"), ("book", "author")}
+UNSEEN_COMPARED = {"town", "book"}
 UNSEEN_PAIRS = {("birthplace", "mayor"), ("employer", "founding year"), ("founder", "birth year"), ("seat", "country"),
                 ("author", "employer"), ("setting", "population"), ("mayor", "birthplace")}  # fmt: skip
 
@@ -154,11 +151,8 @@ GIVEN = (
     "Ada Alma Anna Boris Carl Clara David Dora Edgar Ella Emil Eva Felix Greta Hans Helen Hugo Ida Ivan Julia Karin "
     "Leo Lena Marta Max Mina Nora Otto Paul Petra Rosa Simon Sofia Tom Vera"
 ).split()
-SURNAMES = [
-    first + second
-    for first in "Har Mar Win Col Ash Brad Thorn Whit Lang Hol".split()
-    for second in "low wick field ton croft mere den by combe stead".split()
-]
+STARTS, ENDS = "Har Mar Win Col Ash Brad Thorn Whit Lang Hol", "low wick field ton croft mere den by combe stead"
+SURNAMES = [start + end for start in STARTS.split() for end in ENDS.split()]
 THINGS = "Road Garden River House Letters Island Song Door Crown Forest Bell Map Sea Train Tower".split()
 INVENTED = {  # kind -> (how many, all names)
     "person": (320, [f"{given} {surname}" for given in GIVEN for surname in SURNAMES]),
@@ -190,22 +184,18 @@ class World:
         for kind in INVENTED:
             for name in self.entities[kind]:
                 self.facts[name] = {
-                    relation: str(rng.randint(*NUMBERS[relation]))
-                    if target == "number"
+                    relation: str(rng.randint(*target))
+                    if isinstance(target, tuple)
                     else rng.choice([other for other in self.entities[target] if other != name])
                     for relation, (target, *_) in RELATIONS[kind].items()
                 }
         self.kind = {name: kind for kind, names in self.entities.items() for name in names}
-        self.passages = [
-            {"id": str(i), "contents": f'"{title(name)}"\n{self.page(name, rng)}'}
-            for i, name in enumerate(rng.sample(list(self.facts), len(self.facts)))
-        ]
-
-    def page(self, name, rng):
-        """The text of an entity's page."""
-        fields = {"x": name, "job": rng.choice(JOBS), "goods": rng.choice(GOODS), **self.facts[name]}
-        text = rng.choice(PAGES[self.kind[name]]).format_map(fields)
-        return text[0].upper() + text[1:]
+        self.passages = []
+        for name in rng.sample(list(self.facts), len(self.facts)):
+            fields = {"x": name, "job": rng.choice(JOBS), "goods": rng.choice(GOODS), **self.facts[name]}
+            text = rng.choice(PAGES[self.kind[name]]).format_map(fields)
+            contents = f'"{title(name)}"\n{text[0].upper()}{text[1:]}'
+            self.passages.append({"id": str(len(self.passages)), "contents": contents})
 
     def hops(self, name, relations):
         """Follow relations from an entity: [[entity, relation, value, statement], ...]."""
@@ -219,9 +209,9 @@ class World:
 
     def may_ask(self, path, split):
         """Training never touches a held-out entity; a test question about invented pages starts from one."""
-        start, *values = path[0][0], *(value for _, _, value, _ in path)
+        start = path[0][0]
         if split == "train":
-            return self.held_out.isdisjoint([start, *values])
+            return self.held_out.isdisjoint([start, *(value for _, _, value, _ in path)])
         return start in self.held_out or self.kind[start] not in INVENTED
 
 
@@ -235,23 +225,20 @@ def title(name):
 # ---------------------------------------------------------------------------------------------
 
 
-def chains(kind, length):
-    """Every chain of `length` relations that starts at a kind of page."""
-    if length == 0:
-        return [()]
-    steps = RELATIONS.get(kind, {}).items()
-    return [(relation, *rest) for relation, (target, *_) in steps for rest in chains(target, length - 1)]
-
-
 def chain_set(task, family, split):
     """[(kind of the start, relations), ...] that a family of questions asks about."""
     length = {"one hop": 1, "two hops": 2, "three hops": 3}[family]
-    kinds = RELATIONS if task == "hotpotqa" and length < 3 else INVENTED
-    found = [(kind, chain) for kind in kinds for chain in chains(kind, length)]
-    if length == 3:
-        found = [(kind, chain) for kind, chain in found if len(set(chain)) == 3]
-        return [pair for i, pair in enumerate(found) if (i % 4 == 1) == (split == "test")]
-    return [(kind, chain) for kind, chain in found if (chain in UNSEEN_PAIRS) == (task == "bamboogle")]
+    found = [(kind, (), kind) for kind in (RELATIONS if task == "hotpotqa" and length < 3 else INVENTED)]
+    for _ in range(length):
+        found = [
+            (kind, (*chain, relation), target)
+            for kind, chain, end in found
+            for relation, (target, *_) in RELATIONS.get(end, {}).items()
+        ]
+    if length < 3:
+        return [(kind, chain) for kind, chain, _ in found if (chain in UNSEEN_PAIRS) == (task == "bamboogle")]
+    found = [(kind, chain) for kind, chain, _ in found if len(set(chain)) == 3]
+    return [pair for i, pair in enumerate(found) if (i % 4 == 1) == (split == "test")]
 
 
 def ask_chain(world, rng, task, family, split):
@@ -278,31 +265,25 @@ def ask_chain(world, rng, task, family, split):
 
 def ask_pair(world, rng, task, family, split):
     """(question, answer, plan) that compares two entities; the wrong plan compares the other way round."""
-    options = list(YES_OR_NO if family == "yes or no" else COMPARISONS)
-    if task != "2wikimultihopqa":
-        options = [pair for pair in options if pair not in UNSEEN_COMPARED]
-    kind, relation = rng.choice(options)
+    questions = YES_OR_NO if family == "yes or no" else COMPARISONS
+    allowed = [pair for pair in questions if task == "2wikimultihopqa" or pair[0] not in UNSEEN_COMPARED]
+    kind, relation = rng.choice(allowed)
     shape = "same" if family == "yes or no" else rng.choice(["lower", "higher"])
     equal = shape == "same" and rng.random() < 0.5
     while True:
         first, second = rng.sample(world.entities[kind], 2)
         if equal:  # chance would hardly ever find such a pair
-            second = rng.choice(
-                [e for e in world.entities[kind] if world.facts[e][relation] == world.facts[first][relation]]
-            )
+            value = world.facts[first][relation]
+            second = rng.choice([name for name in world.entities[kind] if world.facts[name][relation] == value])
         branches = [world.hops(name, [relation]) for name in (first, second)]
         values = [path[-1][2] for path in branches]
         if first != second and (values[0] == values[1]) == equal and all(world.may_ask(p, split) for p in branches):
             break
-    plan = {
-        "shape": shape,
-        "branches": branches,
-        "need": need(branches, shape),
-        "wrong": need(branches, OPPOSITE[shape]),
-    }
+    plan = {"shape": shape, "branches": branches}
+    plan |= {"need": need(branches, shape), "wrong": need(branches, OPPOSITE[shape])}
     if shape == "same":
-        return YES_OR_NO[kind, relation].format(a=first, b=second), "yes" if equal else "no", plan
-    question = COMPARISONS[kind, relation][shape == "higher"].format(a=first, b=second)
+        return questions[kind, relation].format(a=first, b=second), "yes" if equal else "no", plan
+    question = questions[kind, relation][shape == "higher"].format(a=first, b=second)
     return question, (first, second)[(int(values[0]) < int(values[1])) == (shape == "higher")], plan
 
 
@@ -323,10 +304,8 @@ def need(branches, shape="chain"):
 # Questions about numbers. The plan is a formula; the agent runs it as code, a CoT works it out in the head.
 # ---------------------------------------------------------------------------------------------
 
-SIGNS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.FloorDiv: "//", ast.Mod: "%", ast.Pow: "**"}
 
-
-def work_out(expression, values):
+def work_out(expression, names):
     """An expression step by step: ("2 * 3 + x", {"x": 4}) -> (["2 * 3 = 6.", "6 + 4 = 10."], 10).
 
     A function call is one step; of a count, only the result is told.
@@ -334,30 +313,29 @@ def work_out(expression, values):
     steps = []
 
     def value(node):
-        if not isinstance(node, ast.BinOp):
-            result = eval(ast.unparse(node), {"gcd": math.gcd, "lcm": math.lcm, **values})  # the world's own expression
-            if isinstance(node, ast.Call):
-                text = ast.unparse(node)
-                steps.append(f"I count {result}." if text.startswith("sum(1 ") else f"{text} = {result}.")
-            return result
-        text = f"{value(node.left)} {SIGNS[type(node.op)]} {value(node.right)}"
-        steps.append(f"{text} = {eval(text)}.")
-        return eval(text)
+        if isinstance(node, ast.BinOp):
+            node.left, node.right = ast.Constant(value(node.left)), ast.Constant(value(node.right))
+        text = ast.unparse(node)
+        result = eval(text, names)  # the world's own expression
+        if isinstance(node, ast.BinOp | ast.Call):
+            steps.append(f"I count {result}." if text.startswith("sum(1 ") else f"{text} = {result}.")
+        return result
 
     return steps, value(ast.parse(expression, mode="eval").body)
 
 
-def math_plan(formula, wrong, values=(), imports="", template="{}", words="{}", by_hand=None):
+def math_plan(formula, wrong, first="", template="{}", words="{}", by_hand=None):
     """The plan of a math question, right and wrong.
 
-    values: (name, number) pairs that the code sets first. template: the expression around the formula; words: how the
-    first thought names it. by_hand: the expression that a chain of thought works out, if it is another one.
+    first: what the code does before the formula. template: the expression around the formula; words: how the first
+    thought names it. by_hand: the expression that a chain of thought works out, if it is another one.
     """
-    plan = {"shape": "math", "need": words.format(formula), "wrong": words.format(wrong)}
+    plan, names = {"shape": "math", "need": words.format(formula), "wrong": words.format(wrong)}, {}
+    exec(first, names)
     for prefix, text in (("", formula), ("wrong_", wrong)):
         expression = template.format(text)
-        steps, result = work_out(by_hand if by_hand and not prefix else expression, dict(values))
-        code = imports + "".join(f"{name} = {number}\n" for name, number in values) + f"final_answer({expression})"
+        steps, result = work_out(by_hand if by_hand and not prefix else expression, names)
+        code = f"{first}final_answer({expression})"
         plan |= {prefix + "code": code, prefix + "steps": steps, prefix + "result": str(result)}
     return plan
 
@@ -372,7 +350,7 @@ def ask_numbers(rng, task, split):
         name, other = ("gcd", "lcm") if family == "divisor" else ("lcm", "gcd")
         words = {"gcd": "greatest common divisor", "lcm": "least common multiple"}[name]
         question = rng.choice([f"What is the {words} of {a} and {b}?", f"Find the {words} of {a} and {b}."])
-        return question, math_plan(f"{name}({a}, {b})", f"{other}({a}, {b})", imports="from math import gcd, lcm\n")
+        return question, math_plan(f"{name}({a}, {b})", f"{other}({a}, {b})", "from math import gcd, lcm\n")
     if family == "equation":
         right = a * c + b
         question = rng.choice([f"Solve {a}x + {b} = {right} for x.", f"If {a}x + {b} = {right}, what is x?"])
@@ -408,12 +386,14 @@ STORIES = [  # text, formula, wrong formula; the word behind a number is its nam
 
 def ask_story(rng, task, split):
     """(question, plan): a word problem. Training mixes numbers of one to four digits; gsm_hard has five to seven."""
-    low, high = (
-        (10**4, 10**7 - 1) if task == "gsm_hard" else (2, 40) if split == "test" else rng.choice(((2, 40), (40, 9999)))
-    )
+    if task == "gsm_hard":
+        low, high = 10**4, 10**7 - 1
+    else:
+        low, high = (2, 40) if split == "test" else rng.choice(((2, 40), (40, 9999)))
     text, formula, wrong = rng.choice(STORIES)
     values = {name: rng.randint(low, high) for name in dict.fromkeys(re.findall(r"{(?!who)(\w+)}", text))}
-    return text.format(who=rng.choice(GIVEN), **values), math_plan(formula, wrong, tuple(values.items()))
+    question = text.format(who=rng.choice(GIVEN), **values)
+    return question, math_plan(formula, wrong, "".join(f"{name} = {number}\n" for name, number in values.items()))
 
 
 CONDITIONS = [  # in words and as code; a count meets one of the first four and one of the last four
@@ -488,38 +468,6 @@ def ask(world, rng, task, split):
     return (ask_pair if family in ("comparison", "yes or no") else ask_chain)(world, rng, task, family, split)
 
 
-@dataclasses.dataclass
-class Build:
-    world: World
-    passages: list  # {"id", "contents"}
-    train: list  # {"id", "task", "kind", "domain", "question", "answer"}
-    test: dict  # task -> rows of the same format
-    plans: list  # {"id", "question", "answer", "shape", "need", "wrong", ...} for every question
-
-
-def build(seed, train_questions=600, test_questions=25):
-    """The whole world of one seed. All questions differ, and the training questions are shuffled."""
-    world, plans, seen = World(seed), [], set()
-
-    def questions(task, split, count):
-        rng, rows = random.Random(f"{split} {task} {seed}"), []
-        kind, domain = TASKS[task].kind, TASKS[task].domain
-        while len(rows) < count:
-            question, answer, plan = ask(world, rng, task, split)
-            if question not in seen:
-                seen.add(question)
-                row = {"id": f"{split}-{task}-{len(rows)}", "task": task, "kind": kind, "domain": domain}
-                rows.append(row | {"question": question, "answer": answer})
-                plans.append({"id": row["id"], "question": question, "answer": answer} | plan)
-        return rows
-
-    test = {task: questions(task, "test", test_questions) for task in TASKS}
-    facts = round(0.6 * train_questions)
-    train = questions("hotpotqa", "train", facts) + questions("math", "train", train_questions - facts)
-    random.Random(f"order {seed}").shuffle(train)
-    return Build(world, world.passages, train, test, plans)
-
-
 @dataclasses.dataclass(kw_only=True)
 class Config:
     out: str = option(REQUIRED, "folder to write")
@@ -530,15 +478,29 @@ class Config:
 
 def write(config):
     """Write passages, training and test questions, and the teacher's plans, of one seed."""
-    built, out = build(config.seed, config.train_questions, config.test_questions), Path(config.out)
-    write_jsonl(out / "passages.jsonl", built.passages)
-    write_jsonl(out / "train.jsonl", built.train)
-    for task, rows in built.test.items():
-        write_jsonl(out / "test" / f"{task}.jsonl", rows)
-    write_jsonl(out / "plans.jsonl", built.plans)
+    world, out, plans = World(config.seed), Path(config.out), {}
+
+    def questions(task, split, count):
+        rng, rows = random.Random(f"{split} {task} {config.seed}"), []
+        about = {"task": task, "kind": TASKS[task].kind, "domain": TASKS[task].domain}
+        while len(rows) < count:
+            question, answer, plan = ask(world, rng, task, split)
+            if question not in plans:  # all questions differ
+                row = {"id": f"{split}-{task}-{len(rows)}", **about, "question": question, "answer": answer}
+                rows.append(row)
+                plans[question] = {"id": row["id"], "question": question, "answer": answer, **plan}
+        return rows
+
+    for task in TASKS:
+        write_jsonl(out / "test" / f"{task}.jsonl", questions(task, "test", config.test_questions))
+    facts = round(0.6 * config.train_questions)
+    train = questions("hotpotqa", "train", facts) + questions("math", "train", config.train_questions - facts)
+    random.Random(f"order {config.seed}").shuffle(train)
+    write_jsonl(out / "train.jsonl", train)
+    write_jsonl(out / "passages.jsonl", world.passages)
+    write_jsonl(out / "plans.jsonl", plans.values())
     write_json(out / "run.json", dataclasses.asdict(config))
-    tests = sum(map(len, built.test.values()))
-    print(f"{out}: {len(built.passages)} passages, {len(built.train)} training and {tests} test questions")
+    print(f"{out}: {len(world.passages)} passages, {len(train)} training and {len(plans) - len(train)} test questions")
 
 
 if __name__ == "__main__":

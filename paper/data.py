@@ -4,7 +4,6 @@
     python -m paper.data download benchmarks wiki-18 Qwen/Qwen2.5-0.5B-Instruct --to runs/paper
     python -m paper.data tasks runs/paper/download/benchmarks --out runs/paper/tasks
     python -m paper.data trajectories runs/paper/download/agent-trajectories --out agent.train.jsonl
-    python -m paper.data unpack wiki-18.jsonl.gz --out passages.jsonl
 
 A source that is named here goes to TO/download/NAME. A model on the Hub, by its name, goes to TO/hub, where
 transformers finds it with HF_HUB_CACHE=TO/hub. $HF_TOKEN and $HF_ENDPOINT are those of huggingface_hub.
@@ -15,11 +14,8 @@ import hashlib
 import re
 import shutil
 import sys
-import tarfile
-import zlib
 from pathlib import Path
-
-from tqdm import tqdm
+from typing import NamedTuple
 
 from agent_distill import Prompts
 from common import (
@@ -41,67 +37,56 @@ from common.report import TASKS
 # Sources
 # ---------------------------------------------------------------------------------------------
 
-# The authors' repository on GitHub: files under data_processor/, their task and their sha256. They are taken from the
+# The authors' repository on GitHub: files under data_processor/, in the format of sha256sum. They are taken from the
 # newest commit; the sha256 pins them.
 BENCHMARKS = "https://raw.githubusercontent.com/Nardien/agent-distillation/main/data_processor"
-BENCHMARK_FILES = {
-    "qa_dataset/test/hotpotqa_500_20250422.json": (
-        "hotpotqa", "770b2740d2d5195f983dbeae3c770900edab776b5986b4cbff3194443a771b00"),
-    "qa_dataset/test/2wikimultihopqa_500_20250511.json": (
-        "2wikimultihopqa", "5034d0e66b38f5e54f20934cbb02ff1d38f0b292efe81da05b5ebdeafcb1bb07"),
-    "qa_dataset/test/musique_500_20250504.json": (
-        "musique", "683634bcc958a79b144cffb815d4f56002dc22ed7358e11b897f9ff03ba69110"),
-    "qa_dataset/test/bamboogle_125_20250507.json": (
-        "bamboogle", "f6c5f3dd17521cf33a1d597d75525d65673687b3219ffe0339eae21b28d69be4"),
-    "math_dataset/test/math_500_20250414.json": (
-        "math", "32ae376ee63aee4a1e59ea167afebffa0031250b154d1805d13522c60c6069cb"),
-    "math_dataset/test/gsm_hard_500_20250507.json": (
-        "gsm_hard", "970c69744216a75fe04eb86ff1adaf208df5191e2731c6ef0610bd2312266498"),
-    "math_dataset/test/aime_90_20250504.json": (
-        "aime", "445868439c6c88c8f3ac99c9aabae90606cac43ade63597936bec37a22d510c0"),
-    "math_dataset/test/olymath_200_20250511.json": (
-        "olymmath", "dc105d5747a37031d1f981865dd5603d533488a435b8a2a0722fd167081912d1"),
-    "qa_dataset/train/hotpotqa_1000_20250402.json": (
-        "hotpotqa", "35ae8108e8cb856813dc4aeb7de261b794ec2424ddb19c81449d1007a71f1fb8"),
-    "math_dataset/train/math_1000_20250414.json": (
-        "math", "71240de787bb08c59b09bbb5fa4daa2cb536849da29dfdd25bf9e27c7eff344b"),
-    "math_dataset/train/math_medium_1000_20250430.json": (
-        "math_medium", "af3aaef02faf2264aa32e30ca9b531b26ca7662f6be87a718ef3f5eb139e31ba"),
-}  # fmt: skip
+BENCHMARK_SUMS = """
+770b2740d2d5195f983dbeae3c770900edab776b5986b4cbff3194443a771b00  qa_dataset/test/hotpotqa_500_20250422.json
+5034d0e66b38f5e54f20934cbb02ff1d38f0b292efe81da05b5ebdeafcb1bb07  qa_dataset/test/2wikimultihopqa_500_20250511.json
+683634bcc958a79b144cffb815d4f56002dc22ed7358e11b897f9ff03ba69110  qa_dataset/test/musique_500_20250504.json
+f6c5f3dd17521cf33a1d597d75525d65673687b3219ffe0339eae21b28d69be4  qa_dataset/test/bamboogle_125_20250507.json
+32ae376ee63aee4a1e59ea167afebffa0031250b154d1805d13522c60c6069cb  math_dataset/test/math_500_20250414.json
+970c69744216a75fe04eb86ff1adaf208df5191e2731c6ef0610bd2312266498  math_dataset/test/gsm_hard_500_20250507.json
+445868439c6c88c8f3ac99c9aabae90606cac43ade63597936bec37a22d510c0  math_dataset/test/aime_90_20250504.json
+dc105d5747a37031d1f981865dd5603d533488a435b8a2a0722fd167081912d1  math_dataset/test/olymath_200_20250511.json
+35ae8108e8cb856813dc4aeb7de261b794ec2424ddb19c81449d1007a71f1fb8  qa_dataset/train/hotpotqa_1000_20250402.json
+71240de787bb08c59b09bbb5fa4daa2cb536849da29dfdd25bf9e27c7eff344b  math_dataset/train/math_1000_20250414.json
+af3aaef02faf2264aa32e30ca9b531b26ca7662f6be87a718ef3f5eb139e31ba  math_dataset/train/math_medium_1000_20250430.json
+"""
+BENCHMARK_FILES = {path: sha256 for sha256, path in map(str.split, BENCHMARK_SUMS.strip().splitlines())}
 
 
-@dataclasses.dataclass
-class Source:
-    """A repository on the Hugging Face Hub.
+def task_of(path):
+    """(split, task) of a benchmark file: qa_dataset/test/hotpotqa_500_20250422.json -> ("test", "hotpotqa")."""
+    _, split, name = path.split("/")
+    return split, name.rsplit("_", 2)[0].replace("olymath", "olymmath")
 
-    revision: a commit. None: the commit was not known when this table was written; the newest one is taken at the
-    first download. gigabytes: of the download, where it is known.
-    """
+
+class Source(NamedTuple):
+    """A repository on the Hugging Face Hub. revision: a commit, or None where it is not known: the newest is taken."""
 
     repository: str
     kind: str  # "model" | "dataset"
     revision: str | None = None
-    gigabytes: float | None = None
 
 
 FILES = ["*.json", "*.jsonl", "*.gz", "*.safetensors", "*.txt", "*.model", "*.jinja", "part_*"]
 _TEACHER = "agent-distillation/Qwen2.5-32B-Instruct_"  # trajectories of the paper's teacher
-_WIKI = "69c1c00ffe7c5554c68d8548355cb22e46aabc51"
 SOURCES = {
     "cot-trajectories": Source(_TEACHER + "cot_trajectories_2k", "dataset"),
     "agent-trajectories": Source(_TEACHER + "agent_trajectories_2k", "dataset"),
     "prefix-trajectories": Source(_TEACHER + "agent_trajectories_2k_prefix", "dataset"),
     "authors-student": Source("agent-distillation/agent_distilled_Qwen2.5-1.5B-Instruct", "model"),
     # Wikipedia 2018 in 21,015,324 passages of 100 words, and e5-base-v2's vectors of them; published with Search-R1.
-    "wiki-18": Source("PeterJinGo/wiki-18-corpus", "dataset", _WIKI, 5.1),
-    "e5-index": Source("PeterJinGo/wiki-18-e5-index", "dataset", "a4d31160a035f30764604f4827cd8f1d0315eb86", 64.6),
+    "wiki-18": Source("PeterJinGo/wiki-18-corpus", "dataset", "69c1c00ffe7c5554c68d8548355cb22e46aabc51"),
+    "e5-index": Source("PeterJinGo/wiki-18-e5-index", "dataset", "a4d31160a035f30764604f4827cd8f1d0315eb86"),
 }
 MODELS = [  # pinned models; any other model on the Hub can be named too
-    Source("intfloat/e5-base-v2", "model", "f52bf8ec8c7124536f0efb74aca902b2995e5bcd", 0.4),
-    Source("Qwen/Qwen2.5-0.5B-Instruct", "model", "7ae557604adf67be50417f59c2c2f167def9a775", 1.0),
-    Source("Qwen/Qwen2.5-1.5B-Instruct", "model", "989aa7980e4cf806f80c7fef2b1adb7bc71aa306", 3.1),
-    Source("Qwen/Qwen2.5-3B-Instruct", "model", "aa8e72537993ba99e69dfaafa59ed015b17504d1", 6.2),
-    Source("Qwen/Qwen2.5-7B-Instruct", "model", "a09a35458c702b33eeacc393d103063234e8bc28", 15.2),
+    Source("intfloat/e5-base-v2", "model", "f52bf8ec8c7124536f0efb74aca902b2995e5bcd"),
+    Source("Qwen/Qwen2.5-0.5B-Instruct", "model", "7ae557604adf67be50417f59c2c2f167def9a775"),
+    Source("Qwen/Qwen2.5-1.5B-Instruct", "model", "989aa7980e4cf806f80c7fef2b1adb7bc71aa306"),
+    Source("Qwen/Qwen2.5-3B-Instruct", "model", "aa8e72537993ba99e69dfaafa59ed015b17504d1"),
+    Source("Qwen/Qwen2.5-7B-Instruct", "model", "a09a35458c702b33eeacc393d103063234e8bc28"),
 ]
 SOURCES |= {source.repository: source for source in MODELS}
 
@@ -127,17 +112,15 @@ def download(config):
     for name in config.names:
         if name == "benchmarks":
             folder = download_benchmarks(Path(config.to) / "download" / name)
-        elif name in SOURCES or "/" in name:
-            folder = download_repository(name, config.to)
         else:
-            raise InputError(f"{name}: benchmarks, OWNER/MODEL, or one of {', '.join(SOURCES)} was expected")
+            folder = download_repository(name, config.to)
         print(f"{name}: {folder}")
 
 
 def download_benchmarks(folder, address=BENCHMARKS):
     """Download the authors' benchmark files; InputError for one whose sha256 is not the pinned one."""
     session = http_session()
-    for path, (_, sha256) in BENCHMARK_FILES.items():
+    for path, sha256 in BENCHMARK_FILES.items():
         url = f"{address}/{path}"
         try:
             response = session.get(url, timeout=60)
@@ -153,23 +136,21 @@ def download_benchmarks(folder, address=BENCHMARKS):
 
 
 def download_repository(name, to):
-    """Download a repository on the Hub at its pinned commit, or else at the commit of the first download."""
+    """Download a repository on the Hub at its pinned commit, or else at the newest one."""
     import huggingface_hub  # its settings are read from the environment when it is imported
 
     source = SOURCES.get(name) or Source(name, "model")
     cached = name == source.repository
-    main = model_folder(name, to) / "refs" / "main"  # the commit that transformers takes for this name
-    revision = source.revision or (read_text(main) if cached and main.is_file() else None)
     where = {"cache_dir": Path(to) / "hub"} if cached else {"local_dir": Path(to) / "download" / name}
     try:
         folder = huggingface_hub.snapshot_download(
-            source.repository, repo_type=source.kind, revision=revision, allow_patterns=FILES, **where
+            source.repository, repo_type=source.kind, revision=source.revision, allow_patterns=FILES, **where
         )
     except Exception as error:  # the Hub's own errors, and those of the HTTP library that it uses
         reason = str(error).strip() or type(error).__name__
         raise ServerError(f"{source.repository}: {reason.splitlines()[0]}") from None
-    if cached:
-        with replace_file(main) as file:
+    if cached:  # refs/main names the commit that transformers takes for this name
+        with replace_file(model_folder(name, to) / "refs/main") as file:
             file.write(Path(folder).name)
     return folder
 
@@ -178,9 +159,12 @@ def download_repository(name, to):
 # What it needs
 # ---------------------------------------------------------------------------------------------
 
-# Disk and memory. wiki: archive, passages and index. e5: also the vectors, twice while their two parts are joined.
-# Memory: the larger of building and searching. A file of your own is taken to be small.
-NEEDS = {"wiki": ("50 GB", "6 GB"), "e5": ("150 GB", "65 GB of RAM, or 81 GB on a GPU")}
+# Download, disk and memory. wiki: archive, passages and index. e5: also the vectors, twice on the disk while their two
+# parts are joined. Memory: the larger of building and searching. A file of your own is taken to be small.
+NEEDS = {
+    "wiki": ("5.1 GB", "50 GB", "6 GB"),
+    "e5": ("70.1 GB", "150 GB", "65 GB of RAM, or 81 GB on a GPU"),
+}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -193,16 +177,13 @@ class AskConfig:
 
 def ask(config):
     """State download, disk and memory in three lines, and ask. InputError (exit status 2) if the answer is not yes."""
-    names = {"wiki": ["wiki-18"], "e5": ["wiki-18", "e5-index", "intfloat/e5-base-v2"]}.get(config.passages, [])
-    if not (names or config.passages.startswith(("http://", "https://")) or Path(config.passages).is_file()):
+    served_or_file = config.passages.startswith(("http://", "https://")) or Path(config.passages).is_file()
+    if not (config.passages in NEEDS or served_or_file):
         raise InputError(f"PASSAGES={config.passages}: wiki, e5, a file of passages or a server's URL was expected")
-    disk, memory = NEEDS.get(config.passages, ("little", "little"))
-    passages = sum(SOURCES[name].gigabytes for name in names)
-    known = SOURCES.get(config.student)
-    student = f"{known.gigabytes} GB" if known else "the weights"
+    passages, disk, memory = NEEDS.get(config.passages, ("no", "little", "little"))
     Path(config.to).mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(config.to).free / 1e9
-    print(f"download  {passages:.1f} GB of passages, {student} of {config.student}, less than 0.1 GB of other data")
+    print(f"download  {passages} passages, {config.student} (2 GB per billion parameters), 0.1 GB of other data")
     print(f"disk      {disk} for passages and index, and the student; {free:.0f} GB are free in {config.to}")
     print(f"memory    {memory} for the search, beside one GPU for training and evaluation")
     if config.yes:
@@ -226,20 +207,15 @@ class TasksConfig:
 
 def make_tasks(config):
     """Write the authors' questions as task files. Their files state task, kind and domain only by their names."""
-    for path, (task, _) in BENCHMARK_FILES.items():
-        source, split = Path(config.folder) / path, path.split("/")[1]
+    for path in BENCHMARK_FILES:
+        source, (split, task) = Path(config.folder) / path, task_of(path)
         known = TASKS[task.removesuffix("_medium")]  # math_medium: training questions of MATH, of medium difficulty
         about = {"task": task, "kind": known.kind, "domain": known.domain}
-        try:
-            examples = parse_object(read_text(source), source)["examples"]
-            rows = [{"id": str(e["id"]), **about, "question": e["question"], "answer": e["answer"]} for e in examples]
-        except (KeyError, TypeError) as error:
-            expected = '{"examples": [{"id", "question", "answer"}, ...]}'
-            raise InputError(f"{source}: {expected} was expected: {error}") from None
+        examples = parse_object(read_text(source), source)["examples"]
+        rows = [{"id": str(e["id"]), **about, "question": e["question"], "answer": e["answer"]} for e in examples]
         answered = [row for row in rows if row["answer"] not in (None, "")]  # four training questions have no answer
         write_jsonl(Path(config.out) / split / f"{task}.jsonl", answered)
-        dropped = f", {len(rows) - len(answered)} without an answer dropped" if len(answered) < len(rows) else ""
-        print(f"{split} {task}: {len(answered)} questions{dropped}")
+        print(f"{split} {task}: {len(answered)} questions, {len(rows) - len(answered)} without an answer dropped")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -264,14 +240,14 @@ def convert_trajectories(config):
             except (KeyError, TypeError, AttributeError):
                 expected = "log_data.messages, or messages and response,"
                 raise InputError(f"{path}:{number}: {expected} were expected") from None
-            if len(messages) < 2 or sum(message["role"] == "system" for message in messages) > 1:
+            turns = [message for message in messages if message["role"] != "system"]
+            if len(turns) < 2 or len(messages) - len(turns) > 1:
                 dropped += 1
                 continue
-            messages = [message for message in messages if message["role"] != "system"]
-            for message in messages:
+            for message in turns:
                 if message["role"] == "user":
                     message["content"] = reword_search_results(message["content"], prompts)
-            messages = [{"role": "system", "content": systems[method]}, *messages]
+            messages = [{"role": "system", "content": systems[method]}, *turns]
             kept.append({"messages": messages, "method": method, "prefix": config.prefix})
     if not kept:
         raise InputError(f"{config.folder}: no conversation in its .jsonl files ({dropped} rows dropped)")
@@ -291,20 +267,19 @@ def published_messages(row):
         return "cot", [*row["messages"], {"role": "assistant", "content": row["response"]}]
     chat = []
     for message in row["log_data"]["messages"] if row["log_data"] else []:
-        role, content = message["role"].removeprefix("MessageRole.").lower().replace("_", "-"), message["content"]
+        role = message["role"].removeprefix("MessageRole.").lower().replace("_", "-")
+        content = "\n".join(part["text"] for part in message["content"])
         if role == "tool-call":
             continue
-        if isinstance(content, list):
-            content = "\n".join(part["text"] for part in content)
         if role == "tool-response":
             role, content = "user", re.sub(r"^Call id: .*\n", "", content)
         if chat and chat[-1]["role"] == role:
             chat[-1]["content"] += "\n" + content
         else:
             chat.append({"role": role, "content": content})
-    for message in [message for message in chat if message["role"] == "user"][:1]:
-        message["content"] = re.sub(r"<reference>.*?</reference>", "", message["content"], flags=re.DOTALL)
-    while chat and chat[-1]["role"] == "user":
+    for question in chat[1:2]:
+        question["content"] = re.sub(r"<reference>.*?</reference>", "", question["content"], flags=re.DOTALL)
+    if chat and chat[-1]["role"] == "user":
         chat.pop()
     return "agent", chat
 
@@ -319,34 +294,11 @@ def reword_search_results(text, prompts):
     return DOCUMENT.sub(lambda m: prompts.fill("search_result", rank=int(m[1]) + 1, title=m[2], text=""), text)
 
 
-@dataclasses.dataclass(kw_only=True)
-class UnpackConfig:
-    archive: str = option(REQUIRED, "wiki-18.jsonl.gz, as published: a gzipped tar of one file", positional=True)
-    out: str = option(REQUIRED, "passages file to write")
-
-
-def unpack(config):
-    """Extract the passages from the published archive. Despite its name it is a tar; gunzip would keep a tar header."""
-    try:
-        with tarfile.open(config.archive, "r|gz") as archive:
-            member = archive.next()
-            if member is None or not member.isfile():
-                raise tarfile.ReadError("no file in it")
-            about = {"total": member.size, "desc": Path(config.out).name, "mininterval": 0.5}
-            with replace_file(config.out, "wb") as file:
-                with tqdm.wrapattr(archive.extractfile(member), "read", **about) as source:
-                    shutil.copyfileobj(source, file, 1 << 20)
-    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
-        raise InputError(f"{config.archive}: {error}; a gzipped tar of one file was expected") from None
-    print(f"{config.out}: {member.size / 1e9:.1f} GB")
-
-
 if __name__ == "__main__":
     commands = {
         "ask": (AskConfig, ask),
         "download": (DownloadConfig, download),
         "tasks": (TasksConfig, make_tasks),
         "trajectories": (TrajectoriesConfig, convert_trajectories),
-        "unpack": (UnpackConfig, unpack),
     }
     run_command_line(__doc__, commands)

@@ -54,10 +54,11 @@ $(PAPER)/tasks/.done: $(DOWNLOADED)/benchmarks.done
 	$(RUN) -m paper.data tasks $(DOWNLOADED)/benchmarks --out $(@D)
 	touch $@
 
-# 2. Passages.
+# 2. Passages. Despite its name, the archive is a tar of one file.
 paper-passages: $(INDEX_DONE)  ## download and index the passages
 $(PAPER)/passages.jsonl: $(DOWNLOADED)/wiki-18.done
-	$(RUN) -m paper.data unpack $(DOWNLOADED)/wiki-18/wiki-18.jsonl.gz --out $@
+	tar -xzOf $(DOWNLOADED)/wiki-18/wiki-18.jsonl.gz > $@.partial
+	mv $@.partial $@
 $(PAPER)/index/wiki/.done: $(PAPER)/passages.jsonl
 	$(RUN) retriever.py build $< $(@D) --kind bm25
 	touch $@
@@ -150,8 +151,10 @@ $(RESULTS)/authors-1.5B.%/.done: $(AUTHORS)/.done $(PAPER)/tasks/.done $(INDEX_D
 REHEARSAL ?= runs/rehearsal
 REHEARSED = $(MAKE) --no-print-directory YES=1 PAPER=$(REHEARSAL)/paper STUDENT=Qwen/Qwen2.5-0.5B-Instruct \
   PAPER_EVALUATE_OPTIONS='--max-tokens 12'
-rehearse: $(READY)  ## make paper on small stand-ins, offline: every stage, minutes on 2 CPU cores
-	$(RUN) -m paper.rehearse $(REHEARSAL)
+$(REHEARSAL)/.done: | $(READY)
+	$(RUN) -m paper.rehearse $(@D)
+	touch $@
+rehearse: $(REHEARSAL)/.done  ## make paper on small stand-ins, offline: every stage, minutes on 2 CPU cores
 	$(REHEARSED) paper
 	$(REHEARSED) paper PASSAGES=e5 PAPER_ROWS=cot.cot-rag
 	$(REHEARSED) paper-passages PASSAGES=$(REHEARSAL)/world/passages.jsonl

@@ -3,19 +3,18 @@
     python -m paper.rehearse runs/rehearsal      # writes runs/rehearsal/world and runs/rehearsal/paper
 
 The stand-ins have the published formats: the authors' benchmark files, their trajectories as smolagents logs them,
-wiki-18's tar, a FAISS flat index in two parts, a BERT encoder, a Qwen2 student and an adapter. The contents are the
-miniature's invented world; the models have random weights, so the results mean nothing.
+wiki-18's tar, a FAISS flat index in two parts, Qwen2 models (also as the encoder) and an adapter. The contents are the
+miniature's world; the models and vectors are random, so the results mean nothing.
 """
 
 import dataclasses
-import io
 import itertools
-import json
 import re
-import shutil
 import struct
 import tarfile
 from pathlib import Path
+
+import numpy as np
 
 from agent_distill import CollectConfig, Prompts, drive, first_step, open_episode, open_tools
 from common import REQUIRED, option, read_jsonl, replace_file, run_command_line, write_json, write_jsonl
@@ -26,38 +25,24 @@ from paper import data
 @dataclasses.dataclass(kw_only=True)
 class Config:
     out: str = option(REQUIRED, "folder for the world and the stand-ins", positional=True)
-    questions: int = option(2, "test questions per task")
-    train_questions: int = option(60, "training questions; every sixth gets trajectories")
-    seed: int = option(0, "another seed is another world")
 
 
 def write(config):
-    """Write the world and the stand-ins, unless they exist."""
-    import transformers  # seconds to import
-
-    transformers.utils.logging.disable_progress_bar()
-    out = Path(config.out)
-    made, to = out / "world", out / "paper"
-    if (out / ".done").exists():
-        return
-    shutil.rmtree(to, ignore_errors=True)
-    questions = {"train_questions": config.train_questions, "test_questions": config.questions}
-    world.write(world.Config(out=str(made), seed=config.seed, **questions))
-    passages = [row for _, row in read_jsonl(made / "passages.jsonl")]
+    """Write the world and the stand-ins."""
+    made, to = Path(config.out) / "world", Path(config.out) / "paper"
+    world.write(world.Config(out=str(made), train_questions=60, test_questions=2))
     write_benchmarks(made, to / "download/benchmarks")
-    write_trajectories(made, to / "download", out / "index")
-    write_archive(passages, to / "download/wiki-18")
-    write_encoder(passages, snapshot("intfloat/e5-base-v2", to), config.seed)
-    write_vectors(passages, snapshot("intfloat/e5-base-v2", to), to / "download/e5-index")
-    students = ["Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct"]
-    for name in students:
-        write_student(passages, snapshot(name, to), config.seed)
-    write_adapter(snapshot(students[-1], to), to / "download/authors-student", students[-1])
+    write_trajectories(made, to / "download", Path(config.out) / "index")
+    write_archive(made, to / "download/wiki-18")
+    write_vectors(made, to / "download/e5-index")
+    student = "Qwen/Qwen2.5-1.5B-Instruct"
+    for name in ("intfloat/e5-base-v2", "Qwen/Qwen2.5-0.5B-Instruct", student):
+        write_model(made, snapshot(name, to))
+    write_adapter(snapshot(student, to), to / "download/authors-student", student)
     for name in ["benchmarks", *data.SOURCES]:  # the marks that the Makefile leaves after a download
         mark = to / "download" / f"{name}.done"
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.touch()
-    (out / ".done").touch()
 
 
 def snapshot(name, to):
@@ -74,8 +59,8 @@ def write_benchmarks(made, folder):
     maths = [row for row in train if row["kind"] == "math"]
     facts = [row for row in train if row["kind"] == "fact"]
     training = {"hotpotqa": facts, "math": maths[::2], "math_medium": maths[1::2]}
-    for path, (task, _) in data.BENCHMARK_FILES.items():
-        split, examples = path.split("/")[1], []
+    for path in data.BENCHMARK_FILES:
+        (split, task), examples = data.task_of(path), []
         rows = training[task] if split == "train" else [row for _, row in read_jsonl(made / f"test/{task}.jsonl")]
         for number, row in enumerate(rows):
             answer = float(row["answer"]) if task == "gsm_hard" else row["answer"]
@@ -126,11 +111,11 @@ def chats_of(made, index):
 
 def smolagents_log(chat):
     """A conversation as smolagents logs it: text parts; each action is followed by its tool call and the result."""
-    log = []
+    log, document = [], '===== Document {}, similarity: 0.83 =====\n"{}"'.format
     for message in chat:
         role, text = message["role"], message["content"]
         if role == "user" and log[-1]["role"] == "tool-call":
-            found = re.sub(r"^\[(\d+)\] (.*)$", _document, text, flags=re.MULTILINE)
+            found = re.sub(r"^\[(\d+)\] (.*)$", lambda hit: document(int(hit[1]) - 1, hit[2]), text, flags=re.MULTILINE)
             found = found.replace("===== Document 0", "\nRetrieved documents:\n\n===== Document 0", 1)
             role, text = "tool-response", f"Call id: call_{len(log)}\n{found}"
         log.append({"role": role, "content": [{"type": "text", "text": text}]})
@@ -140,49 +125,25 @@ def smolagents_log(chat):
     return log
 
 
-def _document(found):
-    return f'===== Document {int(found[1]) - 1}, similarity: 0.83 =====\n"{found[2]}"'
-
-
 # ---------------------------------------------------------------------------------------------
-# Passages, encoder and students
+# Passages, vectors and models
 # ---------------------------------------------------------------------------------------------
 
+DIMENSIONS = 64  # of the models' hidden states, and so of the encoder's vectors
 
-def write_archive(passages, folder):
+
+def write_archive(made, folder):
     """wiki-18.jsonl.gz: a gzipped tar of one file."""
-    content = "".join(json.dumps(row) + "\n" for row in passages).encode()
-    with replace_file(folder / "wiki-18.jsonl.gz", "wb") as file, tarfile.open(fileobj=file, mode="w:gz") as archive:
-        member = tarfile.TarInfo("data/indexes/wiki_dump.jsonl")
-        member.size = len(content)
-        archive.addfile(member, io.BytesIO(content))
+    folder.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(folder / "wiki-18.jsonl.gz", "w:gz") as archive:
+        archive.add(made / "passages.jsonl", "data/indexes/wiki_dump.jsonl")
 
 
-def write_encoder(passages, folder, seed):
-    """A small BERT; its vocabulary is the words of the passages."""
-    import torch
-    import transformers
-
-    words = sorted({word.lower() for row in passages for word in re.findall(r"\w+|[^\w\s]", row["contents"])})
-    tokens = dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "query", "passage", *words])
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    transformers.BertTokenizerFast(vocab=vocabulary, model_max_length=512).save_pretrained(folder)
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = transformers.BertConfig(vocab_size=len(vocabulary), initializer_range=0.2, **sizes)
-    transformers.BertModel(config).save_pretrained(folder)
-
-
-def write_vectors(passages, encoder, folder):
+def write_vectors(made, folder):
     """A FAISS flat inner-product index (see retriever.open_flat_index), cut in two inside a vector."""
-    import retriever
-
-    config = retriever.BuildConfig(passages="", out="")
-    encoder = retriever.Encoder(str(encoder), config.pooling)
-    vectors = encoder.encode([config.passage_prefix + row["contents"] for row in passages]).cpu().numpy()
-    count, dimensions = vectors.shape
-    header = struct.pack("<4siqqqBiQ", b"IxFI", dimensions, count, 1 << 20, 1 << 20, 1, 0, count * dimensions)
-    content = header + vectors.astype("<f4").tobytes()
+    count = sum(1 for _ in read_jsonl(made / "passages.jsonl"))
+    header = struct.pack("<4siqqqBiQ", b"IxFI", DIMENSIONS, count, 1 << 20, 1 << 20, 1, 0, count * DIMENSIONS)
+    content = header + np.random.default_rng(0).standard_normal((count, DIMENSIONS), "<f4").tobytes()
     half = len(content) // 2 + 5
     for name, part in {"part_aa": content[:half], "part_ab": content[half:]}.items():
         with replace_file(folder / name, "wb") as file:
@@ -195,18 +156,18 @@ CHATML = (
 )
 
 
-def write_student(passages, folder, seed):
+def write_model(made, folder):
     """A small Qwen2 model, and a Qwen2 tokenizer trained on the passages and prompts."""
     import torch
     import transformers
 
-    texts = [row["contents"] for row in passages] + [path.read_text() for path in Prompts.default.glob("*.txt")]
+    texts = [path.read_text() for path in [made / "passages.jsonl", *Prompts.default.glob("*.txt")]]
     tokenizer = transformers.Qwen2Tokenizer().train_new_from_iterator(texts, 2000)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"], "eos_token": "<|im_end|>"})
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(folder)
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    sizes = {"hidden_size": DIMENSIONS, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = transformers.Qwen2Config(
         vocab_size=len(tokenizer), num_key_value_heads=2, tie_word_embeddings=True, **sizes, **ends

