@@ -140,7 +140,9 @@ class Run:
         self.model = str(config.get("name") or about.get("model") or config.get("model"))
         self.parameters, training = about.get("parameters"), about.get("training")
         self.method = f"{config['method']} {training if training not in (None, 'none') else 'prompting'}"
-        self.decoding = "greedy" if config.get("sc", 1) == 1 else f"sc{config['sc']}"
+        self.decoding = "sampled" if config.get("sample") else "greedy"
+        if config.get("sc", 1) > 1:
+            self.decoding = f"sc{config['sc']}"
         self.seed, self.questions = config.get("seed", 0), config.get("questions") or {}
         self.settings, self.replicate = _settings(config), json.dumps([self.seed, _settings(json.loads(text))])
         self.outcomes = [outcome(row) for row in transcripts(folder)]
@@ -148,10 +150,11 @@ class Run:
 
 def _settings(config):
     """The options that alter results, named as on the command line; a hash is shortened."""
-    unused = NOT_SETTINGS | ({"temperature", "top_p"} if config.get("sc", 1) == 1 else set())
+    greedy = config.get("sc", 1) == 1 and not config.get("sample")
+    unused = NOT_SETTINGS | ({"temperature", "top_p"} if greedy else set())
     settings = {}
     for name, value in config.items():
-        if name not in unused:
+        if name not in unused and value is not None:
             shown = value[:8] if name.endswith("_sha256") and value else value
             settings[name.removesuffix("_sha256").replace("_", "-")] = shown
     return settings
@@ -182,7 +185,7 @@ def wilson(p, n, z=1.959964):
     return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
 
 
-def interval(seeds, draws=2_000):
+def interval(seeds, draws=1_000):
     """The mean over tasks of the accuracy, with its 95 % interval: (mean, low, high).
 
     seeds: one dict per seed, {task: {question: right or wrong}}.
@@ -192,32 +195,23 @@ def interval(seeds, draws=2_000):
     Rao and Wu, 1988) and as many questions as there are. A question that several seeds answered is drawn for all of
     them together.
     """
-    tables = [_table_of_task(seeds, task) for task in sorted({task for seed in seeds for task in seed})]
-    mean = float(np.mean([np.mean(table[table >= 0]) for table in tables]))
+    tables = []  # of each task: (seeds, questions), 1 right, 0 wrong, NaN not answered
+    for task in sorted({task for seed in seeds for task in seed}):
+        questions = sorted({question for seed in seeds for question in seed.get(task, {})})
+        tables.append(np.array([[seed.get(task, {}).get(q, np.nan) for q in questions] for seed in seeds], float))
+    mean = float(np.mean([np.nanmean(table) for table in tables]))
     low, high = wilson(mean, len(tables) ** 2 / sum(1 / table.shape[1] for table in tables))
     if len(seeds) > 1:
-        rng = np.random.default_rng(0)
-        taken = rng.multinomial(len(seeds) - 1, [1 / len(seeds)] * len(seeds), size=draws)  # (draws, seeds)
-        with warnings.catch_warnings(), np.errstate(invalid="ignore"):
+        rng, means = np.random.default_rng(0), []
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a draw may lack a task that only one seed has answered so far
-            sampled = np.nanmean([_resample(table, taken, rng) for table in tables], axis=0)  # (draws,)
-        ends = np.nanquantile(sampled, [0.025, 0.975])
+            for _ in range(draws):
+                taken = rng.integers(len(seeds), size=len(seeds) - 1)
+                drawn = [table[taken][:, rng.integers(table.shape[1], size=table.shape[1])] for table in tables]
+                means.append(np.nanmean([np.nanmean(table) for table in drawn]))
+        ends = np.nanquantile(means, [0.025, 0.975])
         low, high = min(low, float(ends[0])), max(high, float(ends[1]))
     return mean, low, high
-
-
-def _table_of_task(seeds, task):
-    """1 right, 0 wrong, -1 not answered; (seeds, distinct questions)."""
-    questions = sorted({question for seed in seeds for question in seed.get(task, {})})
-    return np.array([[int(seed.get(task, {}).get(question, -1)) for question in questions] for seed in seeds])
-
-
-def _resample(table, taken, rng):
-    """Accuracies of resampled questions. Questions with equal columns are alike, so counts of columns are drawn."""
-    columns, counts = np.unique(table, axis=1, return_counts=True)  # (seeds, distinct columns)
-    drawn = rng.multinomial(table.shape[1], counts / table.shape[1], size=len(taken))  # (draws, distinct columns)
-    right, answered = (taken * (drawn @ chosen.T) for chosen in (columns == 1, columns >= 0))  # (draws, seeds)
-    return right.sum(1) / answered.sum(1)
 
 
 def mcnemar(first, second):
