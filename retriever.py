@@ -5,8 +5,8 @@
     python retriever.py search runs/index "Who founded the company that makes the Walkman?"
     python retriever.py serve runs/index --port 8000                      # POST /retrieve, as in Search-R1
 
-Passages are JSON lines {"id": "...", "contents": "\\"Title\\"\\ntext"}, plain or gzipped. The index refers to a plain
-file by its path and reads passages from it by offset; a gzipped file is unpacked into the index folder. From Python:
+Passages are JSON lines {"id": "...", "contents": "\\"Title\\"\\ntext"}. The index refers to their file by its path, and
+reads passages from it by offset. From Python:
 
     retriever.build("passages.jsonl", "runs/index", kind="bm25")
     hits = retriever.load("runs/index").search(["a query", "another"], k=3)
@@ -40,7 +40,7 @@ FORMAT = 3  # of the index folder; an index of another format is refused
 
 @dataclasses.dataclass(kw_only=True)
 class BuildConfig:
-    passages: str = option(REQUIRED, "passages: JSON lines with id and contents, plain or .gz", positional=True)
+    passages: str = option(REQUIRED, "passages: JSON lines with id and contents", positional=True)
     out: str = option(REQUIRED, "folder of the index", positional=True)
     kind: Literal["tfidf", "bm25", "dense"] = option("tfidf", "how passages are scored")
     # BM25. These defaults have the best recall on 100 HotpotQA training questions (bench/retriever.py recall).
@@ -88,15 +88,12 @@ def build(passages, out, kind="tfidf", **settings):
             common.write_json(work / "plan.json", plan)
         shutil.rmtree(work / "data", ignore_errors=True)
         (work / "data").mkdir()
-        path = work / "data" / "passages.jsonl" if source.suffix == ".gz" else source
-        if path != source:
-            common.write_jsonl(path, (row for _, row in common.read_jsonl(source)))
-        with common.progress(desc="reading", total=path.stat().st_size, unit="B", quiet=config.quiet) as bar:
+        with common.progress(desc="reading", total=source.stat().st_size, unit="B", quiet=config.quiet) as bar:
             if dense:  # in this process, because the encoder uses all cores or the GPU
                 encoder = None if config.vectors else Encoder(config.encoder, config.pooling)
-                runs = write_runs(functools.partial(embed_chunk, encoder, config), path, work, DENSE_CHUNK, 1, bar)
+                runs = write_runs(functools.partial(embed_chunk, encoder, config), source, work, DENSE_CHUNK, 1, bar)
             else:
-                runs = write_runs(invert_chunk, path, work, CHUNK, config.workers, bar)
+                runs = write_runs(invert_chunk, source, work, CHUNK, config.workers, bar)
         merge_passages(runs, source, work / "data")
         (merge_vectors if dense else merge_postings)(runs, work / "data", config)
         data = f"data-{int(manifest.get('data', 'data-0')[5:]) + 1}"
@@ -257,9 +254,7 @@ class Index:
     def __init__(self, folder, manifest):
         self.manifest, self.data = manifest, Path(folder, manifest["data"])
         path = Path(os.path.normpath(Path(folder, manifest["passages"])))
-        if path.suffix == ".gz":
-            path = self.data / "passages.jsonl"
-        elif not path.is_file() or path.stat().st_size != manifest["bytes"]:
+        if not path.is_file() or path.stat().st_size != manifest["bytes"]:
             raise InputError(f"{path}: missing, or changed since {folder} was built from it; build the index again")
         self.file, self.rank = open(path, "rb"), np.load(self.data / "rank.npy")
         self.offsets = np.load(self.data / "offsets.npy", mmap_mode="r")

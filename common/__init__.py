@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import dataclasses
 import fcntl
-import gzip
 import hashlib
 import http.server
 import json
@@ -13,7 +12,6 @@ import sys
 import threading
 import traceback
 import typing
-import zlib
 from pathlib import Path
 
 import requests
@@ -137,17 +135,15 @@ def read_text(path):
 
 
 def read_jsonl(path):
-    """Yield (line number, object) for each non-empty line of a JSONL file, plain or gzipped.
+    """Yield (line number, object) for each non-empty line of a JSONL file.
 
     Raises InputError with file and line for a line that is not a JSON object, and for a file that cannot be read.
     """
     try:
-        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
+        with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield number, parse_object(line, f"{path}:{number}")
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(f"{path}: not a complete gzip file: {error}") from None
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
 

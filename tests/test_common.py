@@ -46,7 +46,6 @@ def test_replace_file_shows_all_or_nothing(tmp_path):
 
 
 def test_read_jsonl_names_the_file_and_the_line(tmp_path):
-    """test_retriever.py reads a gzipped file."""
     (tmp_path / "a.jsonl").write_text('{"a": 1}\n\n{"a": 2}\n[1]\n')
     rows = read_jsonl(tmp_path / "a.jsonl")
     assert [next(rows), next(rows)] == [(1, {"a": 1}), (3, {"a": 2})]

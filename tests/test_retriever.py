@@ -7,7 +7,6 @@ test_retriever_interop.py.
 """
 
 import collections
-import gzip
 import json
 import math
 import os
@@ -284,20 +283,6 @@ def test_bad_settings_and_missing_files(tmp_path):
         retriever.build(tmp_path / "none.jsonl", tmp_path / "index")
     with pytest.raises(InputError, match="no index here"):
         retriever.load(tmp_path / "nowhere")
-
-
-def test_gzipped_passages(tmp_path):
-    texts = zipf_texts(200)
-    plain = build(tmp_path, texts, name="plain")
-    zipped = tmp_path / "p.jsonl.gz"
-    zipped.write_bytes(gzip.compress((tmp_path / "plain.jsonl").read_bytes()))
-    retriever.build(zipped, tmp_path / "zipped", quiet=True)
-    content = zipped.read_bytes()
-    zipped.unlink()  # the index has a copy of the passages
-    assert retriever.load(tmp_path / "zipped").search(texts[:5]) == plain.search(texts[:5])
-    zipped.write_bytes(content[:-500])
-    with pytest.raises(InputError, match="not a complete gzip file"):
-        retriever.build(zipped, tmp_path / "broken", quiet=True)
 
 
 def test_folder_moves_with_its_passages_and_changes_are_noticed(tmp_path):
