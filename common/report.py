@@ -164,8 +164,8 @@ def interval(seeds):
 
     It is Wilson's interval with the n that gives the mean its variance, mean (1 - mean) / n. The variance has two
     parts. Questions: as if all tasks were equally hard (if they are not, the interval is a little too wide); a question
-    that several seeds answered counts once. Seeds: the variance of their distances from the mean. Few seeds tell little
-    about their variance, so Z gives way to Student's t, here 1 + (Z^2 + 1) / (4 df) times Z (Welch-Satterthwaite's df).
+    that several seeds answered counts once. Seeds: the variance of their distances from the mean. It is uncertain with
+    few seeds, so Student's t replaces Z: about Z (1 + (Z^2 + 1) / (4 df)), with Welch's and Satterthwaite's df.
     """
     tasks = by_task(o for seed in seeds for o in seed)
     mean = float(np.mean([accuracy(outcomes) for outcomes in tasks.values()]))

@@ -1,8 +1,6 @@
 """The report: intervals against closed forms and simulation, pooling of seeds, tables, the page and the pictures.
 
-    python -m pytest tests/test_report.py
-
-The page is opened in Chromium where there is one.
+python -m pytest tests/test_report.py        # opens the page in Chromium where there is one
 """
 
 import json
@@ -17,8 +15,7 @@ import pytest
 from common import InputError, pictures, report, write_json, write_jsonl
 
 HOSTILE = "</script><script>document.title = 'broken'</script><b>&amp;\x07"
-SEARCH = {"thought": "I search.", "code": "print(web_search('x'))", "observation": "Observation:\no", "vote": 0,
-          "error_kind": None}  # fmt: skip
+SEARCH = {"thought": "I search.", "code": "print(web_search('x'))", "observation": "Observation:\no", "vote": 0}
 FINAL = {"thought": "I know.", "code": "final_answer('a')", "observation": "", "vote": 0, "error_kind": None}
 NO_CODE = {"thought": "Words. " * 200, "code": None, "observation": "Observation:\nno code", "vote": None,
            "error_kind": "no_code"}  # fmt: skip
@@ -48,9 +45,7 @@ def lines_of(text):
     return [dict(zip(head, row, strict=True)) for row in rows]
 
 
-# ---------------------------------------------------------------------------------------------
-# Intervals
-# ---------------------------------------------------------------------------------------------
+# ------------- Intervals
 
 
 @pytest.mark.parametrize(("right", "n"), [(0, 12), (12, 12), (5, 12), (37, 500)])
@@ -60,7 +55,6 @@ def test_wilson_ends_lie_1_96_standard_errors_from_the_estimate(right, n):
     assert low < high and 0 <= low <= right / n <= high <= 1
     for end in {low, high} - {0.0, 1.0}:
         assert abs(right / n - end) == pytest.approx(1.959964 * np.sqrt(end * (1 - end) / n))
-    assert report.wilson(0, 12) == (0.0, pytest.approx(0.2425, abs=1e-4))
 
 
 def seed_of(tasks):
@@ -71,9 +65,7 @@ def seed_of(tasks):
 def test_interval_counts_questions_once_and_seeds_by_their_distance():
     seed = seed_of({"a": dict(enumerate([1] * 5 + [0] * 15)), "b": dict(enumerate([1] * 10 + [0] * 10))})
     assert report.interval([seed]) == report.interval([seed] * 3) == (0.375, *report.wilson(0.375, 40))
-    assert report.interval([seed_of({"a": {0: 0, 1: 0}})])[2] > 0.5
-    low_seed, high_seed = (seed_of({"a": dict.fromkeys(range(200), right)}) for right in (0, 1))
-    mean, low, high = report.interval([low_seed, high_seed])
+    mean, low, high = report.interval([seed_of({"a": dict.fromkeys(range(200), right)}) for right in (0, 1)])
     assert mean == 0.5 and low < 0.05 and high > 0.95  # two seeds that disagree in everything show nothing
 
 
@@ -91,22 +83,18 @@ def test_interval_covers_the_truth_when_seeds_differ():
     assert hits >= 180 > plain
 
 
-# ---------------------------------------------------------------------------------------------
-# results.json and the tables
-# ---------------------------------------------------------------------------------------------
+# ------------- results.json and the tables
 
 
 def test_results_of_one_run(tmp_path):
     run = write_run(tmp_path / "a", {"aime": [0] * 12, "hotpotqa": [1, 0]}, steps=(SEARCH, NO_CODE), stop="max_steps")
-    with open(run / "transcripts.0.jsonl", "a") as file:
-        file.write('{"id": "torn')  # a kill in the middle of a line
+    (run / "transcripts.1.jsonl").write_text('{"id": "torn')  # a kill in the middle of a line
     assert report.summarise(run) == "14 questions, 2 tasks, average 25.0%"
     first, second = json.loads((run / "results.json").read_text())
-    errors = {"searches": 1, "steps": 2, "parse errors": 1, "run-time errors": 0, "no answer": 1, "tokens": 10}
     assert first == {
         "model": "S", "parameters": 1000, "method": "agent distill", "decoding": "greedy", "task": "hotpotqa",
         "kind": "fact", "domain": "in", "n": 2, "correct": 1, "accuracy": 0.5, "ci95": [0.0945, 0.9055],
-        "errors": errors,
+        "errors": {"searches": 1, "steps": 2, "parse errors": 1, "run-time errors": 0, "no answer": 1, "tokens": 10},
     }  # fmt: skip
     assert second["domain"] == "out" and second["accuracy"] == 0 and second["ci95"] == [0.0, 0.2425]
 
@@ -124,25 +112,20 @@ def test_seeds_of_one_configuration_are_one_line(tmp_path):
         assert agent[f"{domain} [95 %]"].startswith(f"{mean}.0 [")
 
 
-@pytest.mark.parametrize(
-    ("option", "shown"),
-    [({"temperature": 1.0}, "temperature 1.0"), ({"max_tokens": 8}, "max_tokens 8"), ({"top_k": 5}, "top_k 5"),
-     ({"prompts_sha256": "b" * 64}, f"prompts_sha256 {'b' * 64}")],
-)  # fmt: skip
-def test_other_configurations_are_other_lines(tmp_path, option, shown):
-    write_run(tmp_path / "a", {"aime": [1, 1]}, sc=8)
-    write_run(tmp_path / "b", {"aime": [0, 0]}, sc=8, seed=1, **option)
-    rows = lines_of(report.markdown(tmp_path))
-    assert sorted(row["AIME"] for row in rows) == ["0.0", "100.0"] and shown in [row["setting"] for row in rows]
+def test_other_configurations_are_other_lines(tmp_path):
+    options = {"temperature": 1.0, "max_tokens": 8, "top_k": 5, "prompts_sha256": "b" * 64}
+    for name in ("sc", *options):
+        write_run(tmp_path / name, {"aime": [1, 0]}, **({"sc": 8} | {name: options.get(name, 8)}))
+    settings = [row["setting"] for row in lines_of(report.markdown(tmp_path))]
+    for name, value in options.items():
+        assert len(settings) == 5 and sum(f"{name} {value}" in setting for setting in settings) == 1
 
 
 def test_unfinished_results_are_marked(tmp_path):
     write_run(tmp_path / "a", {"hotpotqa": [1] * 4, "aime": [1] * 4})
     write_run(tmp_path / "b", {"hotpotqa": [1, 0]}, "cot")
-    text = report.markdown(tmp_path)
-    cot, agent = lines_of(text)
+    cot, agent = lines_of(report.markdown(tmp_path))
     assert (cot["HotpotQA"], cot["AIME"], agent["AIME"]) == ("50.0 (2 of 4)", "(0 of 4)", "100.0")
-    assert report.NOTES in text
     write_run(tmp_path / "a", {"hotpotqa": [1] * 4, "aime": [1] * 4}, questions={"hotpotqa": 4, "aime": 25})
     assert lines_of(report.markdown(tmp_path))[1]["AIME"] == "100.0 (4 of 25)"
 
@@ -159,8 +142,7 @@ def test_the_papers_figures_stand_only_beside_its_students_on_its_tasks(tmp_path
 def test_bad_folders_are_one_line(tmp_path):
     with pytest.raises(InputError, match="no run folder with finished questions"):
         report.markdown(tmp_path)
-    run = write_run(tmp_path / "a", {"aime": [1]})
-    write_json(run / "run.json", {"lr": 1})
+    write_json(write_run(tmp_path / "a", {"aime": [1]}) / "run.json", {"lr": 1})
     with pytest.raises(InputError, match=r"run.json: not the configuration of an evaluation"):
         report.markdown(tmp_path)
 
@@ -176,9 +158,7 @@ def test_two_runs_are_compared_on_the_questions_that_both_answered():
         report.paired_table(greedy, {("math", "0"): 1}, ("greedy", "sc8"))
 
 
-# ---------------------------------------------------------------------------------------------
-# The page and the pictures
-# ---------------------------------------------------------------------------------------------
+# ------------- The page and the pictures
 
 THREE = [FINAL | {"vote": i, "final_answer": 3 + i, "observation": "the same"} for i in range(3)]
 VOTED = THREE[0] | {"candidates": [*THREE, NO_CODE], "chosen": 0}
@@ -190,68 +170,51 @@ def test_page_holds_hostile_text_as_data(tmp_path):
     assert HOSTILE[:20] not in page
     data = json.loads(page.split('id="data">')[1].split("</script>")[0])
     assert len(data["episodes"]) == 2 and data["episodes"][0]["question"] == HOSTILE
-    assert data["tables"][0][1:] == [["system", "average [95 %]", "in-domain [95 %]", "HotpotQA"],
-                                     [["agent distill, greedy, S", *["66.7 [20.8, 93.9]"] * 2, "66.7"]]]  # fmt: skip
-
-
-def dump_dom(page, folder, *flags):
-    """The document after its scripts ran, and what `PROBE` found there."""
-    if not shutil.which("chromium"):
-        pytest.skip("no chromium on this machine")
-    (folder / "page.html").write_text(page, encoding="utf-8")
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
-               "--disable-background-networking", f"--user-data-dir={folder / 'profile'}", *flags, "--dump-dom",
-               (folder / "page.html").as_uri()]  # fmt: skip
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
-    return dom, json.loads(re.search(r'data-found="([^"]*)"', dom)[1].replace("&quot;", '"'))
+    assert data["tables"][0][2] == [["agent distill, greedy, S", *["66.7 [20.8, 93.9]"] * 2, "66.7"]]
 
 
 PROBE = """<script>
-const box = id => document.getElementById(id).getBoundingClientRect();
-const found = {start: scrollY, wide: document.documentElement.scrollWidth > innerWidth, width: innerWidth,
-               title: document.title, frame: box("tables").right <= innerWidth,
+const found = {start: scrollY, wide: document.documentElement.scrollWidth > innerWidth,
                votes: [...document.querySelectorAll("summary")].map(node => node.textContent),
-               breaks: getComputedStyle(document.querySelector("section .text")).whiteSpace,
                systems: new Set(shown.map(e => e.system)).size, listed: shown.length};
 document.getElementById("list").scrollIntoView();
 document.querySelectorAll("#list button")[1].click();
-found.seen = box("episode").top >= 0 && box("episode").top < innerHeight / 2;
+found.top = document.getElementById("episode").getBoundingClientRect().top / innerHeight;
 document.documentElement.dataset.found = JSON.stringify(found);
 </script>"""
 
 
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium on this machine")
 @pytest.mark.parametrize("size", ["1280,900", "390,844"])
 def test_page_in_chromium(tmp_path, size):
     """It opens at the top with one system; a tapped question is in view; votes are the stored ones."""
     runs = tmp_path / "runs"
     write_run(runs / "a", {task: [1, 0, 1] * 5 for task in report.TASKS}, question=HOSTILE, steps=(VOTED,), sc=4)
     write_run(runs / "b", {task: [0, 0, 0] for task in report.TASKS}, "cot", None, steps=(NO_CODE,))
-    dom, found = dump_dom(report.html(runs) + PROBE, tmp_path, f"--window-size={size}")
-    assert found["title"] == "Agent distillation: report" and "&lt;/script&gt;&lt;script&gt;" in dom
-    assert found["start"] == 0 and not found["wide"] and found["frame"] and found["seen"], found
-    assert found["systems"] == 1 and found["listed"] == 80
-    assert found["votes"] == ["4 candidates; votes 1 : 1 : 1; without a vote 1"] and found["breaks"] == "pre-wrap"
+    (tmp_path / "page.html").write_text(report.html(runs) + PROBE, encoding="utf-8")
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={size}",
+               f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", (tmp_path / "page.html").as_uri()]  # fmt: skip
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout  # after its scripts ran
+    found = json.loads(re.search(r'data-found="([^"]*)"', dom)[1].replace("&quot;", '"'))
+    votes = ["4 candidates; votes 1 : 1 : 1; without a vote 1"]
+    right = {"start": 0, "wide": False, "systems": 1, "listed": 80, "votes": votes}
+    assert right.items() <= found.items() and 0 <= found["top"] < 0.5, found
+    assert "<title>Agent distillation: report" in dom and "&lt;/script&gt;&lt;script&gt;" in dom
 
 
 def test_pictures(tmp_path):
     """Bars of all systems, and one question of the base model and of the student: well-formed, without scripts."""
-    rights = {"hotpotqa": [0, 1, 1], "aime": [1, 0]}
-    write_run(tmp_path / "base", rights, training=None, steps=[NO_CODE] * 5, stop="max_steps", question=HOSTILE)
-    student = write_run(tmp_path / "agent", {"hotpotqa": [1, 1, 0], "aime": [0, 0]}, steps=[SEARCH, SEARCH, FINAL])
+    steps, rights = [SEARCH, SEARCH, FINAL], {"hotpotqa": [1], "aime": [0]}
+    options = {"training": None, "steps": [NO_CODE] * 5, "stop": "max_steps", "question": HOSTILE}
+    write_run(tmp_path / "base", {"hotpotqa": [0], "aime": [1]}, **options)
+    write_run(tmp_path / "agent", rights, steps=steps)
     assert list(pictures.pictures(tmp_path)) == ["bars.svg"]  # the two runs have no question in common
-    rows = [row | {"question": HOSTILE + row["id"]} for row in report.transcripts(student)]
-    write_jsonl(student / "transcripts.0.jsonl", rows)
-    write_jsonl(tmp_path / "base" / "transcripts.0.jsonl", [
-        row | {"question": HOSTILE + row["id"]} for row in report.transcripts(tmp_path / "base")
-    ])  # fmt: skip
+    write_run(tmp_path / "agent", rights, steps=steps, question=HOSTILE)
     drawn = pictures.pictures(tmp_path)
+    roots = {name: xml.etree.ElementTree.fromstring(text) for name, text in drawn.items()}
     for text in drawn.values():
-        root = xml.etree.ElementTree.fromstring(text)
-        assert root.get("width") == "900" and not [e for e in root.iter() if e.tag.endswith("script")]
-        assert "prefers-color-scheme: dark" in text and "http" not in text.replace("http://www.w3.org/2000/svg", "")
-    bars = xml.etree.ElementTree.fromstring(drawn["bars.svg"])
-    assert len([e for e in bars.iter() if e.get("class") == "whisker"]) == 4
-    words = [e.text for e in xml.etree.ElementTree.fromstring(drawn["episode.svg"]).iter() if e.tag.endswith("text")]
-    assert "✗ Wrong: no answer (max_steps)" in words and '✓ Right: answer "a"' in words
-    assert sum("more lines]" in word for word in words) == 5 and "Step 2: Code" in words
-    assert HOSTILE.replace("\x07", "\ufffd") + "0" in words
+        assert text.count("http") == 1 and "<script" not in text and "prefers-color-scheme: dark" in text
+    assert len([e for e in roots["bars.svg"].iter() if e.get("class") == "whisker"]) == 4
+    words = [e.text for e in roots["episode.svg"].iter() if e.tag.endswith("text")]
+    shown = {"✗ Wrong: no answer (max_steps)", '✓ Right: answer "a"', "Step 2: Code", HOSTILE.replace("\x07", "\ufffd")}
+    assert shown <= set(words) and sum("more lines]" in word for word in words) == 5
