@@ -55,7 +55,7 @@ def compare(first, second):
     """Print two run folders beside each other: accuracy by task, paired (McNemar), and the figures of tool use."""
     runs = [report.Run(folder) for folder in (first, second)]
     names = [Path(folder).name for folder in (first, second)]
-    sides = [{(o.task, *o.question): o.correct for o in run.outcomes} for run in runs]
+    sides = [{(o["task"], *o["question"]): o["correct"] for o in run.outcomes} for run in runs]
     print(report.paired_table(*sides, names))
     figures = [report.means(run.outcomes) for run in runs]
     rows = [[name, *(f"{value[name]:.2f}" for value in figures)] for name in figures[0]]

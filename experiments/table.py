@@ -29,8 +29,8 @@ class Config:
 
 
 def outcomes(folders):
-    """{(seed, task, question): Outcome} of the runs of one system."""
-    return {(f.parents[2].name, o.task, *o.question): o for f in folders for o in report.Run(f).outcomes}
+    """{(seed, task, question): outcome} of the runs of one system."""
+    return {(f.parents[2].name, o["task"], *o["question"]): o for f in folders for o in report.Run(f).outcomes}
 
 
 def print_table(config):
@@ -45,10 +45,10 @@ def print_table(config):
             shared = sorted(first.keys() & second.keys())
             if not shared:
                 continue
-            sides = [[side[key].correct for key in shared] for side in (first, second)]
+            sides = [[side[key]["correct"] for key in shared] for side in (first, second)]
             lost, won, p = report.mcnemar(*sides)
             accuracy = [f"{100 * np.mean(side):.1f}" for side in sides]
-            tokens = [f"{np.mean([side[key].figures['tokens'] for key in shared]):.0f}" for side in (first, second)]
+            tokens = [f"{np.mean([side[key]['figures']['tokens'] for key in shared]):.0f}" for side in (first, second)]
             about = f"{variant} against {baseline}", len({key[0] for key in shared}), len(shared)
             rows.append([name, *about, *accuracy, f"{lost} / {won}", f"{p:.2g}", " / ".join(tokens)])
     if not rows:

@@ -1,8 +1,6 @@
 """The report: intervals against closed forms and simulation, pooling of seeds, tables, the page and the pictures.
 
-    python -m pytest tests/test_report.py
-
-The page is opened in Chromium where there is one.
+python -m pytest tests/test_report.py        # opens the page in Chromium where there is one
 """
 
 import json
@@ -17,8 +15,7 @@ import pytest
 from common import InputError, pictures, report, write_json, write_jsonl
 
 HOSTILE = "</script><script>document.title = 'broken'</script><b>&amp;\x07"
-SEARCH = {"thought": "I search.", "code": "print(web_search('x'))", "observation": "Observation:\no", "vote": 0,
-          "error_kind": None}  # fmt: skip
+SEARCH = {"thought": "I search.", "code": "print(web_search('x'))", "observation": "Observation:\no", "vote": 0}
 FINAL = {"thought": "I know.", "code": "final_answer('a')", "observation": "", "vote": 0, "error_kind": None}
 NO_CODE = {"thought": "Words. " * 200, "code": None, "observation": "Observation:\nno code", "vote": None,
            "error_kind": "no_code"}  # fmt: skip
@@ -48,9 +45,7 @@ def lines_of(text):
     return [dict(zip(head, row, strict=True)) for row in rows]
 
 
-# ---------------------------------------------------------------------------------------------
-# Intervals
-# ---------------------------------------------------------------------------------------------
+# ------------- Intervals
 
 
 @pytest.mark.parametrize(("right", "n"), [(0, 12), (12, 12), (5, 12), (37, 500)])
@@ -60,27 +55,19 @@ def test_wilson_ends_lie_1_96_standard_errors_from_the_estimate(right, n):
     assert low < high and 0 <= low <= right / n <= high <= 1
     for end in {low, high} - {0.0, 1.0}:
         assert abs(right / n - end) == pytest.approx(1.959964 * np.sqrt(end * (1 - end) / n))
-    assert report.wilson(0, 12) == (0.0, pytest.approx(0.2425, abs=1e-4))
 
 
-def test_interval_of_one_seed_is_that_of_its_questions():
-    seed = {"a": dict(enumerate([1] * 5 + [0] * 15)), "b": dict(enumerate([1] * 10 + [0] * 10))}
+def seed_of(tasks):
+    """The outcomes of one seed. tasks: {task: {question: right or wrong}}."""
+    return [{"task": t, "question": q, "correct": right} for t, rights in tasks.items() for q, right in rights.items()]
+
+
+def test_interval_counts_questions_once_and_seeds_by_their_distance():
+    seed = seed_of({"a": dict(enumerate([1] * 5 + [0] * 15)), "b": dict(enumerate([1] * 10 + [0] * 10))})
     assert report.interval([seed]) == (0.375, *report.wilson(0.375, 40))
-    assert report.interval([{"a": {0: False, 1: False}}])[2] > 0.5
-
-
-def test_interval_of_seeds_is_the_bootstrap_in_two_levels():
-    """Against the plain loop: draw two of three seeds, then questions, which are the same for all seeds."""
-    rng = np.random.default_rng(1)
-    right = rng.random((3, 2, 200)) < np.array([0.3, 0.5, 0.8])[:, None, None]  # (seeds, tasks, questions)
-    draws = []
-    for _ in range(4000):
-        seeds, questions = rng.integers(3, size=2), rng.integers(200, size=(2, 200))
-        draws.append(np.mean([right[seeds][:, task, questions[task]] for task in range(2)]))
-    seeds = [{task: dict(enumerate(right[seed, task])) for task in range(2)} for seed in range(3)]
-    mean, low, high = report.interval(seeds)
-    assert mean == pytest.approx(right.mean())
-    assert [low, high] == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.015)
+    assert report.interval([seed] * 3) == pytest.approx(report.interval([seed]), abs=0.03)
+    mean, low, high = report.interval([seed_of({"a": dict.fromkeys(range(200), right)}) for right in (0, 1)])
+    assert mean == 0.5 and low < 0.05 and high > 0.95  # two seeds that disagree in everything show nothing
 
 
 def test_interval_covers_the_truth_when_seeds_differ():
@@ -89,30 +76,26 @@ def test_interval_covers_the_truth_when_seeds_differ():
     for _ in range(200):
         levels = 0.7 + rng.normal(0, 0.08, 3)
         right = rng.random((3, 4, 25)) < levels[:, None, None]
-        seeds = [{task: {(s, i): bool(x) for i, x in enumerate(right[s, task])} for task in range(4)} for s in range(3)]
-        _, low, high = report.interval(seeds, draws=500)
+        seeds = [{task: {(s, i): x for i, x in enumerate(right[s, task])} for task in range(4)} for s in range(3)]
+        _, low, high = report.interval([seed_of(seed) for seed in seeds], draws=300)
         hits += low <= 0.7 <= high
         low, high = report.wilson(right.mean(), right.size)  # what counts all questions as independent
         plain += low <= 0.7 <= high
     assert hits >= 180 > plain
 
 
-# ---------------------------------------------------------------------------------------------
-# results.json and the tables
-# ---------------------------------------------------------------------------------------------
+# ------------- results.json and the tables
 
 
 def test_results_of_one_run(tmp_path):
     run = write_run(tmp_path / "a", {"aime": [0] * 12, "hotpotqa": [1, 0]}, steps=(SEARCH, NO_CODE), stop="max_steps")
-    with open(run / "transcripts.0.jsonl", "a") as file:
-        file.write('{"id": "torn')  # a kill in the middle of a line
+    (run / "transcripts.1.jsonl").write_text('{"id": "torn')  # a kill in the middle of a line
     assert report.summarise(run) == "14 questions, 2 tasks, average 25.0%"
     first, second = json.loads((run / "results.json").read_text())
-    errors = {"searches": 1, "steps": 2, "parse errors": 1, "run-time errors": 0, "no answer": 1, "tokens": 10}
     assert first == {
         "model": "S", "parameters": 1000, "method": "agent distill", "decoding": "greedy", "task": "hotpotqa",
         "kind": "fact", "domain": "in", "n": 2, "correct": 1, "accuracy": 0.5, "ci95": [0.0945, 0.9055],
-        "errors": errors,
+        "errors": {"searches": 1, "steps": 2, "parse errors": 1, "run-time errors": 0, "no answer": 1, "tokens": 10},
     }  # fmt: skip
     assert second["domain"] == "out" and second["accuracy"] == 0 and second["ci95"] == [0.0, 0.2425]
 
@@ -125,29 +108,25 @@ def test_seeds_of_one_configuration_are_one_line(tmp_path):
     write_run(tmp_path / "seed0" / "c", {"hotpotqa": [0] * 10, "aime": [1] + [0] * 9}, "cot", None)
     base, agent = lines_of(report.markdown(tmp_path))
     assert [(row["method"], row["seeds"]) for row in (base, agent)] == [("cot prompting", "1"), ("agent distill", "2")]
-    assert [agent[name] for name in ("HotpotQA", "AIME", "in-domain", "out-of-domain")] == ["80.0", "70.0"] * 2
-    assert agent["average [95 %]"].startswith("75.0 [") and base["average [95 %]"].startswith("5.0 [")
+    assert [agent[name] for name in ("HotpotQA", "AIME")] == ["80.0", "70.0"]
+    for domain, mean in (("average", 75), ("in-domain", 80), ("out-of-domain", 70)):
+        assert agent[f"{domain} [95 %]"].startswith(f"{mean}.0 [")
 
 
-@pytest.mark.parametrize(
-    ("option", "shown"),
-    [({"temperature": 1.0}, "temperature 1.0"), ({"max_tokens": 8}, "max-tokens 8"), ({"top_k": 5}, "top-k 5"),
-     ({"prompts_sha256": "b" * 64}, "prompts bbbbbbbb")],
-)  # fmt: skip
-def test_other_configurations_are_other_lines(tmp_path, option, shown):
-    write_run(tmp_path / "a", {"aime": [1, 1]}, sc=8)
-    write_run(tmp_path / "b", {"aime": [0, 0]}, sc=8, seed=1, **option)
-    rows = lines_of(report.markdown(tmp_path))
-    assert sorted(row["AIME"] for row in rows) == ["0.0", "100.0"] and shown in [row["setting"] for row in rows]
+def test_other_configurations_are_other_lines(tmp_path):
+    options = {"temperature": 1.0, "max_tokens": 8, "top_k": 5, "prompts_sha256": "b" * 64}
+    for name in ("sc", *options):
+        write_run(tmp_path / name, {"aime": [1, 0]}, **({"sc": 8} | {name: options.get(name, 8)}))
+    settings = [row["setting"] for row in lines_of(report.markdown(tmp_path))]
+    for name, value in options.items():
+        assert len(settings) == 5 and sum(f"{name} {value}" in setting for setting in settings) == 1
 
 
 def test_unfinished_results_are_marked(tmp_path):
     write_run(tmp_path / "a", {"hotpotqa": [1] * 4, "aime": [1] * 4})
     write_run(tmp_path / "b", {"hotpotqa": [1, 0]}, "cot")
-    text = report.markdown(tmp_path)
-    cot, agent = lines_of(text)
+    cot, agent = lines_of(report.markdown(tmp_path))
     assert (cot["HotpotQA"], cot["AIME"], agent["AIME"]) == ("50.0 (2 of 4)", "(0 of 4)", "100.0")
-    assert "not all questions are answered" in text
     write_run(tmp_path / "a", {"hotpotqa": [1] * 4, "aime": [1] * 4}, questions={"hotpotqa": 4, "aime": 25})
     assert lines_of(report.markdown(tmp_path))[1]["AIME"] == "100.0 (4 of 25)"
 
@@ -156,7 +135,7 @@ def test_the_papers_figures_stand_only_beside_its_students_on_its_tasks(tmp_path
     rights = {name: [1] + [0] * (task.questions - 1) for name, task in report.TASKS.items()}
     for name, parameters, method in (("a", 1_543_714_304, "agent"), ("b", 1_543_714_304, "cot"), ("c", 1000, "cot")):
         write_run(tmp_path / name, rights, method, parameters=parameters)
-    assert [row["paper's average"] for row in lines_of(report.markdown(tmp_path))] == ["", "21.28", "28.06"]
+    assert [row["paper's average"] for row in lines_of(report.markdown(tmp_path))] == ["", "28.06", "21.28"]
     write_run(tmp_path / "small" / "a", {name: [1] for name in report.TASKS}, parameters=1_543_714_304)
     assert "paper's average" not in report.markdown(tmp_path / "small")
 
@@ -164,8 +143,7 @@ def test_the_papers_figures_stand_only_beside_its_students_on_its_tasks(tmp_path
 def test_bad_folders_are_one_line(tmp_path):
     with pytest.raises(InputError, match="no run folder with finished questions"):
         report.markdown(tmp_path)
-    run = write_run(tmp_path / "a", {"aime": [1]})
-    write_json(run / "run.json", {"lr": 1})
+    write_json(write_run(tmp_path / "a", {"aime": [1]}) / "run.json", {"lr": 1})
     with pytest.raises(InputError, match=r"run.json: not the configuration of an evaluation"):
         report.markdown(tmp_path)
 
@@ -181,9 +159,7 @@ def test_two_runs_are_compared_on_the_questions_that_both_answered():
         report.paired_table(greedy, {("math", "0"): 1}, ("greedy", "sc8"))
 
 
-# ---------------------------------------------------------------------------------------------
-# The page and the pictures
-# ---------------------------------------------------------------------------------------------
+# ------------- The page and the pictures
 
 THREE = [FINAL | {"vote": i, "final_answer": 3 + i, "observation": "the same"} for i in range(3)]
 VOTED = THREE[0] | {"candidates": [*THREE, NO_CODE], "chosen": 0}
@@ -195,80 +171,51 @@ def test_page_holds_hostile_text_as_data(tmp_path):
     assert HOSTILE[:20] not in page
     data = json.loads(page.split('id="data">')[1].split("</script>")[0])
     assert len(data["episodes"]) == 2 and data["episodes"][0]["question"] == HOSTILE
-    assert data["systems"][0]["tasks"]["hotpotqa"][:3] == [2, 3, 3] and data["same"]["prompts"] == "a" * 8
-
-
-def dump_dom(page, folder, *flags):
-    """The document after its scripts ran, and what `PROBE` found there."""
-    if not shutil.which("chromium"):
-        pytest.skip("no chromium on this machine")
-    (folder / "page.html").write_text(page, encoding="utf-8")
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
-               "--disable-background-networking", f"--user-data-dir={folder / 'profile'}", *flags, "--dump-dom",
-               (folder / "page.html").as_uri()]  # fmt: skip
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
-    return dom, json.loads(re.search(r'data-found="([^"]*)"', dom)[1].replace("&quot;", '"'))
+    assert data["tables"][0][2] == [["agent distill, greedy, S", *["66.7 [20.8, 93.9]"] * 2, "66.7"]]
 
 
 PROBE = """<script>
-const box = id => document.getElementById(id).getBoundingClientRect();
-const found = {start: scrollY, wide: document.documentElement.scrollWidth > innerWidth, width: innerWidth,
-               title: document.title, frame: box("accuracy").right <= innerWidth,
-               sizes: document.getElementById("sizes").childElementCount,
+const found = {start: scrollY, wide: document.documentElement.scrollWidth > innerWidth,
                votes: [...document.querySelectorAll("summary")].map(node => node.textContent),
-               breaks: getComputedStyle(document.querySelector("section .text")).whiteSpace,
                systems: new Set(shown.map(e => e.system)).size, listed: shown.length};
 document.getElementById("list").scrollIntoView();
 document.querySelectorAll("#list button")[1].click();
-found.seen = box("episode").top >= 0 && box("episode").top < innerHeight / 2;
+found.top = document.getElementById("episode").getBoundingClientRect().top / innerHeight;
 document.documentElement.dataset.found = JSON.stringify(found);
 </script>"""
 
 
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium on this machine")
 @pytest.mark.parametrize("size", ["1280,900", "390,844"])
 def test_page_in_chromium(tmp_path, size):
     """It opens at the top with one system; a tapped question is in view; votes are the stored ones."""
     runs = tmp_path / "runs"
     write_run(runs / "a", {task: [1, 0, 1] * 5 for task in report.TASKS}, question=HOSTILE, steps=(VOTED,), sc=4)
     write_run(runs / "b", {task: [0, 0, 0] for task in report.TASKS}, "cot", None, steps=(NO_CODE,))
-    dom, found = dump_dom(report.html(runs) + PROBE, tmp_path, f"--window-size={size}")
-    assert found["title"] == "Agent distillation: report" and "&lt;/script&gt;&lt;script&gt;" in dom
-    assert found["start"] == 0 and not found["wide"] and found["frame"] and found["seen"], found
-    assert found["systems"] == 1 and found["listed"] == 80 and found["sizes"] == 0
-    assert found["votes"] == ["4 candidates; votes 1 : 1 : 1; without a vote 1"] and found["breaks"] == "pre-wrap"
-    write_run(runs / "c", {"aime": [0]}, parameters=5000)
-    assert dump_dom(report.html(runs) + PROBE, tmp_path, f"--window-size={size}")[1]["sizes"] == 3
+    (tmp_path / "page.html").write_text(report.html(runs) + PROBE, encoding="utf-8")
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={size}",
+               f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", (tmp_path / "page.html").as_uri()]  # fmt: skip
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout  # after its scripts ran
+    found = json.loads(re.search(r'data-found="([^"]*)"', dom)[1].replace("&quot;", '"'))
+    votes = ["4 candidates; votes 1 : 1 : 1; without a vote 1"]
+    right = {"start": 0, "wide": False, "systems": 1, "listed": 80, "votes": votes}
+    assert right.items() <= found.items() and 0 <= found["top"] < 0.5, found
+    assert "<title>Agent distillation: report" in dom and "&lt;/script&gt;&lt;script&gt;" in dom
 
 
 def test_pictures(tmp_path):
     """Bars of all systems, and one question of the base model and of the student: well-formed, without scripts."""
-    rights = {"hotpotqa": [0, 1, 1], "aime": [1, 0]}
-    base = write_run(tmp_path / "base", rights, training=None, steps=[NO_CODE] * 5, stop="max_steps", question=HOSTILE)
-    student = write_run(tmp_path / "agent", {"hotpotqa": [1, 1, 0], "aime": [0, 0]}, steps=[SEARCH, SEARCH, FINAL])
-    rows = [row | {"question": HOSTILE} for row in report.transcripts(student)]
-    write_jsonl(student / "transcripts.0.jsonl", rows)
+    steps, rights = [SEARCH, SEARCH, FINAL], {"hotpotqa": [1], "aime": [0]}
+    options = {"training": None, "steps": [NO_CODE] * 5, "stop": "max_steps", "question": HOSTILE}
+    write_run(tmp_path / "base", {"hotpotqa": [0], "aime": [1]}, **options)
+    write_run(tmp_path / "agent", rights, steps=steps)
+    assert list(pictures.pictures(tmp_path)) == ["bars.svg"]  # the two runs have no question in common
+    write_run(tmp_path / "agent", rights, steps=steps, question=HOSTILE)
     drawn = pictures.pictures(tmp_path)
+    roots = {name: xml.etree.ElementTree.fromstring(text) for name, text in drawn.items()}
     for text in drawn.values():
-        root = xml.etree.ElementTree.fromstring(text)
-        assert root.get("width") == "900" and not [e for e in root.iter() if e.tag.endswith("script")]
-        assert "prefers-color-scheme: dark" in text and "http" not in text.replace("http://www.w3.org/2000/svg", "")
-    bars = xml.etree.ElementTree.fromstring(drawn["bars.svg"])
-    assert len([e for e in bars.iter() if e.get("class") == "whisker"]) == 4
-    words = [e.text for e in xml.etree.ElementTree.fromstring(drawn["episode.svg"]).iter() if e.tag.endswith("text")]
-    assert "✗ Wrong: no answer after 5 steps" in words and '✓ Right: answer "a"' in words
-    assert sum("more lines]" in word for word in words) == 5 and "Step 2: Code" in words
-    assert HOSTILE.replace("\x07", "\ufffd") in words
-    assert "✗ Wrong" in pictures.episode_svg(base, student, ("aime", "1"))
-    with pytest.raises(InputError, match="do not both answer"):
-        pictures.episode_svg(base, student, ("aime", "9"))
-
-
-def test_text_of_a_picture_stays_inside_its_boxes(tmp_path):
-    wide = {"thought": "WIDE WORDS AND MORE OF THEM " * 9, "code": "x = '" + "m" * 300 + "'", "error_kind": None}
-    run = write_run(tmp_path / "a", {"aime": [1]}, steps=[wide | {"observation": "Observation:\n" + "W" * 999}, FINAL])
-    probe = """<script>
-      const right = [...document.querySelectorAll("text")].map(e => { const b = e.getBBox(); return b.x + b.width; });
-      document.documentElement.dataset.found = JSON.stringify([Math.max(...right), right.length]);
-    </script>"""
-    _, (right, count) = dump_dom(pictures.episode_svg(run, run) + probe, tmp_path)
-    assert right <= 880 and count > 20
+        assert text.count("http") == 1 and "<script" not in text and "prefers-color-scheme: dark" in text
+    assert len([e for e in roots["bars.svg"].iter() if e.get("class") == "whisker"]) == 4
+    words = [e.text for e in roots["episode.svg"].iter() if e.tag.endswith("text")]
+    shown = {"✗ Wrong: no answer (max_steps)", '✓ Right: answer "a"', "Step 2: Code", HOSTILE.replace("\x07", "\ufffd")}
+    assert shown <= set(words) and sum("more lines]" in word for word in words) == 5
