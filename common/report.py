@@ -261,7 +261,8 @@ def load_systems(folder):
         rivals = [other.settings for other in systems if other.who == s.who]
         different = [name for name in s.settings if any(other.get(name) != s.settings[name] for other in rivals)]
         s.setting = ", ".join(f"{name} {s.settings[name]}" for name in different)
-        s.name = f"{s.method}, {s.decoding}, {s.model} {s.setting}".strip()
+        model = s.model if len({other.model for other in systems}) > 1 else ""
+        s.name = ", ".join(filter(None, [s.method, s.decoding, model, s.setting]))
     return sorted(systems, key=lambda s: (s.parameters or 0, s.model, s.averages["all"], s.name))
 
 

@@ -171,7 +171,7 @@ def test_page_holds_hostile_text_as_data(tmp_path):
     assert HOSTILE[:20] not in page
     data = json.loads(page.split('id="data">')[1].split("</script>")[0])
     assert len(data["episodes"]) == 2 and data["episodes"][0]["question"] == HOSTILE
-    assert data["tables"][0][2] == [["agent distill, greedy, S", *["66.7 [20.8, 93.9]"] * 2, "66.7"]]
+    assert data["tables"][0][2] == [["agent distill, greedy", *["66.7 [20.8, 93.9]"] * 2, "66.7"]]
 
 
 PROBE = """<script>
