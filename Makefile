@@ -1,6 +1,6 @@
 # Agent distillation, the whole pipeline. `make help` lists the targets.
 #
-#   make reproduce                                        the miniature: about 28 minutes on 2 CPU cores, after the set-up
+#   make reproduce                                        the miniature: 21 minutes on 2 CPU cores, with the set-up
 #   make reproduce STUDENT=Qwen/Qwen2.5-0.5B-Instruct     another student, on the same questions (one GPU)
 #   make reproduce TEACHER_URL=http://... TEACHER_MODEL=...  a real teacher instead of the scripted one
 #   make test                                             the tests
@@ -203,5 +203,5 @@ lint: $(if $(VENV),$(RUFF))  ## ruff, format and rules
 	$(RUFF) check .
 	$(RUFF) format --check .
 
-clean:  ## remove the miniature's and the rehearsal's runs; environments and runs/paper stay
-	rm -rf $(RUNS) $(REHEARSAL)
+clean:  ## remove the runs of miniature, experiments and rehearsal; environments and runs/paper stay
+	rm -rf $(RUNS) $(RUNS)-experiments $(REHEARSAL)
