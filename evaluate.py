@@ -70,19 +70,17 @@ class Known(NamedTuple):
 class Student:
     """A Hugging Face model that answers the turns of many episodes, n candidates each.
 
-    model, tokenizer: as from load_model. n: 1 is greedy; more are sampled with temperature and top_p.
-    sample: whether one candidate is sampled, too. batch: turns in one generate call; by default 64 on a CPU, and what
-    fits the memory on a GPU. It is halved when memory runs out, and grows again later. on_tokens: called with the
-    number of new tokens while they are generated.
+    model, tokenizer: as from load_model. temperature: 0 is greedy; otherwise candidates are sampled, with top_p.
+    batch: turns in one generate call; by default 64 on a CPU, and what fits the memory on a GPU. It is halved when
+    memory runs out, and grows again later. on_tokens: called with the number of new tokens while they are generated.
     """
 
     def __init__(
-        self, model, tokenizer, n=1, temperature=0.4, top_p=0.8, max_tokens=1024, batch=None, seed=0, sample=False,
-        on_tokens=None,
-    ):  # fmt: skip
+        self, model, tokenizer, n=1, temperature=0.0, top_p=0.8, max_tokens=1024, batch=None, seed=0, on_tokens=None
+    ):
         self.model, self.tokenizer, self.n, self.max_tokens = model, tokenizer, n, max_tokens
         self.seed, self.on_tokens, self.device = seed, on_tokens or (lambda tokens: None), model.device
-        self.processors = [SampleNucleus(temperature, top_p)] if (n > 1 or sample) and temperature > 0 else []
+        self.processors = [SampleNucleus(temperature, top_p)] if temperature > 0 else []
         # Tokens per generate call. After each, the rows that have ended leave the batch: on a CPU, SC-action was 1.2
         # times as fast with 4 as with 16. A GPU, where rows cost little, would rather set up fewer calls.
         self.segment = 4 if self.device.type == "cpu" else 16
@@ -376,18 +374,17 @@ class Speaker:
     def load(self, on_tokens=None):
         """Load the student, or connect to its server. on_tokens: see Student."""
         config, self.stop = self.config, STOP if self.config.method == "agent" else []
-        sampling = {"temperature": config.temperature, "top_p": config.top_p}
+        sampled = config.sc > 1 or config.sample
+        sampling = {"temperature": config.temperature, "top_p": config.top_p} if sampled else {"temperature": 0.0}
         if config.url:
             client = Client(config.url, config.model, config.api_key_env)
-            sampling = sampling if config.sc > 1 or config.sample else {"temperature": 0.0}
             self.student = Served(client, max_tokens=config.max_tokens, stop=self.stop or None, **sampling)
             self.student.probe()
             self.about["model"] = client.model
         else:
             dtype = torch.bfloat16 if uses_bf16(config.precision, self.device) else torch.float32
             model, tokenizer = load_model(config.model, self.device, dtype)
-            names = ("sample", "max_tokens", "batch", "seed")
-            sampling |= {"n": config.sc} | {name: getattr(config, name) for name in names}
+            sampling |= {"n": config.sc, "max_tokens": config.max_tokens, "batch": config.batch, "seed": config.seed}
             self.student = Student(model, tokenizer, on_tokens=on_tokens, **sampling)
             adapters = {id(p) for _, layer in lora_layers(model) for p in (layer.a, layer.b)}
             self.about["parameters"] = sum(p.numel() for p in model.parameters() if id(p) not in adapters)

@@ -157,7 +157,7 @@ def one_by_one(config, model, tokenizer, episodes):
 
 def lockstep(config, model, tokenizer, episodes):
     """The way of evaluate.py. Returns the tokens written."""
-    student = Student(model, tokenizer, n=config.sc, max_tokens=config.max_tokens)
+    student = Student(model, tokenizer, n=config.sc, temperature=0.4, max_tokens=config.max_tokens)
     return sum(usage["completion_tokens"] for _, _, usage in run_lockstep(episodes, student, STOP))
 
 
@@ -217,7 +217,7 @@ def count(config):
         counters = []
         for tokens in (16, 48):  # the difference leaves out what happens once
             with Counter() as counter:
-                Student(model, tokenizer, n=n, max_tokens=tokens).answer(turns)
+                Student(model, tokenizer, n=n, temperature=0.4 * (n > 1), max_tokens=tokens).answer(turns)
             counters.append(counter)
         kernels, waits = ((getattr(counters[1], x) - getattr(counters[0], x)) / 32 for x in ("kernels", "waits"))
         layers = model.config.num_hidden_layers

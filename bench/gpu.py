@@ -195,7 +195,7 @@ def evaluation_memory(shape, n, limit, prompts=(320, 970, 1620, 2270, 2920), new
     """
     with simulated_gpu(limit) as gpu, torch.inference_mode():
         peaks, kept = [], None
-        student = evaluate.Student(make_model(shape, META), Letters(), n=n, max_tokens=new)
+        student = evaluate.Student(make_model(shape, META), Letters(), n=n, temperature=0.4 * (n > 1), max_tokens=new)
         weights, gpu.limit = gpu.now, math.inf
         for length in prompts:
             gpu.peak = gpu.now
@@ -311,7 +311,8 @@ def measure_training(config, shape, device, operations):
 def measure_generation(config, shape, device, n, bandwidth):
     def run():
         dtype = torch.bfloat16 if uses_bf16("auto", device) else torch.float32
-        student = evaluate.Student(make_model(shape, device, dtype), Letters(), n=n, max_tokens=config.new)
+        options = {"n": n, "temperature": 0.4 * (n > 1), "max_tokens": config.new}
+        student = evaluate.Student(make_model(shape, device, dtype), Letters(), **options)
         count, tokens = min(config.turns, student.batch), 0
         turns = [Turn([{"role": "user", "content": f"{i:04}" + "x" * (config.prompt - 4)}]) for i in range(count)]
 

@@ -67,7 +67,7 @@ def _add_option(parser, field):
     elif required:
         parser.add_argument(field.name, **arguments)
     else:
-        parser.add_argument(field.name, nargs="?", **arguments)
+        parser.add_argument(field.name, **{"nargs": "?"} | arguments)
 
 
 def run_command_line(description, commands, default=None, argv=None):

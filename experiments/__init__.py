@@ -15,28 +15,20 @@ from common import REQUIRED, option, report
 
 
 @dataclasses.dataclass(kw_only=True)
-class Setting:
-    """The data and the students of an experiment. The defaults are the miniature's."""
+class Setting(train.Config):
+    """train.py's options, and what is evaluated. data: the trajectories that the experiment starts from."""
 
+    out: str = option(REQUIRED, "folder for all that the experiment writes; the same command continues there")
     tests: list[str] = option(REQUIRED, "test files")
     search: str = option(REQUIRED, "index folder or /retrieve URL behind web_search")
-    model: str = option(REQUIRED, "the student before its training: a Hugging Face name or folder")
-    out: str = option(REQUIRED, "folder for all that the experiment writes; the same command continues there")
     limit: int = option(15, "test questions of each file")
-    max_tokens: int = option(192, "new tokens per step (paper: 1,024)")
-    epochs: int = option(1, "passes over the data (paper: 2)")
-    lr: float = option(1e-3, "learning rate (paper: 2e-4)")
-    dropout: float = option(0.0, "of LoRA (paper: 0.05)")
-    warmup_steps: int = option(5, "steps of linear warm-up")
-    seed: int = option(0, "seeds training and sampling")
-    quiet: bool = option(False, "no progress bar")
+    max_tokens: int = option(1024, "new tokens per step (paper: 1,024)")
 
 
-def train_student(setting, name, data, weigh=train.turn_weight, **settings):
+def train_student(setting, name, data, weigh=train.turn_weight):
     """Fine-tune setting.model on a file of filtered trajectories, unless that is done. Returns the student's folder."""
-    names = ("model", "epochs", "lr", "dropout", "warmup_steps", "seed", "quiet")
-    settings = {name: getattr(setting, name) for name in names} | settings
-    config = train.Config(data=[str(data)], out=str(Path(setting.out, name)), **settings)
+    options = {field.name: getattr(setting, field.name) for field in dataclasses.fields(train.Config)}
+    config = train.Config(**options | {"data": [str(data)], "out": str(Path(setting.out, name))})
     train.fit(config, weigh)
     return config.out
 

@@ -16,7 +16,7 @@ import shutil
 from pathlib import Path
 
 from agent_distill import Running, TurnFailed, agent_episode, parse_action, votes_of
-from common import load_tasks, read_jsonl, run_command_line, write_jsonl
+from common import load_tasks, option, report, run_command_line, write_jsonl
 from experiments import Setting, compare, evaluate_student
 
 MOST = 8  # N
@@ -25,6 +25,8 @@ MOST = 8  # N
 @dataclasses.dataclass(kw_only=True)
 class Config(Setting):
     """`model` is a distilled student here."""
+
+    data: list[str] = option([], "not used: nothing is trained", positional=True)
 
 
 def agreed(sandbox, texts):
@@ -66,10 +68,9 @@ def vote_over_episodes(run, out):
     Episodes without an answer do not vote; a tie goes to the answer that came first. The usage is that of all episodes.
     """
     groups = collections.defaultdict(list)
-    for path in sorted(Path(run).glob("transcripts.*.jsonl")):
-        for _, row in read_jsonl(path):
-            question, _, number = row["id"].rpartition("#")
-            groups[row["task"], question].append((int(number), row))
+    for row in report.transcripts(run):
+        question, _, number = row["id"].rpartition("#")
+        groups[row["task"], question].append((int(number), row))
     chosen = []
     for (_, question), rows in groups.items():
         rows = [row for _, row in sorted(rows, key=lambda pair: pair[0])]

@@ -10,17 +10,11 @@ knows the real pages, and guesses about the invented ones; half of its guesses a
 teacher, give its own trajectories.
 """
 
-import dataclasses
 from pathlib import Path
 
 from agent_distill import FilterConfig, filter_trajectories
-from common import REQUIRED, option, read_jsonl, run_command_line, write_jsonl
+from common import read_jsonl, report, run_command_line, write_jsonl
 from experiments import Setting, compare, evaluate_student, train_student
-
-
-@dataclasses.dataclass(kw_only=True)
-class Config(Setting):
-    trajectories: str = option(REQUIRED, "trajectories from collect, some of them without a search", positional=True)
 
 
 def has_searched(row):
@@ -31,23 +25,24 @@ def has_searched(row):
 
 def run(config):
     """Train on all right trajectories and on those with a search, evaluate both, and compare."""
-    rows = [row for _, row in read_jsonl(config.trajectories)]
+    rows = [row for path in config.data for _, row in read_jsonl(path)]
     right = [row for row in rows if row["correct"] and row["kind"] == "fact"]
     print(f"{sum(not has_searched(row) for row in right)} of {len(right)} right factual trajectories have no search")
     write_jsonl(Path(config.out, "searched.jsonl"), filter(has_searched, rows))
     students = {}
-    for name, trajectories in (("all", config.trajectories), ("searched", f"{config.out}/searched.jsonl")):
+    for name, trajectories in (("all", config.data), ("searched", [f"{config.out}/searched.jsonl"])):
         data = f"{config.out}/{name}.train.jsonl"
-        filter_trajectories(FilterConfig(trajectories=[trajectories], out=data))
+        filter_trajectories(FilterConfig(trajectories=trajectories, out=data))
         students[name] = train_student(config, name, data)
     folders = [evaluate_student(config, student, name) for name, student in students.items()]
     compare(*folders)
     for folder in folders:
-        rows = [row for path in folder.glob("transcripts.*.jsonl") for _, row in read_jsonl(path)]
-        answered = [row for row in rows if row["kind"] == "fact" and row["stop"] == "final_answer"]
+        answered = [
+            row for row in report.transcripts(folder) if row["kind"] == "fact" and row["stop"] == "final_answer"
+        ]
         guesses = sum(not has_searched(row) for row in answered)
         print(f"{folder.name}: {guesses} of {len(answered)} factual answers without a search")
 
 
 if __name__ == "__main__":
-    run_command_line(__doc__, {"run": (Config, run)}, default="run")
+    run_command_line(__doc__, {"run": (Setting, run)}, default="run")

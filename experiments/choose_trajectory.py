@@ -19,7 +19,7 @@ import torch
 
 import train
 from agent_distill import CODE_OPEN, FilterConfig, filter_trajectories
-from common import REQUIRED, option, progress, read_jsonl, run_command_line, write_jsonl
+from common import option, progress, read_jsonl, run_command_line, write_jsonl
 from common.devices import choose_device, uses_bf16
 from common.lora import load_model
 from experiments import Setting, compare, evaluate_student, train_student
@@ -27,7 +27,6 @@ from experiments import Setting, compare, evaluate_student, train_student
 
 @dataclasses.dataclass(kw_only=True)
 class Config(Setting):
-    trajectories: str = option(REQUIRED, "several trajectories per question, from collect --samples", positional=True)
     code_weight: float = option(2.0, "weight of a token of code or final answer; thoughts have weight 1")
 
 
@@ -62,7 +61,7 @@ def run(config):
     """Train on the first and on the likeliest right trajectories, evaluate both students, and compare."""
     weigh, out = weigh_code(config.code_weight), Path(config.out)
     files = {name: out / f"{name}.train.jsonl" for name in ("right", "first", "likeliest")}
-    filter_trajectories(FilterConfig(trajectories=[config.trajectories], out=str(files["right"]), per_question=1000))
+    filter_trajectories(FilterConfig(trajectories=config.data, out=str(files["right"]), per_question=1000))
     questions = by_question(row for _, row in read_jsonl(files["right"]))
     write_jsonl(files["first"], [rows[0] for rows in questions])
     if not files["likeliest"].exists():

@@ -41,4 +41,4 @@ NEEDS := $(S)/agent/.done
 endif
 one-experiment: $(D)/index/.done $(MODEL_DONE) $(NEEDS)
 	$(RUN) -m experiments.$(NAME) $(ARGUMENTS) --tests $(D)/world/test/*.jsonl --search $(D)/index --out $(E) \
-	  --seed $(SEED) $(EXPERIMENT_OPTIONS)
+	  --seed $(SEED) $(TRAIN_OPTIONS) $(EVALUATE_OPTIONS) $(EXPERIMENT_OPTIONS)

@@ -11,17 +11,11 @@ the loss. The scripted teacher fails in 2 % of its steps, too few to see anythin
 from one that fails in 30 % (`--run-error 0.3`). With a real teacher, give its own trajectories.
 """
 
-import dataclasses
 from pathlib import Path
 
 from agent_distill import FilterConfig, filter_trajectories
-from common import REQUIRED, option, read_jsonl, run_command_line
+from common import read_jsonl, run_command_line
 from experiments import Setting, compare, evaluate_student, train_student
-
-
-@dataclasses.dataclass(kw_only=True)
-class Config(Setting):
-    trajectories: str = option(REQUIRED, "trajectories from collect, some of them with failed steps", positional=True)
 
 
 def weigh_steps(text, turn, row):
@@ -32,7 +26,7 @@ def weigh_steps(text, turn, row):
 def run(config):
     """Train with and without failed steps in the loss, evaluate both, and compare."""
     data = str(Path(config.out, "train.jsonl"))
-    filter_trajectories(FilterConfig(trajectories=[config.trajectories], out=data))
+    filter_trajectories(FilterConfig(trajectories=config.data, out=data))
     steps = [step["error_kind"] for _, row in read_jsonl(data) for step in row["steps"]]
     print(f"{sum(map(bool, steps))} of {len(steps)} steps failed")
     students = {"all": train_student(config, "all", data)}
@@ -41,4 +35,4 @@ def run(config):
 
 
 if __name__ == "__main__":
-    run_command_line(__doc__, {"run": (Config, run)}, default="run")
+    run_command_line(__doc__, {"run": (Setting, run)}, default="run")

@@ -28,7 +28,6 @@ from experiments import Setting, compare, evaluate_student, train_student
 
 @dataclasses.dataclass(kw_only=True)
 class Config(Setting):
-    trajectories: str = option(REQUIRED, "filtered trajectories, from agent_distill.py filter", positional=True)
     teacher: str = option(REQUIRED, "the teacher: a model or an adapter with the student's tokenizer")
     sft: int = option(150, "trajectories of the student's first training")
     steps: int = option(16, "optimiser steps of on-policy distillation")
@@ -84,7 +83,7 @@ def distill(config, student, out):
     device, _, _ = train.start()
     trainer = train.Trainer(train.Config(data=[], model=student, out=str(out), dropout=0.0), device)
     teacher, _ = load_model(config.teacher, device, trainer.model.dtype)
-    rows = [row["messages"] for _, row in read_jsonl(config.trajectories)]
+    rows = [row["messages"] for path in config.data for _, row in read_jsonl(path)]
     torch.manual_seed(config.seed)
     with common.progress(range(config.steps), desc=out.name, unit="step", quiet=config.quiet) as bar:
         for step in bar:
@@ -109,7 +108,7 @@ def distill(config, student, out):
 def run(config):
     """Fine-tune on a few trajectories, continue on-policy, evaluate before and after, and compare."""
     data, out = Path(config.out, "sft.jsonl"), Path(config.out, "on-policy")
-    rows = [row for _, row in read_jsonl(config.trajectories)]
+    rows = [row for path in config.data for _, row in read_jsonl(path)]
     write_jsonl(data, random.Random(config.seed).sample(rows, min(config.sft, len(rows))))
     sft = train_student(config, "sft", data)
     distill(config, sft, out)

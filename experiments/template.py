@@ -11,13 +11,12 @@ from pathlib import Path
 
 import agent_distill
 from agent_distill import CODE_OPEN, FilterConfig, Prompts, filter_trajectories
-from common import REQUIRED, option, run_command_line
+from common import option, run_command_line
 from experiments import Setting, compare, evaluate_student, train_student
 
 
 @dataclasses.dataclass(kw_only=True)
 class Config(Setting):
-    trajectories: str = option(REQUIRED, "trajectories from collect", positional=True)
     limit: int = option(2, "test questions of each file")
 
 
@@ -48,7 +47,7 @@ def run(config):
     for name, text in DESCRIPTIONS.items():
         (prompts / "tools" / f"{name}.txt").write_text(text + "\n")
     data = f"{config.out}/train.jsonl"
-    filter_trajectories(FilterConfig(trajectories=[config.trajectories], out=data))
+    filter_trajectories(FilterConfig(trajectories=config.data, out=data))
     student = train_student(config, "student", data, weigh)
     paper = evaluate_student(config, student, "paper", sc=4)
     forked = {"tools": "experiments.template.tools", "choose": "experiments.template.choose", "prompts": str(prompts)}

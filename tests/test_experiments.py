@@ -17,7 +17,16 @@ import train
 from agent_distill import CollectConfig, FilterConfig, Prompts, Running, collect, filter_trajectories
 from common import InputError, lora, read_jsonl
 from conftest import make_model
-from experiments import agree_early, always_search, choose_trajectory, mask_failed_steps, on_policy, table, template
+from experiments import (
+    Setting,
+    agree_early,
+    always_search,
+    choose_trajectory,
+    mask_failed_steps,
+    on_policy,
+    table,
+    template,
+)
 from miniature import teacher, world
 from sandbox import Observation, Sandbox
 
@@ -185,7 +194,7 @@ def test_the_loss_touches_only_the_tokens_that_the_student_wrote(models):
 
 
 def test_turns_are_written_after_their_own_prompt_and_end_at_the_end_of_turn(models, tiny_tokenizer):
-    config = on_policy.Config(tests=[], search="", model="", out="", trajectories="", teacher="", max_tokens=12)
+    config = on_policy.Config(tests=[], search="", model="", out="", data=[], teacher="", max_tokens=12)
     config.temperature = 1e-4  # greedy: nothing is left to chance
     prompts = [[5, 6, 7, 8, 9, 10], [7, 8]]
     together = on_policy.write_turns(models[0], tiny_tokenizer, prompts, config)
@@ -230,8 +239,8 @@ def arguments(place, name):
     settings |= {"limit": 1, "quiet": True, "out": str(place / "runs" / "seed0" / name)}
     if name == "on_policy":
         trained = str(place / "agent.train.jsonl")
-        return settings | {"trajectories": trained, "teacher": str(place / "model"), "sft": 2, "steps": 1, "turns": 2}
-    return settings if name == "agree_early" else settings | {"trajectories": str(place / "agent.jsonl")}
+        return settings | {"data": [trained], "teacher": str(place / "model"), "sft": 2, "steps": 1, "turns": 2}
+    return settings if name == "agree_early" else settings | {"data": [str(place / "agent.jsonl")]}
 
 
 MODULES = [mask_failed_steps, choose_trajectory, always_search, agree_early, on_policy, template]
@@ -240,7 +249,7 @@ MODULES = [mask_failed_steps, choose_trajectory, always_search, agree_early, on_
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__.rpartition(".")[2])
 def test_an_experiment_runs_and_a_second_time_only_prints(place, module, capsys):
     name = module.__name__.rpartition(".")[2]
-    config = module.Config(**arguments(place, name))
+    config = getattr(module, "Config", Setting)(**arguments(place, name))
     module.run(config)
     first = capsys.readouterr().out.splitlines()
     assert any("p (McNemar)" in line for line in first) and any("searches" in line for line in first)
