@@ -72,15 +72,20 @@ def open_tools(config, prompts, device=None):
     """The tools of an agent, {name: function}: web_search, and those of --tools.
 
     A tool takes and returns JSON values, runs in this process, and must be thread-safe. It is described in
-    prompts/tools/NAME.txt. device: where a dense index keeps its vectors.
+    prompts/tools/NAME.txt. The model reads a tool's exception, except an InputError, which ends the run: an index that
+    is out of memory, or a server that is gone, would change the results. device: where a dense index keeps its vectors.
     """
     tools = dict(named(config.tools, dict)())
     if config.search:
         index = retriever.load(config.search, device)
 
         def web_search(query):
+            try:
+                [hits] = index.search([str(query)], k=config.top_k)
+            except (RuntimeError, OSError) as error:  # torch's out-of-memory error is a RuntimeError
+                raise InputError(f"web_search failed: {type(error).__name__}: {error}") from None
             texts = []
-            for rank, hit in enumerate(index.search([str(query)], k=config.top_k)[0], 1):
+            for rank, hit in enumerate(hits, 1):
                 title, _, text = hit.contents.partition("\n")
                 values = {"title": title.strip('"'), "text": text, "score": f"{hit.score:.2f}"}
                 texts.append(prompts.fill("search_result", rank=rank, place=rank - 1, **values))

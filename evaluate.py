@@ -20,7 +20,6 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import functools
 import gc
 import hashlib
 import itertools
@@ -259,11 +258,10 @@ def _common_length(a, b):
 # ------------- Episodes in lockstep
 
 
-def run_lockstep(episodes, student, stop=(), workers=16, check=lambda: None):
+def run_lockstep(episodes, student, stop=(), workers=16):
     """Drive (key, generator) pairs to their ends. Yields (key, Episode, usage) as they finish.
 
     episodes is consumed lazily: student.batch of them are open at once. Their code runs in `workers` threads.
-    check: called after each step; an exception that it raises ends everything.
     """
     episodes, waiting = iter(episodes), {}  # key -> (Running, usage)
     pool = concurrent.futures.ThreadPoolExecutor(workers)
@@ -272,7 +270,6 @@ def run_lockstep(episodes, student, stop=(), workers=16, check=lambda: None):
             new = list(itertools.islice(episodes, max(0, student.batch - len(waiting))))
             for (key, _), running in zip(new, pool.map(Running, [episode for _, episode in new]), strict=True):
                 waiting[key] = running, collections.Counter()
-            check()
             if not waiting:
                 return
             opened, candidates = [running for running, _ in waiting.values()], []
@@ -285,7 +282,6 @@ def run_lockstep(episodes, student, stop=(), workers=16, check=lambda: None):
                     candidates.append(counts.pop("texts"))
                     usage.update(counts)
             list(pool.map(Running.advance, opened, candidates))
-            check()
             for key in [key for key, (running, _) in waiting.items() if running.turn is None]:
                 running, usage = waiting.pop(key)
                 yield key, running.result, usage
@@ -294,29 +290,6 @@ def run_lockstep(episodes, student, stop=(), workers=16, check=lambda: None):
         student.known.clear()
         for running, _ in waiting.values():
             running.episode.close()
-
-
-class GuardedTools(dict):
-    """Tools by name. `check` raises an InputError once a tool has failed for a reason that is not the student's.
-
-    The student reads a tool's exception as its observation. A search that fails because memory or a server is gone
-    would change the result, so it must end the run.
-    """
-
-    def __init__(self, tools):
-        super().__init__({name: functools.partial(self._call, name, tool) for name, tool in tools.items()})
-        self.failure = None
-
-    def _call(self, name, tool, *args, **kwargs):
-        try:
-            return tool(*args, **kwargs)
-        except (torch.OutOfMemoryError, torch.AcceleratorError, OSError, InputError) as error:
-            self.failure = f"{name} failed: {type(error).__name__}: {error}"
-            raise
-
-    def check(self):
-        if self.failure:
-            raise InputError(self.failure)
 
 
 # ------------- Who answers: a model loaded here, or one behind a server
@@ -353,7 +326,7 @@ class Speaker:
             raise InputError("no student: name a model with --model, or a server with --url")
         if not config.search and (config.method == "cot-rag" or (config.method == "agent" and "fact" in kinds)):
             raise InputError(f"--method {config.method} needs passages: name an index or a /retrieve URL with --search")
-        self.tools = GuardedTools(open_tools(config, self.prompts, device))  # before the student takes the memory
+        self.tools = open_tools(config, self.prompts, device)  # before the student takes the memory
         record = training_record(config.model) if config.model else {}
         self.system, self.device = self._system_prompt(record), device
         self.about = {"model": config.model, "parameters": None, "training": record.get("training") or "none"}
@@ -396,20 +369,17 @@ class Speaker:
     def answer(self, episodes):
         """Drive (key, generator) pairs to their ends. Yields (key, Episode, usage) as they finish."""
         if isinstance(self.student, Student):
-            return run_lockstep(episodes, self.student, self.stop, self.config.concurrency, self.tools.check)
+            return run_lockstep(episodes, self.student, self.stop, self.config.concurrency)
         return in_parallel(self._ask_server, episodes, self.config.concurrency)
 
     def _ask_server(self, item):
         (key, episode), usage, steps = item, collections.Counter(), itertools.count()
 
         def answer(turn):
-            self.tools.check()
             seed = stable_seed(self.config.seed, *key, next(steps))
             return self.student.answer(turn, usage, n=self.config.sc, seed=seed)
 
-        result = drive(episode, answer)
-        self.tools.check()
-        return key, result, usage
+        return key, drive(episode, answer), usage
 
 
 # ------------- run, regrade

@@ -80,9 +80,7 @@ def _cut(text, limit=TEXT_LIMIT):
     return f"{text[:half]}\n[... {len(text) - 2 * half:,} characters not shown ...]\n{text[-half:]}"
 
 
-# ---------------------------------------------------------------------------------------------
-# The host's half. Nothing that a process sends is trusted, and no process can make the host wait beyond the time-out.
-# ---------------------------------------------------------------------------------------------
+# ------------- The host's half: nothing that a process sends is trusted, and none can make it wait beyond the time-out
 
 
 @dataclasses.dataclass
@@ -108,7 +106,8 @@ class Sandbox(AbstractContextManager):
     """Runs untrusted Python; variables persist from run to run. The module's docstring lists what is covered.
 
     tools: {name: function}. Functions run in this process, perhaps in several threads at once, and take and return
-    JSON values. timeout: seconds of wall clock per step. memory_mb: what a step's process can allocate.
+    JSON values. The code sees their exceptions, except an InputError: run and run_candidates raise it in the host.
+    timeout: seconds of wall clock per step. memory_mb: what a step's process can allocate.
     isolation: "auto" warns once if a protection is missing on this machine, "require" raises InputError instead,
     "off" has time-outs and rlimits only. Raises InputError for bad arguments.
     Threads can use different sandboxes at once; calls on one sandbox wait for each other.
@@ -123,8 +122,7 @@ class Sandbox(AbstractContextManager):
             if not (isinstance(name, str) and name.isidentifier() and callable(function)) or name == "final_answer":
                 raise InputError(f"tools must map names to functions; {name!r}: {function!r} does not fit")
         self.tools, self.timeout, self.memory_mb = dict(tools or {}), float(timeout), int(memory_mb)
-        self.isolation, self.lock, self.closed = isolation, threading.RLock(), False
-        self.owner, self.candidates = os.getpid(), []
+        self.isolation, self.lock, self.closed, self.candidates = isolation, threading.RLock(), False, []
         self._start()
 
     def _start(self):
@@ -149,15 +147,13 @@ class Sandbox(AbstractContextManager):
                 raise InputError(text)
             warnings.warn(text, RuntimeWarning, stacklevel=1)  # Python shows it once: the place is always this line
 
-    def __exit__(self, *exception):
-        self.close()
-
-    def close(self):
+    def close(self, *exception):
         """Kill every process of this sandbox."""
-        if self.owner == os.getpid():  # a fork of the host must not close the host's sandbox
-            with self.lock:
-                self.closed = True
-                self._lose_state()
+        with self.lock:
+            self.closed = True
+            self._lose_state()
+
+    __exit__ = close
 
     def _lose_state(self):
         for process in filter(None, [*self.candidates, self.state]):
@@ -184,8 +180,8 @@ class Sandbox(AbstractContextManager):
         if len(codes) > 100 or not all(isinstance(code, str) for code in codes):
             raise ValueError("codes must be strings, at most 100 at once")
         with self.lock:
-            if self.closed or self.owner != os.getpid():
-                raise RuntimeError("the sandbox is closed, or belongs to another process")
+            if self.closed:
+                raise RuntimeError("the sandbox is closed")
             if self.state is None or not self.state.usable():
                 self._lose_state()
                 self._start()
@@ -241,6 +237,8 @@ class Sandbox(AbstractContextManager):
                 candidate.observation.fail("timeout", f"{text}; the state is as it was before")
         self.state.signal(signal.SIGSTOP)  # threads that a step left behind stand still between the steps
         for candidate in candidates:
+            if candidate.failure:
+                raise candidate.failure
             candidate.observation.stdout = _cut(candidate.printed(OUTPUT_BYTES))
         return [candidate.observation for candidate in candidates]
 
@@ -277,10 +275,9 @@ class Sandbox(AbstractContextManager):
                     observation.is_final, observation.final_answer = True, message["final"]
             outcome = message["done"] if isinstance(message["done"], dict) else {}
             result, error, kind = (outcome.get(key) for key in ("result", "error", "kind"))
-            if not isinstance(result, str | None) or not isinstance(error, str | None):
+            known = error is None or kind in ("syntax", "runtime", "memory")
+            if not (isinstance(result, str | None) and isinstance(error, str | None) and known):
                 raise ValueError("malformed result")
-            if error is not None and kind not in ("syntax", "runtime", "memory"):
-                raise ValueError("unknown kind of error")
             candidate.signal(signal.SIGSTOP)
             observation.result = result and _cut(result, 2 * TEXT_LIMIT)  # honest processes have cut it already
             if error is not None:
@@ -291,6 +288,9 @@ class Sandbox(AbstractContextManager):
         except ValueError as error:
             candidate.kill()
             observation.fail("killed", f"the process was stopped because of what it sent to the host: {error}")
+        except InputError as error:
+            candidate.kill()
+            candidate.failure = error
         observation.seconds = time.monotonic() - started
 
     def _call(self, message):
@@ -303,6 +303,8 @@ class Sandbox(AbstractContextManager):
             json.dumps(reply)
             return reply
         except BaseException as error:
+            if isinstance(error, InputError):
+                raise
             text = error.args[0] if len(error.args) == 1 and isinstance(error.args[0], str) else str(error)
             return {"error": type(error).__name__, "message": text or type(error).__name__}
 
@@ -318,7 +320,7 @@ class _Warm:
         # A library's threads would not survive a fork. With random hashes, sets would print in another order each time.
         environment = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         environment |= {"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", "LC_ALL": "C.UTF-8"}
-        environment |= {"GLIBC_TUNABLES": "glibc.malloc.arena_max=1"}  # an arena per thread would use up RLIMIT_AS
+        environment["GLIBC_TUNABLES"] = "glibc.malloc.arena_max=1"  # an arena per thread would use up RLIMIT_AS
         self.process = subprocess.Popen(
             [sys.executable, "-s", os.path.abspath(__file__), "inside", str(theirs.fileno())],
             env=environment,
@@ -350,9 +352,7 @@ def _warm_interpreter():
         return _warm
 
 
-# ---------------------------------------------------------------------------------------------
-# The inside, started as `python -s sandbox.py inside FD`. Foreign code can change everything in its own process.
-# ---------------------------------------------------------------------------------------------
+# ------------- The inside, started as `python -s sandbox.py inside FD`: foreign code can change all of its own process
 
 
 def _warm_loop(descriptor):

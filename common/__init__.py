@@ -123,7 +123,7 @@ def stable_seed(*parts):
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") >> 1
 
 
-# ------------- Files. JSON lines are appended whole; any other file is written aside and renamed.
+# ------------- Files: JSON lines are appended whole; any other file is written aside and renamed
 
 
 def read_text(path):

@@ -65,10 +65,7 @@ def drop_privileges():
     _prctl(38, 1)  # PR_SET_NO_NEW_PRIVS
 
 
-# ---------------------------------------------------------------------------------------------
-# Landlock. It does not cover stat, chmod, chown, utime and extended attributes. The seccomp filter denies all of these
-# but stat.
-# ---------------------------------------------------------------------------------------------
+# ------------- Landlock, which covers neither stat nor chmod, chown, utime, xattr; seccomp denies all but stat
 
 READ_FILE, READ_DIR = 4, 8
 RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}  # ABI version -> number of file access rights; 16 from version 5
@@ -91,9 +88,7 @@ def restrict_files(readable):
     os.close(ruleset)
 
 
-# ---------------------------------------------------------------------------------------------
-# Resource limits
-# ---------------------------------------------------------------------------------------------
+# ------------- Resource limits
 
 _soft = {}  # limits for foreign code, set while it runs. The hard limits are higher, so that errors can be reported.
 
@@ -124,11 +119,10 @@ def lower_limits(foreign):
             resource.setrlimit(kind, (soft if foreign and soft < hard else hard, hard))
 
 
-# ---------------------------------------------------------------------------------------------
-# Seccomp. Default: deny. Every allowed system call is listed with its numbers on x86-64 and arm64, so new system calls
-# are denied. Not listed: socket, connect, exec, kill, ptrace, mount, bpf, keyctl, io_uring, memfd_create, pidfd_*,
-# process_vm_*, setsid, setpgid, shmget, userfaultfd, and everything that creates, changes, renames or removes a file.
-# ---------------------------------------------------------------------------------------------
+# ------------- Seccomp: what is not listed is denied
+# With the numbers on x86-64 and arm64. Not listed: socket, connect, exec, kill, ptrace, mount, bpf, keyctl, io_uring,
+# memfd_create, pidfd_*, process_vm_*, setsid, setpgid, shmget, userfaultfd, every new system call, and everything that
+# creates, changes, renames or removes a file.
 
 ALLOWED = """
 read 0 63, write 1 64, close 3 57, stat 4 -, fstat 5 80, lstat 6 -, poll 7 -, lseek 8 62, mprotect 10 226, brk 12 214,
@@ -269,9 +263,7 @@ class Gate:
         os.close(self.descriptor)
 
 
-# ---------------------------------------------------------------------------------------------
-# The host's handle on a process. Nothing that the process sends is trusted.
-# ---------------------------------------------------------------------------------------------
+# ------------- The host's handle on a process
 
 MESSAGE_LIMIT = 8 << 20  # bytes of one message: code, a tool's arguments, a final answer
 
@@ -293,6 +285,7 @@ class Process:
         if LINUX:
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)  # before the first message: the sender's PID
         self.channel, self.observation, self.killed = Connection(ours.detach()), observation, False
+        self.failure = None  # an InputError of a tool, which ends the run
         # An unnamed file for descriptors 1 and 2 of the process: a kill loses nothing that was printed.
         self.output = os.memfd_create("output") if LINUX else os.dup(tempfile.TemporaryFile().fileno())
 

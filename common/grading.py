@@ -131,7 +131,7 @@ def cot_answer(text):
     return stated[-1].strip(" *").removesuffix(".").rstrip(" *") if stated else None
 
 
-# ------------- Math: the structure of an answer. A node is a Value or a Group.
+# ------------- Math: the structure of an answer; a node is a Value or a Group
 
 
 @dataclasses.dataclass(frozen=True)

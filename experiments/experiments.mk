@@ -18,9 +18,9 @@ experiment: $(READY)  ## NAME=...: a quick experiment beyond the paper; see expe
 E := $(RUNS)-experiments/seed$(SEED)/$(NAME)
 # The trajectories that some experiments start from: the scripted teacher's mistakes, and what is collected.
 TEACHER_OPTIONS_mask_failed_steps := --run-error 0.3
-COLLECT_OPTIONS_mask_failed_steps := --limit 300
+COLLECT_OPTIONS_mask_failed_steps := --limit 200
 TEACHER_OPTIONS_always_search := --from-memory 0.5
-COLLECT_OPTIONS_always_search := --limit 300
+COLLECT_OPTIONS_always_search := --limit 200
 TEACHER_OPTIONS_choose_trajectory := --run-error 0.2 --slip 0.2
 COLLECT_OPTIONS_choose_trajectory := --limit 200 --samples 3 --temperature 1
 COLLECT_OPTIONS_template := --limit 100

@@ -194,9 +194,7 @@ def wrong_digit(number, rng):
     return number[:i] + rng.choice([d for d in "123456789" if d != number[i]]) + number[i + 1 :]
 
 
-# ---------------------------------------------------------------------------------------------
-# The server: OpenAI's chat completions, with vLLM's continue_final_message
-# ---------------------------------------------------------------------------------------------
+# ------------- The server: OpenAI's chat completions, with vLLM's continue_final_message
 
 TOKEN = re.compile(r"\w+|[^\w\s]|\s+")  # a script has no tokenizer; words, signs and spaces are its tokens
 
@@ -253,9 +251,7 @@ def serve(config):
     return subprocess.run(config.then, shell=True, env=os.environ | {"TEACHER_URL": url}).returncode
 
 
-# ---------------------------------------------------------------------------------------------
-# How well the search works
-# ---------------------------------------------------------------------------------------------
+# ------------- How well the search works
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -48,9 +48,7 @@ TRAIN_MIX = {  # 60 % of the training questions are those of hotpotqa, 40 % thos
 }
 HELD_OUT = 0.3  # share of the invented entities that no training question touches
 
-# ---------------------------------------------------------------------------------------------
-# Relations and pages
-# ---------------------------------------------------------------------------------------------
+# ------------- Relations and pages
 
 
 class Relation(NamedTuple):
@@ -220,9 +218,7 @@ def title(name):
     return name.removeprefix("the ")
 
 
-# ---------------------------------------------------------------------------------------------
-# Questions about facts. The plan holds the hops, and says in words what is needed: rightly, and wrongly in one way.
-# ---------------------------------------------------------------------------------------------
+# ------------- Questions about facts: a plan holds the hops, and what is needed in words, right and wrong
 
 
 def chain_set(task, family, split):
@@ -300,9 +296,7 @@ def need(branches, shape="chain"):
     return " and ".join(texts) + GOALS[shape]
 
 
-# ---------------------------------------------------------------------------------------------
-# Questions about numbers. The plan is a formula; the agent runs it as code, a CoT works it out in the head.
-# ---------------------------------------------------------------------------------------------
+# ------------- Questions about numbers: a plan is a formula, which the agent runs as code, and CoT works out by hand
 
 
 def work_out(expression, names):
@@ -449,9 +443,7 @@ def negated(code):
     return re.sub("==|!=|<|>", lambda sign: {"==": "!=", "!=": "==", "<": ">", ">": "<"}[sign[0]], code)
 
 
-# ---------------------------------------------------------------------------------------------
-# The files
-# ---------------------------------------------------------------------------------------------
+# ------------- The files
 
 MATH_FAMILIES = {"numbers": ask_numbers, "story": ask_story, "count": ask_count, "pairs": ask_pairs}
 

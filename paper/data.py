@@ -33,9 +33,7 @@ from common import (
 from common.client import ServerError
 from common.report import TASKS
 
-# ---------------------------------------------------------------------------------------------
-# Sources
-# ---------------------------------------------------------------------------------------------
+# ------------- Sources
 
 # The authors' repository on GitHub: files under data_processor/, in the format of sha256sum. They are taken from the
 # newest commit; the sha256 pins them.
@@ -96,9 +94,7 @@ def model_folder(repository, to):
     return Path(to) / "hub" / f"models--{repository.replace('/', '--')}"
 
 
-# ---------------------------------------------------------------------------------------------
-# Download
-# ---------------------------------------------------------------------------------------------
+# ------------- Download
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -155,9 +151,7 @@ def download_repository(name, to):
     return folder
 
 
-# ---------------------------------------------------------------------------------------------
-# What it needs
-# ---------------------------------------------------------------------------------------------
+# ------------- What it needs
 
 # Download, disk and memory. wiki: archive, passages and index. e5: also the vectors, twice on the disk while their two
 # parts are joined. Memory: the larger of building and searching. A file of your own is taken to be small.
@@ -194,9 +188,7 @@ def ask(config):
         raise InputError("not agreed; nothing was started")
 
 
-# ---------------------------------------------------------------------------------------------
-# Formats
-# ---------------------------------------------------------------------------------------------
+# ------------- Formats
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -72,9 +72,7 @@ def write_benchmarks(made, folder):
         write_json(folder / path, {"metadata": about, "examples": examples})
 
 
-# ---------------------------------------------------------------------------------------------
-# Trajectories
-# ---------------------------------------------------------------------------------------------
+# ------------- Trajectories
 
 
 def write_trajectories(made, downloads, index):
@@ -125,9 +123,7 @@ def smolagents_log(chat):
     return log
 
 
-# ---------------------------------------------------------------------------------------------
-# Passages, vectors and models
-# ---------------------------------------------------------------------------------------------
+# ------------- Passages, vectors and models
 
 DIMENSIONS = 64  # of the models' hidden states, and so of the encoder's vectors
 

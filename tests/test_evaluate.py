@@ -23,6 +23,7 @@ import pytest
 import torch
 import transformers
 
+import agent_distill
 import evaluate
 import retriever
 import train
@@ -32,7 +33,7 @@ from common import InputError, judge, load_tasks, report
 from common.decoding import Layer, SharedPrompts
 from common.lora import load_model
 from conftest import make_model
-from evaluate import Answer, GuardedTools, Student, run_lockstep
+from evaluate import Answer, Student, run_lockstep
 from miniature import teacher, world
 from sandbox import Sandbox
 from servers import completion, serve
@@ -330,24 +331,22 @@ def test_lockstep_survives_a_halved_batch_and_ends_each_episode_at_its_own_step(
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), ConnectionError("gone")])
-def test_a_tool_that_fails_through_no_fault_of_the_student_ends_the_run(error):
-    def search(query):
-        if query == "bad":
+def test_a_search_that_fails_through_no_fault_of_the_student_ends_the_run(error, monkeypatch):
+    class Broken:
+        def search(self, queries, k):
             raise error
-        return ["page"][int(query)]
 
-    tools = GuardedTools({"web_search": search})
-    for query, ends in (("5", False), ("bad", True)):
-        opener = functools.partial(Sandbox, tools=tools)
+    monkeypatch.setattr(retriever, "load", lambda *arguments: Broken())
+    config = evaluate.AskConfig(search="index", method="agent")
+    opener = functools.partial(Sandbox, tools=agent_distill.open_tools(config, Prompts()) | {"pick": ["a"].__getitem__})
+    for call, ends in (("pick(5)", False), ("web_search('x')", True)):
         episode = agent_episode("Q", Prompts(), opener, system="S", max_steps=1)
-        run = run_lockstep(
-            [(1, episode)], Script(lambda turn, query=query: code(f"web_search({query!r})")), check=tools.check
-        )
+        run = run_lockstep([(1, episode)], Script(lambda turn, call=call: code(call)))
         if ends:
             with pytest.raises(InputError, match=f"web_search failed: {type(error).__name__}"):
                 list(run)
         else:
-            assert "IndexError" in next(run)[1].steps[0]["observation"], "the student's own error is its observation"
+            assert "IndexError" in next(run)[1].steps[0]["observation"], "another error is the student's to read"
 
 
 # Commands -----------------------------------------------------------------------------------------

@@ -48,11 +48,13 @@ def no_gc():
 
 
 def answer_questions(student, questions=9, watch=lambda: None):
-    """Real episodes in lockstep. Returns {question: (stop, all its messages)}; watch is called after each step."""
+    """Real episodes in lockstep. Returns {question: (stop, all its messages)}; watch is called before each step."""
+    answer = student.answer
+    student.answer = lambda *turns: watch() or answer(*turns)
     prompts, place = Prompts(), functools.partial(Sandbox, isolation="off")
     episode = functools.partial(agent_episode, prompts=prompts, open_sandbox=place, system="Be brief.", max_steps=3)
     episodes = ((i, episode(f"Question {i}: {'why ' * (i % 7)}")) for i in range(questions))
-    ended = run_lockstep(episodes, student, ["<end_code>"], workers=2, check=watch)
+    ended = run_lockstep(episodes, student, ["<end_code>"], workers=2)
     return {key: (result.stop, result.messages) for key, result, _ in ended}
 
 

@@ -842,6 +842,18 @@ def test_tools():
         assert len(sandbox.run("len(search('x' * 10**6, 3)['hits'][2])").result) == 7
 
 
+def test_an_input_error_of_a_tool_ends_the_run():
+    """The model cannot know that a server is gone: its observation would be the fault of the machine."""
+
+    def search(query):
+        raise InputError("the server is gone")
+
+    with Sandbox(tools={"search": search}) as sandbox:
+        sandbox.run("x = 1")
+        with pytest.raises(InputError, match="the server is gone"):
+            sandbox.run_candidates(["try: search(1)\nexcept BaseException: pass", "2"])
+
+
 def test_candidates_call_tools_at_the_same_time():
     barrier = threading.Barrier(4, timeout=5)
     with Sandbox(tools={"meet": lambda: barrier.wait() >= 0}) as sandbox:
