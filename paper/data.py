@@ -1,6 +1,5 @@
 """What `make paper` downloads: pinned sources, and the published formats converted to the project's own.
 
-    python -m paper.data ask --student Qwen/Qwen2.5-0.5B-Instruct --passages wiki --to runs/paper
     python -m paper.data download benchmarks wiki-18 Qwen/Qwen2.5-0.5B-Instruct --to runs/paper
     python -m paper.data tasks runs/paper/download/benchmarks --out runs/paper/tasks
     python -m paper.data trajectories runs/paper/download/agent-trajectories --out agent.train.jsonl
@@ -12,8 +11,6 @@ transformers finds it with HF_HUB_CACHE=TO/hub. $HF_TOKEN and $HF_ENDPOINT are t
 import dataclasses
 import hashlib
 import re
-import shutil
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -151,43 +148,6 @@ def download_repository(name, to):
     return folder
 
 
-# ------------- What it needs
-
-# Download, disk and memory. wiki: archive, passages and index. e5: also the vectors, twice on the disk while their two
-# parts are joined. Memory: the larger of building and searching. A file of your own is taken to be small.
-NEEDS = {
-    "wiki": ("5.1 GB", "50 GB", "6 GB"),
-    "e5": ("70.1 GB", "150 GB", "65 GB of RAM, or 81 GB on a GPU"),
-}
-
-
-@dataclasses.dataclass(kw_only=True)
-class AskConfig:
-    student: str = option(REQUIRED, "Hugging Face name or folder of the student")
-    passages: str = option(REQUIRED, "wiki, e5, a file of passages, or the URL of a /retrieve server")
-    to: str = option(REQUIRED, "folder for everything")
-    yes: bool = option(False, "do not ask")
-
-
-def ask(config):
-    """State download, disk and memory in three lines, and ask. InputError (exit status 2) if the answer is not yes."""
-    served_or_file = config.passages.startswith(("http://", "https://")) or Path(config.passages).is_file()
-    if not (config.passages in NEEDS or served_or_file):
-        raise InputError(f"PASSAGES={config.passages}: wiki, e5, a file of passages or a server's URL was expected")
-    passages, disk, memory = NEEDS.get(config.passages, ("no", "little", "little"))
-    Path(config.to).mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(config.to).free / 1e9
-    print(f"download  {passages} passages, {config.student} (2 GB per billion parameters), 0.1 GB of other data")
-    print(f"disk      {disk} for passages and index, and the student; {free:.0f} GB are free in {config.to}")
-    print(f"memory    {memory} for the search, beside one GPU for training and evaluation")
-    if config.yes:
-        return
-    if not sys.stdin.isatty():
-        raise InputError("standard input is not a terminal: YES=1 (or --yes) continues without asking")
-    if input("Continue? [y/N] ").strip().lower() not in ("y", "yes"):
-        raise InputError("not agreed; nothing was started")
-
-
 # ------------- Formats
 
 
@@ -288,7 +248,6 @@ def reword_search_results(text, prompts):
 
 if __name__ == "__main__":
     commands = {
-        "ask": (AskConfig, ask),
         "download": (DownloadConfig, download),
         "tasks": (TasksConfig, make_tasks),
         "trajectories": (TrajectoriesConfig, convert_trajectories),

@@ -41,9 +41,16 @@ STUDENT_DONE := $(if $(wildcard $(PAPER_STUDENT)/config.json),,$(DOWNLOADED)/$(P
 paper: paper-report  ## the paper's experiment: says what it needs, asks, then runs everything below
 
 AGREED := $(PAPER)/agreed/$(notdir $(PAPER_STUDENT)).$(PASSAGES_NAME)
-$(AGREED): | $(READY)
-	@$(RUN) -m paper.data ask --student $(PAPER_STUDENT) --passages $(PASSAGES) --to $(PAPER) $(if $(YES),--yes)
-	@mkdir -p $(@D) && touch $@
+# wiki: archive, passages and index. e5: also the vectors, twice on the disk while their two parts are joined.
+NEEDS_wiki := 5.1 GB to download, 50 GB of disk, 6 GB of memory
+NEEDS_e5 := 70.1 GB to download, 150 GB of disk, 65 GB of RAM or 81 GB on a GPU
+$(AGREED): | $(READY) $(if $(NEEDS_$(PASSAGES))$(SERVED),,$(PASSAGES))
+	@mkdir -p $(@D)
+	@echo 'passages $(PASSAGES): $(or $(NEEDS_$(PASSAGES)),small)'
+	@echo 'student $(PAPER_STUDENT): 2 GB per billion parameters, on the disk and on one GPU; other data: 0.1 GB'
+	@df -h $(PAPER)
+	@$(if $(YES),,printf 'Continue? [y/N] '; read answer && [ "$$answer" = y ] || { echo 'not agreed (YES=1 does not ask)'; exit 2; } >&2)
+	@touch $@
 $(DOWNLOADED)/%.done: | $(AGREED)
 	$(RUN) -m paper.data download $* --to $(PAPER)
 	mkdir -p $(@D) && touch $@

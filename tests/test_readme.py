@@ -4,12 +4,16 @@ make test ROOM=readme
 """
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import importlib
+import io
 import re
+import runpy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -28,12 +32,21 @@ def path_of(program):
     return ROOT / (program if program.endswith(".py") else program.replace(".", "/") + ".py")
 
 
-@functools.cache
 def help_of(program, *command):
-    start = [program] if program.endswith(".py") else ["-m", program]
-    done = subprocess.run([sys.executable, *start, *command, "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    """What `PROGRAM COMMAND --help` prints. In this process, because a new one imports torch, which takes seconds."""
+    out, arguments = io.StringIO(), sys.argv
+    sys.argv = [program, *command, "--help"]
+    try:
+        with contextlib.redirect_stdout(out), warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
+            warnings.simplefilter("ignore", RuntimeWarning)  # runpy: the module was imported before
+            if program.endswith(".py"):
+                runpy.run_path(str(ROOT / program), run_name="__main__")
+            else:
+                runpy.run_module(program, run_name="__main__")
+    finally:
+        sys.argv = arguments
+    assert not ended.value.code or program == "sandbox.py"
+    return out.getvalue()
 
 
 def commands():

