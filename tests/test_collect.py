@@ -19,6 +19,7 @@ import agent_distill
 import common
 import retriever
 from common import InputError, read_jsonl, stable_seed
+from common.search_r1 import answer_request
 from miniature import teacher as miniature_teacher
 from miniature import world as miniature_world
 from servers import serve
@@ -196,17 +197,24 @@ def test_samples_differ_and_each_is_asked_once(world):
     assert len({json.dumps([row["id"], row["messages"]]) for row in rows}) > 12
 
 
-def test_a_search_that_fails_is_an_observation(world, monkeypatch):
+def test_a_search_that_fails_ends_the_run_and_the_same_command_continues(world, monkeypatch):
+    """What the teacher would read about a broken index must not become training data."""
     monkeypatch.setattr(common, "BACKOFF", 0.01)
     folder, teacher = world
-    out, down = folder / "no-search.jsonl", ("status", 500, {}, '{"error": "the index is on fire"}')
-    with serve(lambda *request: down) as (index, _), serve(lambda p, body, n: teach(teacher, body)) as (url, _):
-        options = {"limit": 3, "max_steps": 2, "search": index.removesuffix("/v1") + "/retrieve"}
-        agent_distill.collect(collect_config(folder, url, out, **options))
+    out, index, broken = folder / "no-search.jsonl", retriever.load(str(folder / "index")), [True]
+
+    def search(path, body, number):
+        answer = answer_request(index, "POST", "/retrieve", body)[1]
+        return ("status", 500, {}, '{"error": "the index is on fire"}') if broken else answer
+
+    with serve(search) as (address, _), serve(lambda p, body, n: teach(teacher, body)) as (url, _):
+        config = collect_config(folder, url, out, limit=9, search=address.removesuffix("/v1") + "/retrieve")
+        with pytest.raises(InputError, match="the index is on fire"):
+            agent_distill.collect(config)
+        broken.clear()
+        agent_distill.collect(config)
     rows = rows_of(out)
-    searched = [step for row in rows for step in row["steps"] if "web_search" in step["code"]]
-    assert len(rows) == 3 and searched
-    assert all("the index is on fire" in step["observation"] for step in searched if "show(" not in step["code"])
+    assert len(rows) == 9 and "on fire" not in json.dumps(rows) and "[1] " in json.dumps(rows)
 
 
 def test_a_full_disk_is_one_line_and_the_same_command_continues(world):
