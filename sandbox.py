@@ -235,7 +235,7 @@ class Sandbox(AbstractContextManager):
                 # A copy, because the thread can still write to the old one.
                 candidate.observation = dataclasses.replace(candidate.observation, seconds=time.monotonic() - started)
                 candidate.observation.fail("timeout", f"{text}; the state is as it was before")
-        self.state.signal(signal.SIGSTOP)  # threads that a step left behind stand still between the steps
+        self.state.signal(signal.SIGSTOP)  # stops threads that a step left behind, until the next step
         for candidate in candidates:
             if candidate.failure:
                 raise candidate.failure

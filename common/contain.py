@@ -311,7 +311,7 @@ class Process:
             data, extra, _, _ = channel.recvmsg(4, room)
         if len(data) < 4:
             raise EOFError("a process of the sandbox ended while it started")
-        gate, self.pid = None, struct.unpack("=i", data)[0]  # its own word, for macOS
+        gate, self.pid = None, struct.unpack("=i", data)[0]  # as the process itself says, for macOS
         for _, kind, payload in extra:
             if kind == socket.SCM_RIGHTS:
                 gate = struct.unpack("=i", payload)[0]

@@ -83,7 +83,7 @@ class SharedPrompts(transformers.Cache):
         super().__init__(layers=[Layer(new, 0, state, self.samples) for state in states])
 
     def keep(self, running, capacity):
-        """Only these samples go on (ascending numbers), with capacity for so many more tokens each."""
+        """Drop all samples but these (ascending numbers); each gets room for `capacity` more tokens."""
         n, places = self.samples.n, {sample: row for row, sample in enumerate(self.running)}
         rows, prompts = [places[sample] for sample in running], sorted({sample // n for sample in running})
         number = {prompt: i for i, prompt in enumerate(prompts)}
