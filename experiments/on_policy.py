@@ -8,9 +8,9 @@ KL(student || teacher) over the whole vocabulary, at each token that the student
 
     make experiment NAME=on_policy
 
-Replaced: the loss and the loop. The student is fine-tuned first (SFT), here on 150 trajectories; the teacher is the
-student of `make reproduce`, distilled on all of them. Baseline: the student after SFT. Real models must be of one
-family. Vocabularies are cut to the smaller one (Qwen2.5 to 3B: 151,936, from 7B on: 152,064; the rest is padding).
+Replaced: the loss and the loop. Baseline: the student after fine-tuning (SFT) on 150 trajectories; the teacher is the
+student of `make reproduce`, distilled on all of them. Real models must be of one family. Vocabularies are cut to the
+smaller one (Qwen2.5 to 3B: 151,936, from 7B on: 152,064; the rest is padding).
 """
 
 import dataclasses
@@ -19,9 +19,8 @@ from pathlib import Path
 
 import torch
 
-import common
 import train
-from common import REQUIRED, option, read_jsonl, run_command_line, write_jsonl
+from common import REQUIRED, option, progress, read_jsonl, run_command_line, stable_seed, write_json, write_jsonl
 from common.lora import load_model, load_tokenizer, save_lora, training_record
 from experiments import Setting, compare, evaluate_student, train_student
 
@@ -44,14 +43,13 @@ def draw_turn(messages, decay, rng):
     return messages[: rng.choices(turns, [decay**t for t in range(len(turns))])[0]]
 
 
-@torch.no_grad()
 def write_turns(model, tokenizer, prompts, config):
     """Returns the ids that the student writes after each prompt (a list of ids), with the end-of-turn token."""
     longest, pad, end = max(map(len, prompts)), tokenizer.pad_token_id or 0, tokenizer.eos_token_id
-    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])  # (turns, longest)
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    padding, device = [longest - len(prompt) for prompt in prompts], model.device
+    ids = torch.tensor([[pad] * n + prompt for n, prompt in zip(padding, prompts, strict=True)], device=device)
+    mask = torch.tensor([[0] * n + [1] * (longest - n) for n in padding], device=device)  # (turns, longest), as ids
     options = {"max_new_tokens": config.max_tokens, "do_sample": True, "temperature": config.temperature, "top_k": 0}
-    ids, mask = ids.to(model.device), mask.to(model.device)
     model.eval()
     ids = model.generate(ids, attention_mask=mask, eos_token_id=end, pad_token_id=pad, **options)
     model.train()
@@ -76,17 +74,18 @@ def divergence(model, teacher, prompt, written):
 
 
 def distill(config, student, out):
-    """Continue an adapter by on-policy distillation and save it in the folder `out`, unless that is done."""
+    """Continue an adapter by on-policy distillation and save it in the folder `out`; a killed run continues there."""
     if (out / "training.json").exists():
         return
-    tokenizer, rng = load_tokenizer(student), random.Random(config.seed)
-    device, _, _ = train.start()
-    trainer = train.Trainer(train.Config(data=[], model=student, out=str(out), dropout=0.0), device)
-    teacher, _ = load_model(config.teacher, device, trainer.model.dtype)
+    tokenizer, state = load_tokenizer(student), out / "checkpoint.pt"
+    trainer = train.Trainer(train.Config(data=[], model=student, out=str(out), dropout=0.0), train.start()[0])
+    teacher, _ = load_model(config.teacher, trainer.device, trainer.model.dtype)
     rows = [row["messages"] for path in config.data for _, row in read_jsonl(path)]
-    torch.manual_seed(config.seed)
-    with common.progress(range(config.steps), desc=out.name, unit="step", quiet=config.quiet) as bar:
+    todo = range(trainer.load(state, student), config.steps)
+    with progress(todo, desc=out.name, unit="step", quiet=config.quiet) as bar:
         for step in bar:
+            rng = random.Random(stable_seed(config.seed, step))
+            torch.manual_seed(rng.getrandbits(31))
             replayed = [draw_turn(messages, config.decay, rng) for messages in rng.choices(rows, k=config.turns)]
             prompts = [train.render(tokenizer, messages, reply=True) for messages in replayed]
             prompts = tokenizer(prompts, add_special_tokens=False)["input_ids"]
@@ -99,10 +98,12 @@ def distill(config, student, out):
                 (weight * each.sum() / total).backward()
                 losses.append(each.sum().item())
             trainer.update(config.policy_lr * (1 - step / config.steps), clip=1.0)
+            trainer.save(state, step + 1, student)
             bar.set_postfix_str(f"KL per token {sum(losses) / total:.4f}, {total} tokens written")
     save_lora(trainer.model, out, trainer.base)
     tokenizer.save_pretrained(out)
-    common.write_json(out / "training.json", training_record(student))
+    write_json(out / "training.json", training_record(student))
+    state.unlink()
 
 
 def run(config):

@@ -12,6 +12,7 @@ import threading
 import pytest
 import torch
 
+import experiments
 import retriever
 import train
 from agent_distill import CollectConfig, FilterConfig, Prompts, Running, collect, filter_trajectories
@@ -257,6 +258,27 @@ def test_an_experiment_runs_and_a_second_time_only_prints(place, module, capsys)
     module.run(config)
     assert capsys.readouterr().out.splitlines()[-8:] == first[-8:]
     assert all(path.stat().st_mtime_ns == time for path, time in files.items())
+
+
+def test_on_policy_distillation_continues_after_a_kill(place, monkeypatch):
+    """Interrupted in its second step and started again, it ends with the weights of an uninterrupted run."""
+    settings = arguments(place, "on_policy") | {"steps": 3, "rank": 4, "dropout": 0.0, "epochs": 1}
+    config = on_policy.Config(**settings | {"out": str(place / "kill")})
+    sft = experiments.train_student(config, "sft", settings["data"][0])
+    on_policy.distill(config, sft, place / "kill" / "whole")
+    update = train.Trainer.update
+
+    def stop(trainer, rate, clip):
+        if rate < config.policy_lr:
+            raise KeyboardInterrupt
+        return update(trainer, rate, clip)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train.Trainer, "update", stop)
+        on_policy.distill(config, sft, place / "kill" / "cut")
+    on_policy.distill(config, sft, place / "kill" / "cut")
+    names = [place / "kill" / name / "adapter_model.safetensors" for name in ("whole", "cut")]
+    assert names[0].read_bytes() == names[1].read_bytes() and not list((place / "kill").rglob("checkpoint.pt"))
 
 
 def test_the_table_pools_the_seeds(place, capsys):
