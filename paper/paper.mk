@@ -51,8 +51,39 @@ $(AGREED): | $(READY) $(if $(NEEDS_$(PASSAGES))$(SERVED),,$(PASSAGES))
 	@df -h $(PAPER)
 	@$(if $(YES),,printf 'Continue? [y/N] '; read answer && [ "$$answer" = y ] || { echo 'not agreed (YES=1 does not ask)'; exit 2; } >&2)
 	@touch $@
+
+# Downloads: repositories on the Hugging Face Hub, with kind and commit. main: no commit is known, the newest is taken.
+FROM_cot-trajectories := agent-distillation/Qwen2.5-32B-Instruct_cot_trajectories_2k dataset main
+FROM_agent-trajectories := agent-distillation/Qwen2.5-32B-Instruct_agent_trajectories_2k dataset main
+FROM_prefix-trajectories := agent-distillation/Qwen2.5-32B-Instruct_agent_trajectories_2k_prefix dataset main
+FROM_authors-student := agent-distillation/agent_distilled_Qwen2.5-1.5B-Instruct model main
+# Wikipedia 2018 in 21,015,324 passages of 100 words, and e5-base-v2's vectors of them; published with Search-R1.
+FROM_wiki-18 := PeterJinGo/wiki-18-corpus dataset 69c1c00ffe7c5554c68d8548355cb22e46aabc51
+FROM_e5-index := PeterJinGo/wiki-18-e5-index dataset a4d31160a035f30764604f4827cd8f1d0315eb86
+COMMIT_intfloat/e5-base-v2 := f52bf8ec8c7124536f0efb74aca902b2995e5bcd
+COMMIT_Qwen/Qwen2.5-0.5B-Instruct := 7ae557604adf67be50417f59c2c2f167def9a775
+COMMIT_Qwen/Qwen2.5-1.5B-Instruct := 989aa7980e4cf806f80c7fef2b1adb7bc71aa306
+COMMIT_Qwen/Qwen2.5-3B-Instruct := aa8e72537993ba99e69dfaafa59ed015b17504d1
+COMMIT_Qwen/Qwen2.5-7B-Instruct := a09a35458c702b33eeacc393d103063234e8bc28
+WANTED := *.json *.jsonl *.gz *.safetensors *.txt *.model *.jinja part_*
+GET = $(RUN) -m huggingface_hub.cli.hf download --quiet $(WANTED:%=--include '%')
+DATA := $(patsubst FROM_%,$(DOWNLOADED)/%.done,$(filter FROM_%,$(.VARIABLES)))
+$(DATA): $(DOWNLOADED)/%.done: | $(AGREED)
+	$(GET) $(word 1,$(FROM_$*)) --type $(word 2,$(FROM_$*)) --revision $(word 3,$(FROM_$*)) --local-dir $(DOWNLOADED)/$*
+	touch $@
+# The authors' questions. Their repository's newest commit is read, and the sha256 of each file is pinned.
+QUESTIONS_URL ?= https://raw.githubusercontent.com/Nardien/agent-distillation/main/data_processor
+$(DOWNLOADED)/benchmarks.done: | $(AGREED)
+	mkdir -p $(DOWNLOADED)/benchmarks
+	cut -c 67- paper/benchmarks.sha256 | (cd $(DOWNLOADED)/benchmarks && \
+	  while read file; do curl -fsS --retry 5 --create-dirs -o $$file $(QUESTIONS_URL)/$$file || exit; done)
+	cd $(DOWNLOADED)/benchmarks && sha256sum --check --quiet $(CURDIR)/paper/benchmarks.sha256
+	touch $@
+# Models. refs/main names the commit that transformers takes for a model's name.
+MODEL_FOLDER = $(PAPER)/hub/models--$(subst /,--,$*)
 $(DOWNLOADED)/%.done: | $(AGREED)
-	$(RUN) -m paper.data download $* --to $(PAPER)
+	$(GET) $* --cache-dir $(PAPER)/hub $(COMMIT_$*:%=--revision %)
+	$(if $(COMMIT_$*),mkdir -p $(MODEL_FOLDER)/refs && printf %s $(COMMIT_$*) > $(MODEL_FOLDER)/refs/main)
 	mkdir -p $(@D) && touch $@
 
 # 1. Questions and student.

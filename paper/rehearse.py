@@ -36,21 +36,23 @@ def write(config):
     write_archive(made, to / "download/wiki-18")
     write_vectors(made, to / "download/e5-index")
     student = "Qwen/Qwen2.5-1.5B-Instruct"
-    for name in ("intfloat/e5-base-v2", "Qwen/Qwen2.5-0.5B-Instruct", student):
+    models = ["intfloat/e5-base-v2", "Qwen/Qwen2.5-0.5B-Instruct", student]
+    for name in models:
         write_model(made, snapshot(name, to))
     write_adapter(snapshot(student, to), to / "download/authors-student", student)
-    for name in ["benchmarks", *data.SOURCES]:  # the marks that the Makefile leaves after a download
+    data_sets = [f"{kind}-trajectories" for kind in ("cot", "agent", "prefix")] + ["benchmarks", "wiki-18", "e5-index"]
+    for name in [*data_sets, "authors-student", *models]:  # the marks that the Makefile leaves after a download
         mark = to / "download" / f"{name}.done"
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.touch()
 
 
 def snapshot(name, to):
-    """The folder of a model at its pinned commit in the cache of transformers, marked as the commit to take."""
-    folder, commit = data.model_folder(name, to), data.SOURCES[name].revision
+    """The folder of a model in the cache of transformers, marked as the commit to take for this name."""
+    folder = to / "hub" / f"models--{name.replace('/', '--')}"
     with replace_file(folder / "refs/main") as file:
-        file.write(commit)
-    return folder / "snapshots" / commit
+        file.write("rehearsal")
+    return folder / "snapshots/rehearsal"
 
 
 def write_benchmarks(made, folder):

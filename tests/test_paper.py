@@ -20,7 +20,6 @@ import pytest
 
 from agent_distill import Prompts
 from common import InputError, load_tasks, read_jsonl
-from common.client import ServerError
 from common.report import TASKS
 from miniature import world
 from paper import data, rehearse
@@ -71,10 +70,15 @@ def repository(name, commit, files, kind="models"):
     return served | {f"{top}/{path}": content for path, content in files.items()}
 
 
-def download(endpoint, to, *names):
-    """Run the command in a new process, because huggingface_hub reads its environment once."""
-    environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0"}
-    command = [sys.executable, "-m", "paper.data", "download", *names, "--to", str(to)]
+def download(to, *targets, **variables):
+    """Run make for marks below download/, as `make paper` does, after the question is answered."""
+    settings = {"YES": "1", "VENV": "", "PYTHON": sys.executable, "PAPER": to} | variables
+    command = [
+        "make",
+        *(f"{name}={value}" for name, value in settings.items()),
+        *(f"{to}/download/{t}" for t in targets),
+    ]
+    environment = os.environ | {"HF_HUB_OFFLINE": "0"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
 
 
@@ -82,37 +86,35 @@ def test_repositories_are_downloaded_at_their_commits(tmp_path):
     student, commit, newest = "Qwen/Qwen2.5-0.5B-Instruct", "7ae557604adf67be50417f59c2c2f167def9a775", "b" * 40
     contents = {"config.json": b"{}", "model.safetensors": b"weights", "photo.png": b"unwanted"}
     files = repository(student, commit, contents)
-    dataset = data.SOURCES["agent-trajectories"].repository
+    dataset = "agent-distillation/Qwen2.5-32B-Instruct_agent_trajectories_2k"
     files |= repository(dataset, newest, {"data/train.jsonl": b"{}\n"}, "datasets")
     with file_server(files) as (endpoint, seen):
-        done = download(endpoint, tmp_path, student, "agent-trajectories")
+        done = download(tmp_path, f"{student}.done", "agent-trajectories.done", HF_ENDPOINT=endpoint)
     assert done.returncode == 0, done.stderr
     assert not any("photo" in path for path in seen)
-    cached = data.model_folder(student, tmp_path)
+    cached = tmp_path / "hub" / "models--Qwen--Qwen2.5-0.5B-Instruct"
     assert (cached / "refs/main").read_text() == commit  # where transformers looks for the name
     assert set(os.listdir(cached / "snapshots" / commit)) == {"config.json", "model.safetensors"}
     assert (tmp_path / "download/agent-trajectories/data/train.jsonl").read_bytes() == b"{}\n"
 
 
-def test_a_download_that_fails_says_so_in_one_line(tmp_path):
+def test_a_download_that_fails_is_not_marked_as_done(tmp_path):
     with file_server({}) as (endpoint, _):
-        done = download(endpoint, tmp_path, "a/b")
-    assert done.returncode == 1 and "a/b: " in done.stderr and "Traceback" not in done.stderr
+        done = download(tmp_path, "a/b.done", HF_ENDPOINT=endpoint)
+    assert done.returncode == 2 and "a/b" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "download/a/b.done").exists()
 
 
-def test_benchmark_files_must_have_their_sha256(tmp_path, monkeypatch):
-    content, path = b'{"examples": []}', "qa_dataset/test/x.json"
-    monkeypatch.setattr(data, "BENCHMARK_FILES", {path: hashlib.sha256(content).hexdigest()})
-    with file_server({f"/{path}": content}) as (address, _):
-        data.download_benchmarks(tmp_path, address)
-        assert (tmp_path / path).read_bytes() == content
-    (tmp_path / path).unlink()
-    with file_server({f"/{path}": content + b" "}) as (address, _):
-        with pytest.raises(InputError, match=r"x.json: sha256 \w+, but \w+ is pinned"):
-            data.download_benchmarks(tmp_path, address)
-    with file_server({}) as (address, _), pytest.raises(ServerError, match="404"):
-        data.download_benchmarks(tmp_path, address)
-    assert not (tmp_path / path).exists()
+def test_benchmark_files_must_have_their_sha256(tmp_path):
+    """Files with other contents are refused, and so are files that are not there."""
+    with file_server({f"/{path}": b'{"examples": []}' for path in data.BENCHMARK_FILES}) as (address, seen):
+        done = download(tmp_path, "benchmarks.done", QUESTIONS_URL=address)
+    assert seen == [f"/{path}" for path in data.BENCHMARK_FILES]
+    assert done.returncode == 2 and f"{data.BENCHMARK_FILES[0]}: FAILED" in done.stdout
+    with file_server({}) as (address, _):
+        done = download(tmp_path, "benchmarks.done", QUESTIONS_URL=address)
+    assert done.returncode == 2 and "404" in done.stderr
+    assert not (tmp_path / "download/benchmarks.done").exists()
 
 
 # The question
