@@ -89,8 +89,7 @@ def run(config):
     early = evaluate_student(config, config.model, "early", sc=2, episode="experiments.agree_early.episode")
     every_step = evaluate_student(config, config.model, "sc8", sc=MOST)
     tests = repeat_questions(config.tests, config.limit, repeated)
-    options = {"tasks": tests, "limit": None, "sample": True, "batch": 256}
-    episodes = evaluate_student(config, config.model, "episodes", **options)
+    episodes = evaluate_student(config, config.model, "episodes", tasks=tests, limit=None, sample=True)
     vote_over_episodes(episodes, eval_folder / "majority of episodes")
     compare(every_step, early)
     compare(every_step, eval_folder / "majority of episodes")
