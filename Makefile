@@ -101,7 +101,7 @@ $(D)/teacher/prefix.train.jsonl: $(D)/teacher/cot.train.jsonl $(D)/index/.done
 	$(call ASK,$(SEARCH) --first-thought $(@D)/cot.jsonl --out $(@D)/prefix.jsonl)
 	$(RUN) agent_distill.py filter $(@D)/prefix.jsonl --out $@
 $(D)/teacher/gain.md: $(D)/teacher/agent.train.jsonl $(D)/teacher/prefix.train.jsonl
-	$(RUN) agent_distill.py prefix-gain $(@D)/agent.jsonl $(@D)/prefix.jsonl > $@.new
+	$(RUN) evaluate.py compare $(@D)/agent.jsonl $(@D)/prefix.jsonl > $@.new
 	mv $@.new $@
 
 # 4. Students: LoRA, loss on the assistant's tokens only (Eq. 2 and Eq. 4).

@@ -5,7 +5,7 @@
     python agent_distill.py collect train.jsonl --url $URL --out plain.jsonl --search index
     python agent_distill.py collect train.jsonl --url $URL --out agent.jsonl --search index --first-thought cot.jsonl
     python agent_distill.py filter agent.jsonl --out agent.train.jsonl
-    python agent_distill.py prefix-gain plain.jsonl agent.jsonl
+    python evaluate.py compare plain.jsonl agent.jsonl      # what the first-thought prefix brings to the teacher
 
 Read `agent_episode` first: it is the paper's loop. An episode is a generator. It yields what a model is asked, and
 receives candidate texts. The same episode runs with a teacher over HTTP (here) and with a student (evaluate.py).
@@ -28,7 +28,7 @@ import common
 import retriever
 from common import REQUIRED, InputError, grading, option, read_jsonl, read_text, stable_seed
 from common.client import BadRequest, Client, Served, in_parallel
-from common.report import paired_table, table
+from common.report import table
 from sandbox import Observation, Sandbox
 
 # ------------- Prompts and tools: what an episode is given
@@ -363,7 +363,7 @@ def trajectory_row(task, method, episode, usage):
     return row | {"correct": verdict.correct, "why": verdict.why, "usage": dict(usage)}
 
 
-# ------------- collect, filter, prefix-gain
+# ------------- collect, filter
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -521,20 +521,6 @@ def _training_row(row, prompts):
     return fields | {"prefix": bool(row.get("prefix")), "messages": messages, "steps": steps}
 
 
-@dataclasses.dataclass(kw_only=True)
-class GainConfig:
-    plain: str = option(REQUIRED, "trajectories without the prefix", positional=True)
-    prefixed: str = option(REQUIRED, "trajectories with it, on the same questions", positional=True)
-
-
-def prefix_gain(config):
-    """Print the teacher's accuracy without and with the first-thought prefix, paired by question."""
-    sides = []
-    for path in (config.plain, config.prefixed):
-        sides.append({(row["task"], row["id"], row.get("sample", 0)): row["correct"] for _, row in read_jsonl(path)})
-    print(paired_table(*sides, ("without", "with")))
-
-
 if __name__ == "__main__":
     commands = {"collect": (CollectConfig, collect), "filter": (FilterConfig, filter_trajectories)}
-    common.run_command_line(__doc__, commands | {"prefix-gain": (GainConfig, prefix_gain)})
+    common.run_command_line(__doc__, commands)

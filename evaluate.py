@@ -511,17 +511,18 @@ def write_report(config):
 
 @dataclasses.dataclass(kw_only=True)
 class CompareConfig:
-    first: str = option(REQUIRED, "run folder", positional=True)
+    first: str = option(REQUIRED, "a run folder, or a file of trajectories", positional=True)
     second: str = option(REQUIRED, "another, on the same questions", positional=True)
 
 
 def compare(config):
     """Two runs question by question: what only one of them got right, and McNemar's test of the difference."""
     sides = []
-    for folder in (config.first, config.second):
-        sides.append({(row["task"], row["id"]): row["correct"] for row in report.transcripts(folder)})
-        if not sides[-1]:
-            raise InputError(f"{folder}: no run folder with transcripts in it")
+    for path in (config.first, config.second):
+        rows = [row for _, row in common.read_jsonl(path)] if Path(path).is_file() else report.transcripts(path)
+        sides.append({(row["task"], row["id"], row.get("sample", 0)): row["correct"] for row in rows})
+        if not rows:
+            raise InputError(f"{path}: neither a run folder with transcripts in it nor a file of trajectories")
     print(report.paired_table(*sides, (Path(config.first).name, Path(config.second).name)))
 
 

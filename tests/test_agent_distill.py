@@ -321,10 +321,3 @@ def test_filter_refuses_what_is_no_trajectory_and_an_empty_result(tmp_path):
         filtered(tmp_path, [{"task": "t"}])
     with pytest.raises(InputError, match="none of 1"):
         filtered(tmp_path, [row(0, correct=False)])
-
-
-def test_prefix_gain_is_paired(tmp_path, capsys):
-    plain = write_jsonl(tmp_path / "plain", [row(i, correct=i < 4) for i in range(10)])
-    prefixed = write_jsonl(tmp_path / "prefixed", [row(i, correct=i > 0) for i in range(9)])
-    agent_distill.prefix_gain(agent_distill.GainConfig(plain=plain, prefixed=prefixed))
-    assert "| all | 9 | 44.4 | 88.9 | +44.4 | 1 | 5 | 0.22 |" in capsys.readouterr().out

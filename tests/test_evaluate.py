@@ -29,7 +29,7 @@ from agent_distill import Prompts, Turn, agent_episode
 from common import InputError, judge, load_tasks, report
 from common.decoding import Layer, SharedPrompts
 from common.lora import load_model
-from conftest import make_model
+from conftest import make_model, write_jsonl
 from evaluate import Answer, Student, run_lockstep
 from miniature import teacher, world
 from sandbox import Sandbox
@@ -412,6 +412,14 @@ def test_a_served_student_is_evaluated_like_a_local_one(place, url, capsys):
     capsys.readouterr()
     evaluate.compare(evaluate.CompareConfig(first=str(place / "served/agent"), second=str(place / "served/cot")))
     assert "McNemar" in capsys.readouterr().out
+
+
+def test_compare_pairs_the_questions_of_trajectories_too(tmp_path, capsys):
+    """What the first-thought prefix brings to the teacher: nine shared questions, one lost, five won."""
+    for name, count, right in (("plain.jsonl", 10, range(4)), ("prefix.jsonl", 9, range(1, 9))):
+        write_jsonl(tmp_path / name, [{"task": "math", "id": i, "correct": i in right} for i in range(count)])
+    evaluate.compare(evaluate.CompareConfig(first=f"{tmp_path}/plain.jsonl", second=f"{tmp_path}/prefix.jsonl"))
+    assert "| all | 9 | 44.4 | 88.9 | +44.4 | 1 | 5 | 0.22 |" in capsys.readouterr().out
 
 
 def test_ask_prints_the_steps(place, url, capsys):
