@@ -79,7 +79,6 @@ class Config(DataConfig):
     )
     checkpointing: bool = option(False, "recompute all activations (default: only those that do not fit into memory)")
     save_every: int = option(100, "steps between checkpoints to resume from")
-    threads: int | None = option(None, "CPU threads (default: torch's choice)")
     quiet: bool = option(False, "no progress bar and no summary")
 
 
@@ -470,11 +469,9 @@ class Trainer:
         return state["step"]
 
 
-def start(threads=None):
+def start():
     """Set up PyTorch and, under torchrun, the process group. Returns (device, rank, number of processes)."""
     device = choose_device()
-    if threads:
-        torch.set_num_threads(threads)
     if "LOCAL_RANK" not in os.environ:
         return device, 0, 1
     if not dist.is_initialized():
@@ -493,11 +490,11 @@ def fit(config, weigh=turn_weight):
             raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be above 0")
     if not 0 <= config.dropout < 1:
         raise InputError(f"--dropout {config.dropout}: must be from 0 to below 1")
-    device, rank, size = start(config.threads)
+    device, rank, size = start()
     out, quiet, checkpoint = Path(config.out), config.quiet or rank > 0, Path(config.out) / "checkpoint" / "state.pt"
     if rank == 0:
         settings, started = dataclasses.asdict(config) | {"weigh": weigh.__name__}, (out / "metrics.jsonl").exists()
-        common.keep_config(out / "run.json", settings, ("save_every", "threads", "quiet"), binding=started)
+        common.keep_config(out / "run.json", settings, ("save_every", "quiet"), binding=started)
     if (out / "summary.json").exists():
         print(f"{out} is finished", file=sys.stderr)
         return common.parse_object((out / "summary.json").read_bytes(), f"{out}/summary.json")

@@ -116,7 +116,7 @@ def run_ours(config, folder):
         return accumulate(*arguments)
 
     train.Trainer.accumulate = timed
-    names = ("tuning", "dropout", "precision", "threads", "micro_tokens")
+    names = ("tuning", "dropout", "precision", "micro_tokens")
     options = {name: getattr(config, name) for name in names} | {"batch_size": BATCH, "epochs": 1, "quiet": True}
     data, out = str(folder / "data.jsonl"), tempfile.mkdtemp(dir=folder)
     train.fit(train.Config(data=[data], model=str(folder), out=out, **options))
@@ -132,7 +132,7 @@ def run_trl(config, folder, mode):
     from trl import SFTConfig, SFTTrainer
 
     watch, tokens = Stopwatch(), []
-    device, _, _ = train.start(config.threads)
+    device, _, _ = train.start()
     bf16 = uses_bf16(config.precision, device)
     arguments = SFTConfig(
         output_dir=str(folder / "trl"), assistant_only_loss=True, num_train_epochs=1, learning_rate=2e-4, bf16=bf16,

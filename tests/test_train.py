@@ -68,7 +68,7 @@ def data_path(tmp_path_factory):
 def config(tmp_path, tiny_model, data_path):
     def make(**options):
         defaults = {"data": [data_path], "model": tiny_model, "out": str(tmp_path / "out"), "precision": "fp32"}
-        defaults |= {"threads": 1, "quiet": True, "rank": 4, "alpha": 8, "lr": 1e-3}
+        defaults |= {"quiet": True, "rank": 4, "alpha": 8, "lr": 1e-3}
         return train.Config(**defaults | options)
 
     return make
@@ -629,7 +629,7 @@ def test_a_checkpoint_of_other_data_is_refused(config, tmp_path):
 
 
 def command(config, *options):
-    arguments = [*config.data, "--model", config.model, "--out", config.out, "--precision", "fp32", "--threads", "1"]
+    arguments = [*config.data, "--model", config.model, "--out", config.out, "--precision", "fp32"]
     arguments += ["--rank", "4", "--lr", "1e-3", "--batch-size", "2", "--epochs", "3", "--save-every", "2", "--quiet"]
     return [str(ROOT / "train.py"), *arguments, *options]
 

@@ -56,7 +56,7 @@ def setting(tmp_path_factory):
     conversations = [conversation(rng, rng.randint(1, 4)) for _ in range(STEPS * BATCH)]
     data = write_jsonl(folder / "data.jsonl", [{"messages": messages} for messages in conversations])
     options = {"data": [data], "model": model, "batch_size": BATCH, "epochs": 1, "dropout": 0.0, "rank": 8, "alpha": 16}
-    return conversations, options | {"lr": 1e-3, "precision": "fp32", "threads": 1, "quiet": True}
+    return conversations, options | {"lr": 1e-3, "precision": "fp32", "quiet": True}
 
 
 def trl_trainer(model, tokenizer, conversations, folder, lr):
