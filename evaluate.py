@@ -63,7 +63,7 @@ class Known(NamedTuple):
 
     ids: list
     states: torch.Tensor
-    row: int = 0
+    row: int
 
 
 class Student:
@@ -122,7 +122,7 @@ class Student:
         """Returns an Answer for each turn, or None for a turn that is too long for the model's context.
 
         A turn's conversation extends that of an earlier turn by two messages. The keys and values of the earlier
-        prompt are kept from the last call, so that only the new tokens are read. First turns share the system prompt.
+        prompt are kept from the last call, so that only the new tokens are read.
         Raises InputError if a single turn does not fit the memory.
         """
         texts = [train.render(self.tokenizer, turn.messages, reply=True) + turn.opening for turn in turns]
@@ -138,7 +138,6 @@ class Student:
         while todo:
             nothing_to_free, states, found = not (self.known or asked), None, None
             try:
-                self._read_beginning([prompts[i] for i in todo if earlier[i] == "[]"])
                 found = {i: self._find(earlier[i], prompts[i]) for i in todo}
                 todo.sort(key=lambda i: (found[i][1], len(prompts[i])))  # neighbours are read together
                 chunk = todo[: self.batch]
@@ -157,7 +156,7 @@ class Student:
             for row, (i, answer) in enumerate(zip(chunk, got, strict=True)):
                 answers[i], asked[same[i]] = answer, Known(prompts[i][:-1], states, row)
             todo = todo[len(chunk) :]
-        self.known = asked | {key: known for key, known in self.known.items() if key == "[]"}
+        self.known = asked
         return answers
 
     # A prompt stands on the left of its row, so its tokens see no padding under causal attention, and no mask is needed
@@ -167,13 +166,6 @@ class Student:
         """Returns (Known or None, how many of its first tokens are those of this prompt)."""
         known = self.known.get(conversation)
         return known, _common_length(known.ids, ids[:-1]) if known else 0
-
-    def _read_beginning(self, prompts):
-        """Read the beginning that all first turns share, once, and keep it as the prompt before them."""
-        if prompts and "[]" not in self.known:
-            first, last = min(prompts), max(prompts)  # lexicographic: what these two share, all others share
-            beginning = first[: _common_length(first[:-1], last[:-1])]
-            self.known["[]"] = Known(beginning, self._read([[*beginning, self.pad]], [(None, 0)]))
 
     @torch.inference_mode()
     def _read(self, prompts, found):

@@ -162,7 +162,7 @@ def test_decoding_mixes_no_devices_and_computes_in_the_model_s_format(n, monkeyp
     with simulated_gpu(limit=10**9), torch.inference_mode(), Operations() as operations:
         student = Student(make_model("small", META), Letters(), n=n, temperature=0.4 * (n > 1), max_tokens=32)
         first = student._read([[3] * 20], [(None, 0)])
-        states = student._read([[3] * 40, [3] * 50], [(Known([3] * 19, first), 19)] * 2)
+        states = student._read([[3] * 40, [3] * 50], [(Known([3] * 19, first, 0), 19)] * 2)
         cache = SharedPrompts(states, torch.ones(2, 49), n)
         cache.keep(list(range(2 * n)), 16)
         ids = torch.zeros(2 * n, 1, dtype=torch.int64, device=META)
