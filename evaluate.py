@@ -23,12 +23,11 @@ import dataclasses
 import gc
 import hashlib
 import itertools
-import json
 import os
 import random
 import sys
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import transformers
@@ -56,14 +55,6 @@ class Answer:
     prompt_tokens: int
     completion_tokens: int
     truncated: int
-
-
-class Known(NamedTuple):
-    """A prompt that was read before: its ids, with their keys and values in states[:, :, row]."""
-
-    ids: list
-    states: torch.Tensor
-    row: int
 
 
 class Student:
@@ -102,7 +93,6 @@ class Student:
         self.slice = 2048 if self.device.type == "cpu" else 16384  # tokens of prompts in one forward pass
         self.batch = self.largest_batch = batch or self._batch_that_fits()
         self.calls = 0  # since the batch was changed
-        self.known = {}  # conversation -> Known
         self.drawn = 0  # generate calls so far
 
     def _batch_that_fits(self, prompt=4096):
@@ -112,7 +102,9 @@ class Student:
         config, item = self.model.config.get_text_config(), self.model.dtype.itemsize
         token = item * torch.Size(self.shape).numel()
         logits = config.vocab_size * 24  # bytes: sampling makes float32 copies
-        turn = 2 * prompt * token + self.n * (self.max_tokens * token + logits)  # twice: the prompt before is kept
+        turn = 2 * prompt * token + self.n * (
+            self.max_tokens * token + logits
+        )  # twice: for `keep`
         reading = self.slice * (4 * config.intermediate_size + 12 * config.hidden_size) * item
         torch.cuda.empty_cache()
         free = 0.9 * torch.cuda.mem_get_info(self.device)[0] - reading
@@ -121,86 +113,56 @@ class Student:
     def answer(self, turns, stop=()):
         """Returns an Answer for each turn, or None for a turn that is too long for the model's context.
 
-        A turn's conversation extends that of an earlier turn by two messages. The keys and values of the earlier
-        prompt are kept from the last call, so that only the new tokens are read.
         Raises InputError if a single turn does not fit the memory.
         """
         texts = [train.render(self.tokenizer, turn.messages, reply=True) + turn.opening for turn in turns]
         prompts = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        # The conversation that was read before: an earlier turn's, or this one's if the turn is asked again.
-        same = [json.dumps(turn.messages) for turn in turns]
-        before = [json.dumps(turn.messages[:-2]) for turn in turns]
-        earlier = [a if a in self.known else b for a, b in zip(same, before, strict=True)]
-        todo = [i for i, ids in enumerate(prompts) if len(ids) < self.context]
-        answers, asked, self.calls = [None] * len(turns), {}, self.calls + 1
+        todo = sorted((i for i, ids in enumerate(prompts) if len(ids) < self.context), key=lambda i: len(prompts[i]))
+        answers, self.calls = [None] * len(turns), self.calls + 1
         if self.calls > 8:
             self.batch, self.calls = min(self.largest_batch, 2 * self.batch), 0
         while todo:
-            nothing_to_free, states, found = not (self.known or asked), None, None
-            try:
-                found = {i: self._find(earlier[i], prompts[i]) for i in todo}
-                todo.sort(key=lambda i: (found[i][1], len(prompts[i])))  # neighbours are read together
-                chunk = todo[: self.batch]
-                states, got = self._generate([prompts[i] for i in chunk], [found[i] for i in chunk], stop)
-            except torch.OutOfMemoryError:
-                chunk = todo[: self.batch]  # the tensors of the attempt are freed only after this block
-            if states is None:
-                if len(chunk) == 1 and nothing_to_free:
+            chunk, got = todo[: self.batch], None
+            with contextlib.suppress(torch.OutOfMemoryError):
+                got = self._generate([prompts[i] for i in chunk], stop)
+            if got is None:  # out of memory; the tensors of the attempt are freed only now
+                if len(chunk) == 1:
                     tokens = f"{len(prompts[chunk[0]]):,} + {self.max_tokens:,} tokens, {self.n} times"
                     raise InputError(f"{tokens}, do not fit into the memory of {self.device}")
-                self.known, asked, found = {}, {}, None
-                self.batch, self.calls = max(1, len(chunk) // 2), 0
+                self.batch, self.calls = len(chunk) // 2, 0
                 gc.collect()
                 torch.cuda.empty_cache()
                 continue
-            for row, (i, answer) in enumerate(zip(chunk, got, strict=True)):
-                answers[i], asked[same[i]] = answer, Known(prompts[i][:-1], states, row)
+            for i, answer in zip(chunk, got, strict=True):
+                answers[i] = answer
             todo = todo[len(chunk) :]
-        self.known = asked
         return answers
 
-    # A prompt stands on the left of its row, so its tokens see no padding under causal attention, and no mask is needed
-    # to read it. Its last token is not read: generate needs one to begin with.
-
-    def _find(self, conversation, ids):
-        """Returns (Known or None, how many of its first tokens are those of this prompt)."""
-        known = self.known.get(conversation)
-        return known, _common_length(known.ids, ids[:-1]) if known else 0
-
     @torch.inference_mode()
-    def _read(self, prompts, found):
+    def _read(self, prompts):
         """The keys and values of all tokens of prompts but the last: (layers, 2, prompts, heads, length, size).
 
-        found: for each prompt what _find returned, in ascending order of the number of shared tokens.
+        A prompt stands on the left of its row: its tokens see no padding under causal attention, and need no mask.
+        Its last token is not read, because generate needs one to begin with.
         """
         layers, _, heads, size = self.shape
         length, options = max(map(len, prompts)) - 1, {"dtype": self.model.dtype, "device": self.device}
         states = torch.zeros(layers, 2, len(prompts), heads, length, size, **options)  # padding must not be NaN
-        for row, (known, shared) in enumerate(found):
-            if shared:
-                states[:, :, row, :, :shared] = known.states[:, :, known.row, :, :shared]
-        end = 0
-        while end < len(prompts):  # rows first to end - 1 are read in one forward pass, from the token `start` on
-            first, start, longest, needed = end, found[end][1], 0, 0
-            while end < len(prompts):
-                rows, longest = end + 1 - first, max(longest, len(prompts[end]) - 1)
-                needed += len(prompts[end]) - 1 - found[end][1]
-                too_many = rows * max(longest - start, longest // 8) > self.slice  # attention repeats keys and values
-                # On a CPU another pass costs less than 64 tokens of padding, or a quarter more.
-                if end > first and (too_many or rows * (longest - start) > 64 + 1.25 * needed):
-                    break
-                end += 1
-            tokens = [torch.tensor(ids[start:-1], dtype=torch.long) for ids in prompts[first:end]]
-            ids = pad_sequence(tokens, batch_first=True)
+        end = len(prompts)
+        while end:  # rows first to end - 1 are read in one forward pass; neighbours are of similar length
+            first = max(0, end - max(1, self.slice // len(prompts[end - 1])))
+            ids = [torch.tensor(ids[:-1], dtype=torch.long) for ids in prompts[first:end]]
+            ids = pad_sequence(ids, batch_first=True)  # (rows, tokens)
             if ids.shape[1]:
-                cache = transformers.Cache([Layer(layer[:, first:end], start) for layer in states])
+                cache = transformers.Cache([Layer(layer[:, first:end]) for layer in states])
                 self.model(input_ids=ids.to(self.device), past_key_values=cache, logits_to_keep=1)
+            end = first
         return states
 
     @torch.inference_mode()
-    def _generate(self, prompts, found, stop):
-        """Answer prompts, lists of token ids. Returns their keys and values, and an Answer for each."""
-        n, states = self.n, self._read(prompts, found)
+    def _generate(self, prompts, stop):
+        """Returns an Answer for each prompt. prompts: lists of token ids, short ones first."""
+        n, states = self.n, self._read(prompts)
         ids = torch.full((len(prompts), states.shape[-2] + 1), self.pad)
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):  # the padding is between the last two tokens
@@ -240,11 +202,7 @@ class Student:
         for i, prompt in enumerate(prompts):
             mine = slice(i * n, (i + 1) * n)
             answers.append(Answer(texts[mine], len(prompt), sum(map(len, written[mine])), sum(truncated[mine])))
-        return states, answers
-
-
-def _common_length(a, b):
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+        return answers
 
 
 # ------------- Episodes in lockstep
@@ -279,7 +237,6 @@ def run_lockstep(episodes, student, stop=(), workers=16):
                 yield key, running.result, usage
     finally:
         pool.shutdown(cancel_futures=True)
-        student.known.clear()
         for running, _ in waiting.values():
             running.episode.close()
 

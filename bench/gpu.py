@@ -194,13 +194,12 @@ def evaluation_memory(shape, n, limit, prompts=(320, 970, 1620, 2270, 2920), new
     In bytes: the weights, and the peaks of each step while prompts are read and while the last tokens are written.
     """
     with simulated_gpu(limit) as gpu, torch.inference_mode():
-        peaks, kept = [], None
+        peaks = []
         student = evaluate.Student(make_model(shape, META), Letters(), n=n, temperature=0.4 * (n > 1), max_tokens=new)
         weights, gpu.limit = gpu.now, math.inf
         for length in prompts:
             gpu.peak = gpu.now
-            found = [(row, len(row.ids)) for row in kept] if kept else [(None, 0)] * student.batch
-            states = student._read([[3] * length] * student.batch, found)
+            states = student._read([[3] * length] * student.batch)
             reading, gpu.peak = gpu.peak, gpu.now
             cache = SharedPrompts(states, torch.ones(student.batch, length - 1), n)
             rows = list(range(student.batch * n))
@@ -214,8 +213,7 @@ def evaluation_memory(shape, n, limit, prompts=(320, 970, 1620, 2270, 2920), new
                 sample(ids, scores)
             peaks.append((reading, gpu.peak))
             del cache, scores
-            kept = [evaluate.Known([3] * (length - 1), states, row) for row in range(student.batch)]
-            del states, found
+            del states
         return student.batch, weights, peaks
 
 
@@ -318,7 +316,6 @@ def measure_generation(config, shape, device, n, bandwidth):
 
         def answer():
             nonlocal tokens
-            student.known.clear()
             tokens = sum(answer.completion_tokens for answer in student.answer(turns))
 
         taken = seconds(answer, device, rounds=1)

@@ -51,10 +51,10 @@ class Layer(transformers.cache_utils.DynamicLayer):
     `new`), then (2, prompts, heads, length of the prompts, size).
     """
 
-    def __init__(self, new, length=0, prompt=None, samples=None):
+    def __init__(self, new, prompt=None, samples=None):
         super().__init__()
         self.is_initialized = True
-        self.new, self.length, self.prompt, self.samples = new, length, prompt, samples
+        self.new, self.length, self.prompt, self.samples = new, 0, prompt, samples
 
     def update(self, keys, values, *args, **kwargs):
         """Append keys and values. The model passes what is returned here on to `attend`."""
@@ -80,7 +80,7 @@ class SharedPrompts(transformers.Cache):
         self.samples = Samples(n, self.bias)
         _, kinds, prompts, heads, _, size = states.shape
         new = states.new_empty(kinds, prompts * n, heads, 0, size)
-        super().__init__(layers=[Layer(new, 0, state, self.samples) for state in states])
+        super().__init__(layers=[Layer(new, state, self.samples) for state in states])
 
     def keep(self, running, capacity):
         """Drop all samples but these (ascending numbers); each gets room for `capacity` more tokens."""
@@ -110,11 +110,8 @@ def attend(module, query, key, value, attention_mask, scaling=None, **options):
     keys, values = layer.new[..., : layer.length, :]  # (rows, heads, tokens so far, size)
     groups = heads // keys.shape[1]
     if layer.prompt is None:  # prompts are read
-        causal, mask = tokens == layer.length > 1, None
-        if 1 < tokens < layer.length:  # the first tokens are there already: each query sees all up to its own place
-            mask = torch.ones(tokens, layer.length, dtype=torch.bool, device=query.device).tril(layer.length - tokens)
         keys, values = (x.repeat_interleave(groups, 1) for x in (keys, values))
-        out = scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=causal, scale=scaling)
+        out = scaled_dot_product_attention(query, keys, values, is_causal=tokens > 1, scale=scaling)
         return out.transpose(1, 2), None
     # Decoding, one token per row: the query heads that share a key head, and the samples that share a prompt, are the
     # rows of one matrix. The scores of prompt and new tokens are joined before the softmax.

@@ -22,7 +22,7 @@ from common import InputError
 from common.decoding import SampleNucleus, SharedPrompts
 from common.devices import choose_device, uses_bf16
 from common.lora import DropoutLinear, lora_layers
-from evaluate import Known, Student
+from evaluate import Student
 
 CUDA = torch.device("cuda:0")
 
@@ -161,8 +161,7 @@ def test_the_head_s_gradients_have_the_formats_of_what_they_belong_to():
 def test_decoding_mixes_no_devices_and_computes_in_the_model_s_format(n, monkeypatch):
     with simulated_gpu(limit=10**9), torch.inference_mode(), Operations() as operations:
         student = Student(make_model("small", META), Letters(), n=n, temperature=0.4 * (n > 1), max_tokens=32)
-        first = student._read([[3] * 20], [(None, 0)])
-        states = student._read([[3] * 40, [3] * 50], [(Known([3] * 19, first, 0), 19)] * 2)
+        states = student._read([[3] * 40, [3] * 50])
         cache = SharedPrompts(states, torch.ones(2, 49), n)
         cache.keep(list(range(2 * n)), 16)
         ids = torch.zeros(2 * n, 1, dtype=torch.int64, device=META)

@@ -88,24 +88,6 @@ def test_greedy_answers_equal_token_by_token_decoding_over_several_steps(tiny_mo
         asked = [*asked[1:], *turns([f"A new one {step}"])]
 
 
-def test_only_new_tokens_are_read(model):
-    """Of a later turn, only what follows the turn before is read."""
-    student, read = Student(*model, max_tokens=1), []
-    student.model.register_forward_pre_hook(lambda m, a, kw: read.append(kw["input_ids"].numel()), with_kwargs=True)
-
-    def count(asked):
-        read.clear()
-        student.answer(asked)
-        return sum(read)
-
-    first = turns([f"{i} is a number. Why is that? Say it in a few words, please." for i in range(5)])
-    second = [following(turn, "Yes.") for turn in first]
-    assert count(first) > 0
-    continued = count(second)
-    student.known.clear()
-    assert continued < 0.5 * count(second)
-
-
 def test_sampling_is_seeded_and_follows_temperature_and_top_p(model):
     def sample(seed=0, **options):
         student = Student(*model, n=4, **{"temperature": 1.0, "top_p": 1.0, "max_tokens": 20, "seed": seed} | options)
@@ -184,8 +166,7 @@ def test_shared_prompts_give_the_logits_of_whole_sequences(lengths):
     model.set_attn_implementation("shared_prompt")
     states = torch.zeros(3, 2, len(lengths), 2, 9, 8, dtype=torch.float64)
     padded = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
-    model(padded[:, :3], past_key_values=transformers.Cache([Layer(state) for state in states]))
-    model(padded[:, 3:], past_key_values=transformers.Cache([Layer(state, 3) for state in states]))
+    model(padded, past_key_values=transformers.Cache([Layer(state) for state in states]))
     cache = SharedPrompts(states, torch.tensor([[i < length for i in range(9)] for length in lengths]).long(), n)
     rows = {row: prompts[row // n] for row in range(n * len(lengths))}
     for step in range(8):
@@ -236,7 +217,7 @@ class Script:
     """Answers turns as a Student does, by a function of the turn. Its batch shrinks, as after running out of memory."""
 
     def __init__(self, reply, batch=8):
-        self.reply, self.batch, self.known, self.open = reply, batch, {}, []
+        self.reply, self.batch, self.open = reply, batch, []
 
     def answer(self, turns, stop):
         self.open.append(len(turns))

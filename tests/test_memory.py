@@ -97,14 +97,12 @@ def test_the_batch_shrinks_and_grows_again(folder):
 
 
 @pytest.mark.parametrize("n", [1, 8])
-def test_keys_and_values_are_freed_with_their_last_user_and_none_pile_up(folder, n, no_gc):
+def test_keys_and_values_are_freed_with_their_last_user(folder, n, no_gc):
     model = load_model(folder)
     with Allocator() as allocator:
         student, at_step = make_student(model, n), []
         answer_questions(student, 12, lambda: at_step.append(allocator.now))
-        states = sum({id(known.states): known.states.nbytes for known in student.known.values()}.values())
-        assert states == 0 and max(at_step) > 0, "run_lockstep clears what it kept"
-        assert allocator.now <= SMALL, "a reference cycle keeps tensors alive"
+        assert allocator.peak > 100 * SMALL and max(at_step) <= SMALL, "a reference cycle keeps tensors alive"
 
 
 def test_what_did_not_fit_is_freed_before_the_next_attempt(folder, no_gc, monkeypatch):
