@@ -102,9 +102,7 @@ class Student:
         config, item = self.model.config.get_text_config(), self.model.dtype.itemsize
         token = item * torch.Size(self.shape).numel()
         logits = config.vocab_size * 24  # bytes: sampling makes float32 copies
-        turn = 2 * prompt * token + self.n * (
-            self.max_tokens * token + logits
-        )  # twice: for `keep`
+        turn = 2 * prompt * token + self.n * (self.max_tokens * token + logits)  # twice: for `keep`
         reading = self.slice * (4 * config.intermediate_size + 12 * config.hidden_size) * item
         torch.cuda.empty_cache()
         free = 0.9 * torch.cuda.mem_get_info(self.device)[0] - reading

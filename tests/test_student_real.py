@@ -71,7 +71,7 @@ def test_a_trained_adapter_has_the_logits_of_peft(smollm2, lesson, agent):
 
 
 def test_greedy_answers_in_lockstep_are_those_of_generate_one_by_one(smollm2, lesson, continuation):
-    """Conversations of different length, then the same with two more messages, whose beginnings are not read again."""
+    """Conversations of different length, then the same with two more messages."""
     chats = ["Name the four seasons.", "What is the capital of France?", "Write a short poem about a river. " * 5]
     more = [{"role": "assistant", "content": "Let me think."}, {"role": "user", "content": "Go on."}]
     later = [[{"role": "user", "content": text}, *more] for text in chats]
