@@ -16,15 +16,12 @@ import dataclasses
 import functools
 import json
 import math
-import multiprocessing
 import os
 import queue
 import shutil
-import signal
 import threading
 from collections import Counter, namedtuple
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Literal
 
@@ -46,7 +43,6 @@ class BuildConfig:
     # BM25. These defaults have the best recall on 100 HotpotQA training questions (bench/retriever.py recall).
     k1: float = option(1.5, "BM25: how much repetitions of a word add")
     b: float = option(0.9, "BM25: how much long passages are penalised, 0 to 1")
-    workers: int = option(0, "TF-IDF and BM25: processes that read passages; 0 means one per core")
     # Dense. The defaults are those of the paper's retriever: e5-base-v2 and its model card.
     encoder: str = option("intfloat/e5-base-v2", "dense: a Hugging Face encoder, name or folder")
     pooling: Literal["mean", "cls"] = option("mean", "dense: how token vectors become one vector")
@@ -69,11 +65,11 @@ def build(passages, out, kind="tfidf", **settings):
     """
     config = BuildConfig(passages=str(passages), out=str(out), kind=kind, **settings)
     source, out = Path(passages), Path(out)
-    if kind not in ("tfidf", "bm25", "dense") or not 0 <= config.b <= 1 or min(config.k1, config.workers) < 0:
-        raise InputError("kind must be tfidf, bm25 or dense; b from 0 to 1; k1 and workers at least 0")
+    if kind not in ("tfidf", "bm25", "dense") or not 0 <= config.b <= 1 or config.k1 < 0:
+        raise InputError("kind must be tfidf, bm25 or dense; b from 0 to 1; k1 at least 0")
     if not source.is_file():
         raise InputError(f"{source}: no such file")
-    plan = {name: value for name, value in vars(config).items() if name not in ("out", "workers", "quiet")}
+    plan = {name: value for name, value in vars(config).items() if name not in ("out", "quiet")}
     plan |= {"format": FORMAT, "bytes": source.stat().st_size, "modified_ns": source.stat().st_mtime_ns}
     # Paths are relative to the index folder, so that both can be moved together.
     plan |= {name: plan[name] and os.path.relpath(plan[name], out) for name in ("passages", "vectors")}
@@ -89,11 +85,11 @@ def build(passages, out, kind="tfidf", **settings):
         shutil.rmtree(work / "data", ignore_errors=True)
         (work / "data").mkdir()
         with common.progress(desc="reading", total=source.stat().st_size, unit="B", quiet=config.quiet) as bar:
-            if dense:  # in this process, because the encoder uses all cores or the GPU
+            if dense:
                 encoder = None if config.vectors else Encoder(config.encoder, config.pooling)
-                runs = write_runs(functools.partial(embed_chunk, encoder, config), source, work, DENSE_CHUNK, 1, bar)
+                runs = write_runs(functools.partial(embed_chunk, encoder, config), source, work, DENSE_CHUNK, bar)
             else:
-                runs = write_runs(invert_chunk, source, work, CHUNK, config.workers, bar)
+                runs = write_runs(invert_chunk, source, work, CHUNK, bar)
         merge_passages(runs, source, work / "data")
         (merge_vectors if dense else merge_postings)(runs, work / "data", config)
         data = f"data-{int(manifest.get('data', 'data-0')[5:]) + 1}"
@@ -108,28 +104,15 @@ def _read_json(path):
     return common.parse_object(path.read_bytes(), str(path)) if path.exists() else {}
 
 
-def write_runs(write_run, path, work, size, workers, bar):
-    """Call write_run((path, start, end, run)) for each chunk of `size` bytes without a run. Returns the runs' files."""
-    starts = range(0, path.stat().st_size, size)
-    runs = [work / f"run-{start // size:06d}.npz" for start in starts]
-    jobs = [(path, start, start + size, run) for start, run in zip(starts, runs, strict=True) if not run.exists()]
-    bar.update(size * (len(runs) - len(jobs)))
-    workers = min(workers or len(os.sched_getaffinity(0)), len(jobs))
-    context = multiprocessing.get_context("spawn")  # a fork would copy the state of the caller's threads
-    try:
-        with ProcessPoolExecutor(max(workers, 1), context, _start_worker) as pool:
-            for _ in (pool.map if workers > 1 else map)(write_run, jobs):
-                bar.update(size)
-    except BrokenProcessPool:
-        raise InputError("a worker process was killed, perhaps for lack of memory; try fewer --workers") from None
+def write_runs(write_run, path, work, size, bar):
+    """Call write_run(path, start, end, run) for each chunk of `size` bytes without a run. Returns the runs' files."""
+    runs = []
+    for start in range(0, path.stat().st_size, size):
+        runs.append(work / f"run-{start // size:06d}.npz")
+        if not runs[-1].exists():
+            write_run(path, start, start + size, runs[-1])
+        bar.update(size)
     return runs
-
-
-def _start_worker():
-    """A worker process exits when its parent is killed. It leaves Ctrl-C to its parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def save_run(run, offsets, ids, **columns):
@@ -155,14 +138,13 @@ def merge_passages(runs, source, data):
 # TF-IDF and BM25: an inverted index. The score of a passage is the sum of repeats(n) x value(term, passage) over the
 # terms of the query, where n is how often the query has the term; for TF-IDF it is divided by the query's norm.
 
-CHUNK = 4 << 20  # bytes of passages that a process inverts at once; sets the memory of a build
+CHUNK = 4 << 20  # bytes of passages that are inverted at once; sets the memory of a build
 RANGE = 1 << 20  # postings that are merged at once
 TITLE_WEIGHT = 2  # a passage's first line is its title; its words count so many times (best recall on HotpotQA)
 
 
-def invert_chunk(job):
+def invert_chunk(path, start, end, run):
     """Write the run of one chunk of the passages file: its terms in order, and their postings in order."""
-    path, start, end, run = job
     offsets, ids, contents = read_passages(path, start, end)
     titles = [text[: text.find("\n") + 1] for text in contents]
     columns = invert([title * (TITLE_WEIGHT - 1) + text for title, text in zip(titles, contents, strict=True)])
@@ -376,7 +358,7 @@ class SparseIndex(Index):
 
 
 # Dense retrieval: inner products with the vectors of a Hugging Face encoder, as in the paper. torch and transformers
-# are imported only here, because the processes that build a sparse index do not need them.
+# are imported only here: that takes seconds, and a sparse index does not need them.
 
 DENSE_CHUNK = 1 << 20  # bytes of passages that are embedded between two saves
 BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}  # tokens of a batch, with padding
@@ -418,9 +400,8 @@ class Encoder:
         return vectors
 
 
-def embed_chunk(encoder, config, job):
+def embed_chunk(encoder, config, path, start, end, run):
     """Write the run of one chunk of the passages file, with its vectors unless encoder is None."""
-    path, start, end, run = job
     offsets, ids, contents = read_passages(path, start, end)
     columns = {}
     if contents and encoder:

@@ -74,7 +74,7 @@ class Ours:
     needs, kind = (), "bm25"
 
     def build(self, path, folder):
-        retriever.build(path, folder, self.kind, workers=1, quiet=True)
+        retriever.build(path, folder, self.kind, quiet=True)
 
     def load(self, folder):
         self.index = retriever.load(folder)

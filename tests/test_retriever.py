@@ -9,7 +9,6 @@ test_retriever_interop.py.
 import collections
 import json
 import math
-import os
 import random
 import shutil
 import struct
@@ -269,14 +268,14 @@ def test_bad_passages_are_refused_with_their_line(tmp_path, monkeypatch, lines, 
     path = tmp_path / "bad.jsonl"
     path.write_bytes(lines)
     with pytest.raises(InputError) as error:
-        retriever.build(path, tmp_path / "index", workers=1, quiet=True)
+        retriever.build(path, tmp_path / "index", quiet=True)
     assert f"{path}{problem}" in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "index" / "index.json").exists()
 
 
 def test_bad_settings_and_missing_files(tmp_path):
     path = write_passages(tmp_path / "p.jsonl", ["x"])
-    for wrong in ({"b": 1.5}, {"k1": -1}, {"kind": "bm52"}, {"workers": -1}):
+    for wrong in ({"b": 1.5}, {"k1": -1}, {"kind": "bm52"}):
         with pytest.raises(InputError):
             retriever.build(path, tmp_path / "index", **{"kind": "bm25", **wrong})
     with pytest.raises(InputError, match="no such file"):
@@ -313,18 +312,17 @@ def test_an_index_of_another_format_is_refused_with_the_command_that_rebuilds_it
     assert len(build(tmp_path, ["a text", "another"], "bm25").search(["text"])[0]) == 1
 
 
-# Building: chunks, processes, kills
+# Building: chunks, kills
 
 
-def test_chunks_and_processes_do_not_change_the_index(tmp_path, monkeypatch):
+def test_chunks_do_not_change_the_index(tmp_path, monkeypatch):
     build(tmp_path, zipf_texts(1500), "bm25", name="whole")
     monkeypatch.setattr(retriever, "CHUNK", 50_000)
     monkeypatch.setattr(retriever, "RANGE", 1000)
-    for workers in (1, 2):
-        out = tmp_path / f"{workers}-workers"
-        retriever.build(tmp_path / "whole.jsonl", out, "bm25", workers=workers, quiet=True)
-        assert data_files(out) == data_files(tmp_path / "whole")
-        assert sorted(path.name for path in out.iterdir()) == ["build.lock", "data-1", "index.json"]
+    out = tmp_path / "chunks"
+    retriever.build(tmp_path / "whole.jsonl", out, "bm25", quiet=True)
+    assert data_files(out) == data_files(tmp_path / "whole")
+    assert sorted(path.name for path in out.iterdir()) == ["build.lock", "data-1", "index.json"]
 
 
 BUILD_SLOWLY = """
@@ -337,7 +335,7 @@ def slow(*arguments, **columns):
     save_run(*arguments, **columns)
     time.sleep(0.15)
 retriever.save_run = slow
-retriever.build(sys.argv[2], sys.argv[3], "bm25", workers=1, quiet=True)
+retriever.build(sys.argv[2], sys.argv[3], "bm25", quiet=True)
 """
 
 
@@ -345,7 +343,7 @@ def test_killed_build_continues_and_killed_rebuild_leaves_the_old_index(tmp_path
     first = write_passages(tmp_path / "first.jsonl", ["the old passage"])
     second = write_passages(tmp_path / "second.jsonl", zipf_texts(1500))
     monkeypatch.setattr(retriever, "CHUNK", 20_000)
-    retriever.build(second, tmp_path / "whole", "bm25", workers=1, quiet=True)
+    retriever.build(second, tmp_path / "whole", "bm25", quiet=True)
     out = tmp_path / "killed"
     retriever.build(first, out, quiet=True)
     process = subprocess.Popen([sys.executable, "-c", BUILD_SLOWLY, SCRIPT.parent, second, out])
@@ -358,39 +356,17 @@ def test_killed_build_continues_and_killed_rebuild_leaves_the_old_index(tmp_path
     kept = {path.name for path in out.glob("building/run-*.npz")}
     made, save_run = [], retriever.save_run
     monkeypatch.setattr(retriever, "save_run", lambda run, *a, **b: made.append(run.name) or save_run(run, *a, **b))
-    retriever.build(second, out, "bm25", workers=1, quiet=True)
+    retriever.build(second, out, "bm25", quiet=True)
     assert len(kept) >= 3 and made and not set(made) & kept
     assert data_files(out) == data_files(tmp_path / "whole")
     assert sorted(path.name for path in out.iterdir()) == ["build.lock", "data-2", "index.json"]
-
-
-def test_workers_end_with_a_killed_build(tmp_path):
-    path = write_passages(tmp_path / "p.jsonl", zipf_texts(8000))
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import retriever; retriever.CHUNK = 1000\n"
-    code += "retriever.build(sys.argv[2], sys.argv[3], workers=2, quiet=True)"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, SCRIPT.parent, path, tmp_path / "index"], start_new_session=True
-    )
-    while len(list(tmp_path.glob("index/building/run-*.npz"))) < 4:
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
-    deadline = time.monotonic() + 20
-    while True:
-        try:
-            os.killpg(process.pid, 0)  # raises when no process of the build's group is left
-        except ProcessLookupError:
-            break
-        assert time.monotonic() < deadline, "workers continue after their parent was killed"
-        time.sleep(0.05)
 
 
 def test_unfinished_build_of_other_settings_is_discarded(tmp_path, monkeypatch):
     path = write_passages(tmp_path / "p.jsonl", zipf_texts(300))
     monkeypatch.setattr(retriever, "merge_postings", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        retriever.build(path, tmp_path / "index", quiet=True, workers=1)
+        retriever.build(path, tmp_path / "index", quiet=True)
     monkeypatch.undo()
     write_passages(path, zipf_texts(300, seed=1))
     retriever.build(path, tmp_path / "index", quiet=True)
