@@ -105,14 +105,13 @@ def render(tokenizer, messages, reply=False):
 
 
 def turn_weight(text, turn, row):
-    """The default weights of tokens in the loss: row["weights"][turn] if the row has them, otherwise 1.
+    """The default weight of an assistant's tokens in the loss. To change it, pass another function to fit or show.
 
-    To change them, pass another function as `weigh` to fit or show. text: an assistant's message; turn: its number,
-    from 0, among the assistant's; row: the whole row of the data. It returns a weight for the message, or a list of
-    (start, end, weight) for parts of the text; tokens that start elsewhere have weight 1. The end-of-turn token starts
-    at len(text). Weight 0 makes a token context.
+    text: an assistant's message; turn: its number, from 0, among the assistant's; row: the whole row of the data.
+    Returns a weight for the message, or a list of (start, end, weight) for parts of the text; tokens that start
+    elsewhere have weight 1. The end-of-turn token starts at len(text). Weight 0 makes a token context.
     """
-    return row["weights"][turn] if "weights" in row else 1.0
+    return 1.0
 
 
 def encode(tokenizer, messages, weigh=turn_weight, row=None):
@@ -179,7 +178,7 @@ def tokenize(tokenizer, text, start=0):
 
 
 def read_conversations(tokenizer, config, weigh=turn_weight, quiet=True):
-    """Read the data: rows {"messages": [{"role", "content"}, ...], "method"?, "prefix"?, "weights"?, ...}.
+    """Read the data: rows {"messages": [{"role", "content"}, ...], "method"?, "prefix"?, ...}.
 
     Returns (conversations, record, counts): a list of Example for each conversation, what training.json says of the
     data, and the numbers of examples and tokens. Raises InputError, with file and line, for a row that is not valid.
@@ -222,15 +221,11 @@ def read_messages(row, system_prompt):
     """Returns the messages of a row, with the system prompt replaced if one is given."""
     try:
         messages = [{"role": message["role"], "content": message["content"]} for message in row["messages"]]
-        turns = [message for message in messages if message["role"] == "assistant"]
-        weights = row.get("weights", turns)
-        valid = isinstance(weights, list) and len(weights) == len(turns)
-        valid = valid and all(isinstance(text, str) for message in messages for text in message.values())
+        valid = all(isinstance(text, str) for message in messages for text in message.values())
     except (KeyError, TypeError):
         valid = False
     if not valid:
-        expected = '{"messages": [{"role": text, "content": text}, ...]}'
-        raise InputError(f"{expected} was expected; weights, if any: a number for each message of the assistant")
+        raise InputError('{"messages": [{"role": text, "content": text}, ...]} was expected')
     if system_prompt is None:
         return messages
     return [{"role": "system", "content": system_prompt}, *(m for m in messages if m["role"] != "system")]

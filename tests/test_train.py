@@ -193,12 +193,9 @@ def test_weights_of_tokens_reach_the_loss(tiny_tokenizer, config):
     doubled = train.Example(example.ids, example.weights * 2)
     assert difference(gradients(trainer, [doubled])[1], gradient) < 1e-6
 
-    row["weights"] = [1, 0, 0.25]
-    [(_, from_row)] = train.encode(tiny_tokenizer, messages, row=row)
-    assert {w for w, p in zip(from_row, plain, strict=True) if p} == {1, 0, 0.25}
-    for bad in (-1, math.nan, "much"):
-        with pytest.raises(InputError, match="weight"):
-            train.encode(tiny_tokenizer, messages, row={"weights": [bad, 1, 1]})
+    for bad in (-1, math.nan, math.inf, None):
+        with pytest.raises(InputError, match="from 0 up"):
+            train.encode(tiny_tokenizer, messages, lambda text, turn, row, bad=bad: bad)
 
 
 # Reading the data
@@ -219,9 +216,6 @@ USER, ASSISTANT = {"role": "user", "content": "ab"}, {"role": "assistant", "cont
         ({"messages": [{"role": ["assistant"], "content": "ab"}]}, "expected"),
         ({"messages": [USER]}, "nothing to train on"),
         ({"messages": []}, "nothing to train on"),
-        ({"messages": [USER, ASSISTANT], "weights": [1, 1]}, "a number for each message"),
-        ({"messages": [USER, ASSISTANT], "weights": None}, "a number for each message"),
-        ({"messages": [USER, ASSISTANT], "weights": [-1]}, "from 0 up"),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line(tiny_tokenizer, tmp_path, config, row, reason):
@@ -233,16 +227,17 @@ def test_a_bad_row_is_named_by_file_and_line(tiny_tokenizer, tmp_path, config, r
 def test_what_is_dropped_is_counted(tiny_tokenizer, tmp_path, config, monkeypatch):
     rng = random.Random(3)
     rows = [{"messages": conversation(rng, 4)}, {"messages": conversation(rng, 1, words=3)}]
-    rows.append({"messages": conversation(rng, 1, words=3), "weights": [0]})
+    rows.append({"messages": conversation(rng, 1, words=3), "no": "weight"})
+    weigh = lambda text, turn, row: 0 if "no" in row else 1  # noqa: E731
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    conversations, _, counts = train.read_conversations(tiny_tokenizer, config(data=[path], max_length=150))
+    conversations, _, counts = train.read_conversations(tiny_tokenizer, config(data=[path], max_length=150), weigh)
     assert [len(examples) for examples in conversations] == [1]
     assert (counts["dropped_too_long"], counts["dropped_zero_weight"], counts["split_into_turns"]) == (1, 1, 0)
     with pytest.raises(InputError, match="no example is left"):
         train.read_conversations(tiny_tokenizer, config(data=[path], max_length=3))
     # Of a conversation that is split into turns, the turns that fit are kept.
     monkeypatch.setattr(tiny_tokenizer, "chat_template", STRIPS)
-    conversations, _, counts = train.read_conversations(tiny_tokenizer, config(data=[path], max_length=150))
+    conversations, _, counts = train.read_conversations(tiny_tokenizer, config(data=[path], max_length=150), weigh)
     assert 1 <= len(conversations[0]) < 4 and counts["split_into_turns"] == 1
     assert counts["dropped_too_long"] == 4 - len(conversations[0])
 
