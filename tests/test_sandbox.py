@@ -932,7 +932,7 @@ def test_everything_dies_with_the_host(tmp_path):
 
 
 def test_a_fork_of_the_host_makes_its_own_sandboxes():
-    """It can neither use nor close the host's sandboxes."""
+    """Its sandboxes start from a warm interpreter of its own."""
     with Sandbox() as sandbox:
         sandbox.run("x = 42")
         read, write = os.pipe()
