@@ -63,9 +63,8 @@ def make_student(model, n, **options):
     return Student(*model, n=n, temperature=1e-6, max_tokens=8, **{"batch": 8} | options)
 
 
-@pytest.mark.parametrize("n", [1, 8])
-def test_under_falling_limits_every_episode_ends_as_without_a_limit(folder, n):
-    model = load_model(folder)
+def test_under_falling_limits_every_episode_ends_as_without_a_limit(folder):
+    model, n = load_model(folder), 8
     with Allocator() as unlimited:
         expected = answer_questions(make_student(model, n))
     assert len(expected) == 9 == len({str(messages) for _, messages in expected.values()})
@@ -132,9 +131,9 @@ def data(tmp_path_factory):
     return write_jsonl(tmp_path_factory.mktemp("data") / "data.jsonl", rows)
 
 
-def make_trainer(folder, data, tuning):
+def make_trainer(folder, data):
     """Returns (Trainer, the steps of an epoch)."""
-    options = {"tuning": tuning, "precision": "fp32", "rank": 4, "dropout": 0.1, "micro_tokens": 4096}
+    options = {"precision": "fp32", "rank": 4, "dropout": 0.1, "micro_tokens": 4096}
     config = train.Config(data=[data], model=folder, out="", epochs=1, **options)
     conversations, _, _ = train.read_conversations(lora.load_tokenizer(folder), config)
     return train.Trainer(config, torch.device("cpu")), train.plan_steps(conversations, config)
@@ -145,15 +144,14 @@ def run_steps(trainer, steps):
     return [(trainer.accumulate(step, seed), trainer.update(1e-3, 1.0)) for seed, step in enumerate(steps)]
 
 
-@pytest.mark.parametrize("tuning", ["lora", "full"])
-def test_under_falling_limits_training_takes_the_steps_of_an_unlimited_run(folder, data, tuning):
-    trainer, steps = make_trainer(folder, data, tuning)
+def test_under_falling_limits_training_takes_the_steps_of_an_unlimited_run(folder, data):
+    trainer, steps = make_trainer(folder, data)
     expected = run_steps(trainer, steps[:1])  # allocates the optimiser's moments, before the allocator counts
     with Allocator() as unlimited:
         expected += run_steps(trainer, steps[1:])
     cuts = []
     for share in (0.5, 0.12):
-        trainer, _ = make_trainer(folder, data, tuning)
+        trainer, _ = make_trainer(folder, data)
         losses = run_steps(trainer, steps[:1])
         with Allocator(share * unlimited.peak) as scarce:
             losses += run_steps(trainer, steps[1:])
@@ -166,7 +164,7 @@ def test_under_falling_limits_training_takes_the_steps_of_an_unlimited_run(folde
 
 
 def test_a_micro_batch_that_did_not_fit_is_freed_before_the_next_attempt(folder, data, no_gc, monkeypatch):
-    trainer, steps = make_trainer(folder, data, "lora")
+    trainer, steps = make_trainer(folder, data)
     run_steps(trainer, steps[:1])
     alive = []
     monkeypatch.setattr(gc, "collect", lambda: None)
@@ -179,7 +177,7 @@ def test_a_micro_batch_that_did_not_fit_is_freed_before_the_next_attempt(folder,
 
 
 def test_an_example_that_never_fits_is_refused(folder, data):
-    trainer, steps = make_trainer(folder, data, "lora")
+    trainer, steps = make_trainer(folder, data)
     with Allocator(100_000), pytest.raises(InputError, match="does not fit into memory; try a lower --max-length"):
         trainer.accumulate(steps[0], seed=0)
 
