@@ -102,7 +102,8 @@ class Student:
         config, item = self.model.config.get_text_config(), self.model.dtype.itemsize
         token = item * torch.Size(self.shape).numel()
         logits = config.vocab_size * 24  # bytes: sampling makes float32 copies
-        turn = 2 * prompt * token + self.n * (self.max_tokens * token + logits)  # twice: for `keep`
+        # The prompts twice, because SharedPrompts.keep copies those that still have samples.
+        turn = 2 * prompt * token + self.n * (self.max_tokens * token + logits)
         reading = self.slice * (4 * config.intermediate_size + 12 * config.hidden_size) * item
         torch.cuda.empty_cache()
         free = 0.9 * torch.cuda.mem_get_info(self.device)[0] - reading
@@ -467,7 +468,10 @@ def compare(config):
     sides = []
     for path in (config.first, config.second):
         rows = [row for _, row in common.read_jsonl(path)] if Path(path).is_file() else report.transcripts(path)
-        sides.append({(row["task"], row["id"], row.get("sample", 0)): row["correct"] for row in rows})
+        try:
+            sides.append({(row["task"], row["id"], row.get("sample", 0)): row["correct"] for row in rows})
+        except KeyError as error:
+            raise InputError(f"{path}: not trajectories: the field {error} is missing") from None
         if not rows:
             raise InputError(f"{path}: neither a run folder with transcripts in it nor a file of trajectories")
     print(report.paired_table(*sides, (Path(config.first).name, Path(config.second).name)))

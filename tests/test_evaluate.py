@@ -399,6 +399,9 @@ def test_compare_pairs_the_questions_of_trajectories_too(tmp_path, capsys):
         write_jsonl(tmp_path / name, [{"task": "math", "id": i, "correct": i in right} for i in range(count)])
     evaluate.compare(evaluate.CompareConfig(first=f"{tmp_path}/plain.jsonl", second=f"{tmp_path}/prefix.jsonl"))
     assert "| all | 9 | 44.4 | 88.9 | +44.4 | 1 | 5 | 0.22 |" in capsys.readouterr().out
+    tasks = write_jsonl(tmp_path / "tasks.jsonl", [{"task": "math", "id": 1}])
+    with pytest.raises(InputError, match="tasks.jsonl: not trajectories: the field 'correct' is missing"):
+        evaluate.compare(evaluate.CompareConfig(first=tasks, second=tasks))
 
 
 def test_ask_prints_the_steps(place, url, capsys):
