@@ -156,13 +156,13 @@ class Sandbox(AbstractContextManager):
     __exit__ = close
 
     def _lose_state(self):
-        for process in filter(None, [*self.candidates, self.state]):
-            process.kill()
+        self._drop_candidates()
         if self.state:
+            self.state.kill()
             with suppress(OSError):
                 self.guard.send_bytes(b"end")  # the guard kills the whole process group
             self.guard.close()
-        self.state, self.candidates = None, []
+        self.state = None
 
     def run(self, code):
         """Run one action on the state. The state changes unless the action times out or its process ends."""
@@ -302,9 +302,9 @@ class Sandbox(AbstractContextManager):
             reply = {"value": self.tools[name](*args, **kwargs)}
             json.dumps(reply)
             return reply
+        except InputError:
+            raise
         except BaseException as error:
-            if isinstance(error, InputError):
-                raise
             text = error.args[0] if len(error.args) == 1 and isinstance(error.args[0], str) else str(error)
             return {"error": type(error).__name__, "message": text or type(error).__name__}
 

@@ -65,7 +65,8 @@ def drop_privileges():
     _prctl(38, 1)  # PR_SET_NO_NEW_PRIVS
 
 
-# ------------- Landlock, which covers neither stat nor chmod, chown, utime, xattr; seccomp denies all but stat
+# ------------- Landlock
+# It does not cover stat, chmod, chown, utime and extended attributes. The seccomp filter denies all of these but stat.
 
 READ_FILE, READ_DIR = 4, 8
 RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}  # ABI version -> number of file access rights; 16 from version 5
@@ -120,9 +121,9 @@ def lower_limits(foreign):
 
 
 # ------------- Seccomp: what is not listed is denied
-# With the numbers on x86-64 and arm64. Not listed: socket, connect, exec, kill, ptrace, mount, bpf, keyctl, io_uring,
-# memfd_create, pidfd_*, process_vm_*, setsid, setpgid, shmget, userfaultfd, every new system call, and everything that
-# creates, changes, renames or removes a file.
+# Each call is listed with its numbers on x86-64 and arm64. Not listed: socket, connect, exec, kill, ptrace, mount, bpf,
+# keyctl, io_uring, memfd_create, pidfd_*, process_vm_*, setsid, setpgid, shmget, userfaultfd, every new system call,
+# and everything that creates, changes, renames or removes a file.
 
 ALLOWED = """
 read 0 63, write 1 64, close 3 57, stat 4 -, fstat 5 80, lstat 6 -, poll 7 -, lseek 8 62, mprotect 10 226, brk 12 214,

@@ -31,18 +31,16 @@ $(E)/.collected: $(D)/index/.done
 
 # What each experiment needs, and its own arguments. By default, it trains the base model on collected trajectories, in
 # two epochs, because they are fewer than those of `make reproduce`.
-ARGUMENTS := $(E)/agent.jsonl --model $(MODEL)
-NEEDS := $(E)/.collected
-EPOCHS := --epochs 2
 ifeq ($(NAME),agree_early)
 ARGUMENTS := --model $(S)/agent
 NEEDS := $(S)/agent/.done
-EPOCHS :=
 else ifeq ($(NAME),on_policy)
 ARGUMENTS := $(D)/teacher/agent.train.jsonl --model $(MODEL) --teacher $(S)/agent
 NEEDS := $(S)/agent/.done
-EPOCHS :=
+else
+ARGUMENTS := $(E)/agent.jsonl --model $(MODEL) --epochs 2
+NEEDS := $(E)/.collected
 endif
 one-experiment: $(D)/index/.done $(MODEL_DONE) $(NEEDS)
-	$(RUN) -m experiments.$(NAME) $(ARGUMENTS) --tests $(D)/world/test/*.jsonl --search $(D)/index --out $(E) \
-	  --seed $(SEED) $(TRAIN_OPTIONS) $(EPOCHS) $(EVALUATE_OPTIONS) $(EXPERIMENT_OPTIONS)
+	$(RUN) -m experiments.$(NAME) $(TRAIN_OPTIONS) $(EVALUATE_OPTIONS) $(ARGUMENTS) --search $(D)/index --out $(E) \
+	  --seed $(SEED) --tests $(D)/world/test/*.jsonl $(EXPERIMENT_OPTIONS)

@@ -49,7 +49,10 @@ $(AGREED): | $(READY) $(if $(NEEDS_$(PASSAGES))$(SERVED),,$(PASSAGES))
 	@echo 'passages $(PASSAGES): $(or $(NEEDS_$(PASSAGES)),small)'
 	@echo 'student $(PAPER_STUDENT): 2 GB per billion parameters, on the disk and on one GPU; other data: 0.1 GB'
 	@df -h $(PAPER)
-	@$(if $(YES),,printf 'Continue? [y/N] '; read answer && [ "$$answer" = y ] || { echo 'not agreed (YES=1 does not ask)'; exit 2; } >&2)
+ifndef YES
+	@printf 'Continue? [y/N] '; read answer; case "$$answer" in [yY]|[yY]es) ;; \
+	  *) echo 'not agreed; YES=1 continues without asking' >&2; exit 2;; esac
+endif
 	@touch $@
 
 # Downloads: repositories on the Hugging Face Hub, with kind and commit. main: no commit is known, the newest is taken.
@@ -67,8 +70,8 @@ COMMIT_Qwen/Qwen2.5-3B-Instruct := aa8e72537993ba99e69dfaafa59ed015b17504d1
 COMMIT_Qwen/Qwen2.5-7B-Instruct := a09a35458c702b33eeacc393d103063234e8bc28
 WANTED := *.json *.jsonl *.gz *.safetensors *.txt *.model *.jinja part_*
 GET = $(RUN) -m huggingface_hub.cli.hf download --quiet $(WANTED:%=--include '%')
-DATA := $(patsubst FROM_%,$(DOWNLOADED)/%.done,$(filter FROM_%,$(.VARIABLES)))
-$(DATA): $(DOWNLOADED)/%.done: | $(AGREED)
+DATA_DONE := $(patsubst FROM_%,$(DOWNLOADED)/%.done,$(filter FROM_%,$(.VARIABLES)))
+$(DATA_DONE): $(DOWNLOADED)/%.done: | $(AGREED)
 	$(GET) $(word 1,$(FROM_$*)) --type $(word 2,$(FROM_$*)) --revision $(word 3,$(FROM_$*)) --local-dir $(DOWNLOADED)/$*
 	touch $@
 # The authors' questions. Their repository's newest commit is read, and the sha256 of each file is pinned.
