@@ -1,7 +1,6 @@
 """The scripted teacher of `make reproduce`, behind a server that speaks OpenAI's chat completions.
 
     python -m miniature.teacher runs/miniature/world --then 'python agent_distill.py collect ... --url $TEACHER_URL'
-    python -m miniature.teacher ranks runs/miniature/teacher/agent.jsonl
 
 It is a script, not a model: it knows the plan of every question (plans.jsonl of miniature.world), and errs at the rates
 stated in Config. What it says about a page, it says only after the page stood in an observation.
@@ -251,27 +250,5 @@ def serve(config):
     return subprocess.run(config.then, shell=True, env=os.environ | {"TEACHER_URL": url}).returncode
 
 
-# ------------- How well the search works
-
-
-@dataclasses.dataclass(kw_only=True)
-class RanksConfig:
-    trajectories: str = option(REQUIRED, "trajectories from `agent_distill.py collect`", positional=True)
-
-
-def ranks(config):
-    """Print at which rank the teacher's queries find the page that they name."""
-    found = []  # the page's place among the results of each query, None if it is not there
-    for step in (step for _, row in read_jsonl(config.trajectories) for step in row["steps"]):
-        query = re.search(r'web_search\("(?:[a-z ]+ of )?(.+)"\)', step["code"] or "")
-        if query and step["error_kind"] is None:
-            titles = re.findall(r"^\[\d+\] (.+)$", step["observation"], re.MULTILINE)
-            found.append(titles.index(title(query[1])) if title(query[1]) in titles else None)
-    if not found:
-        raise InputError(f"{config.trajectories}: no search in it")
-    first, shown = found.count(0) / len(found), 1 - found.count(None) / len(found)
-    print(f"{len(found)} queries: the page that the query names is first in {first:.1%}, shown in {shown:.1%}")
-
-
 if __name__ == "__main__":
-    run_command_line(__doc__, {"serve": (Config, serve), "ranks": (RanksConfig, ranks)}, default="serve")
+    run_command_line(__doc__, {"serve": (Config, serve)}, default="serve")

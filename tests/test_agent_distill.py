@@ -1,4 +1,4 @@
-"""The method: parsing a model's text, the episode with scripted candidates, prefix, filter, gain.
+"""The method: parsing a model's text, the episode with scripted candidates, prefix, filter.
 
     make test ROOM=agent_distill
 
@@ -271,7 +271,7 @@ def test_first_step_is_the_text_to_the_first_blank_line():
     assert first_step("only one") == "only one"
 
 
-# Filter and gain ----------------------------------------------------------------------------------
+# Filter -------------------------------------------------------------------------------------------
 
 
 def row(i, correct=True, stop="final_answer", errors=(None,), question=None):

@@ -1,9 +1,10 @@
-"""`collect` under faults of every kind, kills, Ctrl-C and a full disk.  `make test ROOM=collect`
+"""What `collect` writes, also under faults of every kind, kills, Ctrl-C and a full disk.  `make test ROOM=collect`
 
 The teacher is the miniature's script behind a server that misbehaves as told; searches and sandboxes are real.
 """
 
 import collections
+import dataclasses
 import json
 import random
 import signal
@@ -18,13 +19,12 @@ import pytest
 import agent_distill
 import common
 import retriever
-from common import InputError, read_jsonl, stable_seed
+from common import InputError, load_tasks, read_jsonl, stable_seed
 from common.search_r1 import answer_request
 from miniature import teacher as miniature_teacher
 from miniature import world as miniature_world
 from servers import serve
 from test_client import PASSING
-from test_pipeline import collect_config, strip_volatile
 
 ROOT = Path(__file__).parent.parent
 
@@ -55,8 +55,45 @@ def teach(teacher, body):
     return answer
 
 
+def collect_config(folder, url, out, **more):
+    defaults = {"search": str(folder / "index"), "top_k": 2, "concurrency": 8, "quiet": True}
+    tasks = [str(folder / "world" / "train.jsonl")]
+    return agent_distill.CollectConfig(tasks=tasks, url=url, out=str(out), **defaults | more)
+
+
 def rows_of(path):
     return [row for _, row in read_jsonl(path)]
+
+
+def strip_volatile(rows):
+    """Rows in order of their question, without the wall clock and the retries."""
+    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+    for row in rows:
+        row["usage"] = {k: v for k, v in row["usage"].items() if k != "retries"}
+    return sorted(rows, key=lambda row: (row["task"], row["id"]))
+
+
+def test_collect_writes_whole_trajectories(world):
+    """With the first-thought prefix, each opens with the first step of its question's chain of thought."""
+    folder, teacher = world
+    cots, out = folder / "plain.cot.jsonl", folder / "prefix.jsonl"
+    with serve(lambda path, body, number: miniature_teacher.complete(teacher, body)) as (url, _):
+        options = {"model": miniature_teacher.MODEL, "limit": 48}
+        agent_distill.collect(collect_config(folder, url, cots, method="cot", **options))
+        agent_distill.collect(collect_config(folder, url, out, first_thought=str(cots), **options))
+    rows, cots = rows_of(out), {row["id"]: row for row in rows_of(cots)}
+    tasks = load_tasks([str(folder / "world" / "train.jsonl")], limit=48)
+    assert {(row["task"], row["id"]) for row in rows} == {(row["task"], row["id"]) for row in tasks}
+    assert sum(row["correct"] for row in rows) >= 40  # the script errs at a few per cent
+    for row in rows:
+        assert row["prefix"] == agent_distill.first_step(cots[row["id"]]["messages"][-1]["content"])
+        assert row["messages"][2]["content"].startswith(f"Thought: {row['prefix']}")
+        assert row["messages"][2]["content"].count(row["prefix"]) == 1
+        assert row["usage"]["completion_tokens"] > 0 and row["model"] == "scripted-teacher"
+        roles = [m["role"] for m in row["messages"]]
+        assert roles[:3] == ["system", "user", "assistant"] and "assistant" in roles[-2:]
+    facts = [row for row in rows if row["kind"] == "fact" and row["correct"]]
+    assert all("[1] " in row["steps"][0]["observation"] for row in facts if not row["steps"][0]["error_kind"])
 
 
 class Faulty:
@@ -189,9 +226,12 @@ def test_samples_differ_and_each_is_asked_once(world):
         before = len(seen)
         agent_distill.collect(config)
         assert len(seen) == before
-    config.temperature = 0.0
-    with pytest.raises(InputError, match="give a --temperature"):
-        agent_distill.collect(config)
+    for change, message in (
+        ({"temperature": 0.0}, "give a --temperature"),
+        ({"top_p": 0.5}, "with top-p 1.0, not 0.5"),
+    ):
+        with pytest.raises(InputError, match=message):
+            agent_distill.collect(dataclasses.replace(config, **change))
     rows = rows_of(out)
     assert len({(row["id"], row["sample"]) for row in rows}) == len(rows) == 60
     assert len({json.dumps([row["id"], row["messages"]]) for row in rows}) > 12
