@@ -9,6 +9,7 @@ Replaced: the filter (the paper keeps the first right trajectory), and the weigh
 first right trajectory of the same samples, all tokens with weight 1. The scripted teacher's samples differ only in
 their mistakes, so these are collected from one that makes more of them (`--run-error 0.2 --slip 0.2`), three per
 question at temperature 1. With a real teacher, give its own: `collect --samples 3 --temperature 0.7`.
+Result (three seeds): 68.6 instead of 73.3 %, p = 0.068: no help here.
 """
 
 import dataclasses
