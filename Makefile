@@ -1,6 +1,6 @@
 # Agent distillation, the whole pipeline. `make help` lists the targets.
 #
-#   make reproduce                                        the miniature: 21 minutes on 2 CPU cores, with the set-up
+#   make reproduce                                        the miniature: 22 minutes on 2 CPU cores, with the set-up
 #   make reproduce STUDENT=Qwen/Qwen2.5-0.5B-Instruct     another student, on the same questions (one GPU)
 #   make reproduce TEACHER_URL=http://... TEACHER_MODEL=...  a real teacher instead of the scripted one
 #   make test                                             the tests
@@ -157,7 +157,7 @@ include experiments/experiments.mk
 # ------------------------------------------------------------------------------------------------
 
 # ROOM=train runs tests/test_train*.py only.
-test: $(READY)  ## the tests, 3.3 minutes on 2 idle CPU cores
+test: $(READY)  ## the tests, 2.8 minutes on 2 idle CPU cores
 	$(RUN) -m pytest $(if $(ROOM),tests/test_$(ROOM).py,tests --ignore-glob='*_interop.py' --ignore-glob='*_real.py')
 
 # Peers (trl, peft, bm25s, faiss, math-verify, transformers serve, ...) and ruff, in environments of their own.
