@@ -445,6 +445,7 @@ def test_the_judge_is_asked_once_over_all_processes(place, monkeypatch, capsys):
         again.prompts = str(prompts)
         evaluate.regrade(again)  # another prompt: asked anew, three times each, as there is no verdict
         assert len(seen) == asked + 3 * len({(row["question"], str(row["prediction"])) for row in rows})
+    assert f"{len(rows)} grades changed" in capsys.readouterr().out
     assert {row["why"] for row in rows_of(place, "judged")} == {"judge: no verdict"}
     evaluate.regrade(evaluate.RegradeConfig(folder=str(place / "judged")))
     assert {row["why"] for row in rows_of(place, "judged")} <= {"different", "exact", "alias", "no answer"}

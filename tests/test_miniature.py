@@ -166,14 +166,21 @@ def test_a_flawless_teacher_solves_tasks_of_every_kind_with_real_search_and_code
     retriever.build(str(folder / "passages.jsonl"), str(tmp_path / "index"), kind="bm25")
     config = agent_distill.CollectConfig(tasks=[], out="", url="", search=str(tmp_path / "index"))
     tools, system = agent_distill.open_tools(config, PROMPTS), PROMPTS.system("agent_system", ["web_search"])
-    reply, right = script(folder).reply, []
+    reply, right, places = script(folder).reply, [], []
     for row in (row for task in world.TASKS for _, row in list(read_jsonl(folder / "test" / f"{task}.jsonl"))[:4]):
         episode = agent_distill.open_episode(config, row["question"], PROMPTS, tools, system=system)
         done = agent_distill.drive(episode, lambda turn: [reply(turn.messages, turn.opening)])
         right.append((str(done.prediction), done.stop) == (row["answer"], "final_answer"))
         assert reply(chat(row["question"], agent=False)).endswith(f"\n\n\\boxed{{{row['answer']}}}")
         assert all(len(step["thought"].split()) <= 35 for step in done.steps)
+        for step in done.steps:
+            if query := re.search(r'web_search\("(?:[a-z ]+ of )?(.+)"\)', step["code"]):
+                shown = re.findall(r"^\[\d+\] (.+)$", step["observation"], re.MULTILINE)
+                page = world.title(query[1])
+                places.append(shown.index(page) if page in shown else None)
     assert sum(right) >= len(right) - 1  # a page that the search cannot find costs a question
+    # The page that a query names is first, or at least shown.
+    assert len(places) >= 4 * 4 and places.count(0) > 0.7 * len(places) and places.count(None) < 0.1 * len(places)
 
 
 def test_mistakes_come_at_the_stated_rates_and_the_prefix_hands_over_the_better_plan(folder, plans):
