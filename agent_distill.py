@@ -318,10 +318,10 @@ class EpisodeConfig:
     """What teacher and student have in common. Defaults are the paper's where it names them."""
 
     search: str | None = option(None, "index folder or /retrieve URL behind web_search")
-    top_k: int = option(3, "passages per search (paper: 3)")
-    max_steps: int = option(5, "steps per episode (paper: 5)")
-    max_tokens: int = option(1024, "new tokens per step (paper: 1,024)")
-    timeout: float = option(10.0, "seconds for one code action")
+    top_k: int = option(3, "passages per search (paper: 3)", above=0)
+    max_steps: int = option(5, "steps per episode (paper: 5)", above=0)
+    max_tokens: int = option(1024, "new tokens per step (paper: 1,024)", above=0)
+    timeout: float = option(10.0, "seconds for one code action", above=0)
     isolation: Literal["auto", "require", "off"] = option(
         "auto", "where the kernel cannot contain the code fully: warn (auto), refuse (require), or do not ask (off)"
     )
@@ -375,17 +375,17 @@ class CollectConfig(EpisodeConfig):
     url: str = option(REQUIRED, "the teacher's server, ending in /v1")
     model: str | None = option(None, "the model's name at the server (default: the first one that it lists)")
     kind: Literal["fact", "math"] | None = option(None, "kind of the tasks, for files that do not state it")
-    limit: int | None = option(None, "only the first n tasks of each file")
-    samples: int = option(1, "trajectories per question (paper: 1); more need a temperature")
+    limit: int | None = option(None, "only the first n tasks of each file", above=0)
+    samples: int = option(1, "trajectories per question (paper: 1); more need a temperature", above=0)
     temperature: float = option(0.0, "0 is greedy")
-    top_p: float = option(1.0, "nucleus sampling")
+    top_p: float = option(1.0, "nucleus sampling", above=0)
     prefix_mode: Literal["continue", "completions"] = option(
         "continue", "how the server continues a prefix: continue_final_message (vLLM), or the text of the whole chat"
     )
     tokenizer: str | None = option(None, "whose chat template --prefix-mode completions renders (default: --model)")
-    concurrency: int = option(16, "episodes at once")
+    concurrency: int = option(16, "episodes at once", above=0)
     retries: int = option(8, "further attempts for a request that failed")
-    request_timeout: float = option(600.0, "seconds for one request")
+    request_timeout: float = option(600.0, "seconds for one request", above=0)
     seed: int = option(0, "seeds every request")
     quiet: bool = option(False, "no progress bar")
 
@@ -465,7 +465,7 @@ def _summary(rows):
 class FilterConfig:
     trajectories: list[str] = option(REQUIRED, "files written by collect", positional=True)
     out: str = option(REQUIRED, "training file to write")
-    per_question: int = option(1, "trajectories kept per question (paper: 1)")
+    per_question: int = option(1, "trajectories kept per question (paper: 1)", above=0)
     prompts: str = option(str(Prompts.default), "folder of prompts: the student's system prompt replaces the teacher's")
 
 

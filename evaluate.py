@@ -250,15 +250,15 @@ class SpeakConfig(EpisodeConfig):
     model: str | None = option(None, "Hugging Face name or folder, or an adapter; with --url, the server's name for it")
     url: str | None = option(None, "evaluate a served model: an OpenAI-compatible server's address, ending in /v1")
     method: Literal["agent", "cot", "cot-rag"] = option("agent", "agent, chain of thought, or CoT with passages")
-    sc: int = option(1, "candidates per step; 1 is greedy; 8 is the paper's SC-action (for cot: self-consistency)")
+    sc: int = option(1, "candidates per step; 1: greedy; 8: the paper's SC-action (cot: self-consistency)", above=0)
     sample: bool = option(False, "sample a single candidate, too (default: greedy, as in the paper)")
     temperature: float = option(0.4, "of sampled candidates (paper: 0.4)")
-    top_p: float = option(0.8, "of sampled candidates (paper: 0.8)")
+    top_p: float = option(0.8, "of sampled candidates (paper: 0.8)", above=0)
     system_prompt: str | None = option(None, "file with a system prompt (default: that of the student's training)")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     precision: Literal["auto", "bf16", "fp32"] = option("auto", "of weights; auto: bf16 where the hardware has it")
-    batch: int | None = option(None, "episodes at once (default: 64 on a CPU; on a GPU what fits its free memory)")
-    concurrency: int = option(16, "sandboxes that run at once; against a server, episodes at once")
+    batch: int | None = option(None, "episodes at once (default: 64 on a CPU; what fits on a GPU)", above=0)
+    concurrency: int = option(16, "sandboxes that run at once; against a server, episodes at once", above=0)
     seed: int = option(0, "seeds the sampling")
 
 
@@ -347,7 +347,7 @@ class RunConfig(JudgeConfig, SpeakConfig):
     out: str = option(REQUIRED, "run folder; the same command continues there after an interruption")
     name: str | None = option(None, "the student's name in tables (default: --model)")
     kind: Literal["fact", "math"] | None = option(None, "kind of the tasks, for files that do not state it")
-    limit: int | None = option(None, "only the first n questions of each file")
+    limit: int | None = option(None, "only the first n questions of each file", above=0)
     quiet: bool = option(False, "no progress bar")
 
 

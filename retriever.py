@@ -539,7 +539,7 @@ def run_build(config):
 class SearchConfig:
     index: str = option(REQUIRED, "folder of an index, or the URL of a server", positional=True)
     query: str = option(REQUIRED, "what to look for", positional=True)
-    k: int = option(3, "how many passages")  # as in the paper
+    k: int = option(3, "how many passages", above=0)  # as in the paper
 
 
 def run_search(config):

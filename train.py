@@ -57,28 +57,28 @@ class DataConfig:
     data: list[str] = option(REQUIRED, "JSONL files of conversations", positional=True)
     model: str = option(REQUIRED, "a Hugging Face name or folder, or an adapter's folder to continue from")
     system_prompt: str | None = option(None, "file with the text that replaces every system message")
-    max_length: int = option(10240, "tokens; longer examples are dropped and counted (paper: 10,240; for CoT 4,096)")
+    max_length: int = option(10240, "tokens; longer examples are dropped (paper: 10,240; for CoT 4,096)", above=0)
 
 
 @dataclasses.dataclass(kw_only=True)
 class Config(DataConfig):
     out: str = option(REQUIRED, "folder for the adapter or model")
     tuning: Literal["lora", "full"] = option("lora", "train low-rank adapters (paper) or all weights")
-    rank: int = option(64, "LoRA: rank (paper)")
+    rank: int = option(64, "LoRA: rank (paper)", above=0)
     alpha: float = option(128, "LoRA: alpha (paper)")
     dropout: float = option(0.05, "LoRA: dropout on the adapters' input (paper)")
-    lr: float = option(2e-4, "learning rate (paper)")
+    lr: float = option(2e-4, "learning rate (paper)", above=0)
     warmup_steps: int = option(0, "steps of linear warm-up; then the rate falls linearly to 0 (HF default)")
-    epochs: int = option(2, "passes over the data (paper)")
-    batch_size: int = option(8, "conversations per optimiser step (paper)")
-    micro_tokens: int | None = option(None, "tokens per forward pass (default: 16,384 on a GPU, 2,048 on a CPU)")
-    clip: float = option(1.0, "largest gradient norm (HF default)")
+    epochs: int = option(2, "passes over the data (paper)", above=0)
+    batch_size: int = option(8, "conversations per optimiser step (paper)", above=0)
+    micro_tokens: int | None = option(None, "tokens per forward pass (default: 16,384; 2,048 on a CPU)", above=0)
+    clip: float = option(1.0, "largest gradient norm (HF default)", above=0)
     seed: int = option(42, "data order, adapter initialisation, dropout (the authors' value)")
     precision: Literal["auto", "bf16", "fp32"] = option(
         "auto", "bf16 (paper) where the hardware has instructions for it; trained weights are always float32"
     )
     checkpointing: bool = option(False, "recompute all activations (default: only those that do not fit into memory)")
-    save_every: int = option(100, "steps between checkpoints to resume from")
+    save_every: int = option(100, "steps between checkpoints to resume from", above=0)
     quiet: bool = option(False, "no progress bar and no summary")
 
 
@@ -480,9 +480,6 @@ def fit(config, weigh=turn_weight):
     weigh: see turn_weight. The folder gets the adapter in PEFT's format or the model, the tokenizer, training.json for
     evaluation, run.json (the settings), metrics.jsonl (one row per step) and summary.json, written last.
     """
-    for name in ("rank", "lr", "epochs", "batch_size", "micro_tokens", "clip", "save_every"):
-        if getattr(config, name) is not None and not getattr(config, name) > 0:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be above 0")
     if not 0 <= config.dropout < 1:
         raise InputError(f"--dropout {config.dropout}: must be from 0 to below 1")
     device, rank, size = start()

@@ -33,9 +33,12 @@ class InputError(Exception):
 REQUIRED = dataclasses.MISSING  # an option without a default; such a dataclass is kw_only
 
 
-def option(default, help, positional=False):
-    """Returns a dataclass field that is also a command-line option, or a positional argument."""
-    metadata = {"help": help, "positional": positional}
+def option(default, help, positional=False, above=None):
+    """Returns a dataclass field that is also a command-line option, or a positional argument.
+
+    above: the command line refuses a number that is not larger.
+    """
+    metadata = {"help": help, "positional": positional, "above": above}
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -70,6 +73,14 @@ def _add_option(parser, field):
         parser.add_argument(field.name, **{"nargs": "?"} | arguments)
 
 
+def check_numbers(config):
+    """Raises InputError for an option that is not above its limit; see option."""
+    for field in dataclasses.fields(config):
+        value, limit = getattr(config, field.name), field.metadata["above"]
+        if None not in (value, limit) and not value > limit:
+            raise InputError(f"--{field.name.replace('_', '-')} {value}: must be above {limit}")
+
+
 def run_command_line(description, commands, default=None, argv=None):
     """Parse the command line, run the command, and exit with its status.
 
@@ -92,7 +103,9 @@ def run_command_line(description, commands, default=None, argv=None):
     try:
         values = vars(parser.parse_args(argv))
         config_class, function = commands[values.pop("command")]
-        status = function(config_class(**values)) or 0
+        config = config_class(**values)
+        check_numbers(config)
+        status = function(config) or 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         status = error.exit_status

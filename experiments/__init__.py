@@ -21,8 +21,8 @@ class Setting(train.Config):
     out: str = option(REQUIRED, "folder for all that the experiment writes; the same command continues there")
     tests: list[str] = option(REQUIRED, "test files")
     search: str = option(REQUIRED, "index folder or /retrieve URL behind web_search")
-    limit: int = option(15, "test questions of each file")
-    max_tokens: int = option(1024, "new tokens per step (paper: 1,024)")
+    limit: int = option(15, "test questions of each file", above=0)
+    max_tokens: int = option(1024, "new tokens per step (paper: 1,024)", above=0)
 
 
 def train_student(setting, name, data, weigh=train.turn_weight):

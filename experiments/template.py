@@ -17,7 +17,7 @@ from experiments import Setting, compare, evaluate_student, train_student
 
 @dataclasses.dataclass(kw_only=True)
 class Config(Setting):
-    limit: int = option(2, "test questions of each file")
+    limit: int = option(2, "test questions of each file", above=0)
 
 
 def tools():

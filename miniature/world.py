@@ -464,8 +464,8 @@ def ask(world, rng, task, split):
 class Config:
     out: str = option(REQUIRED, "folder to write")
     seed: int = option(0, "another seed is another world")
-    train_questions: int = option(600, "training questions")
-    test_questions: int = option(25, "test questions per task")
+    train_questions: int = option(600, "training questions", above=0)
+    test_questions: int = option(25, "test questions per task", above=0)
 
 
 def write(config):

@@ -63,8 +63,8 @@ COMMAND = """
     @dataclass(kw_only=True)
     class Config:
         data: list[str] = option(REQUIRED, "files, 100% of them", positional=True)
-        rate: float = option(0.5, "a rate")
-        limit: int | None = option(None, "a limit")
+        rate: float = option(0.5, "a rate", above=0)
+        limit: int | None = option(None, "a limit", above=0)
         kind: Literal["a", "b"] = option("a", "a kind")
         url: list[str] = option([], "servers")
         quiet: bool = option(False, "hush")
@@ -88,6 +88,9 @@ COMMAND = """
         ("--help", 0, "the default command"),
         ("go --help", 0, "a rate (default: 0.5)"),
         ("x --limit 13", 2, "error: --limit 13: an unlucky number"),
+        ("x --rate 0", 2, "error: --rate 0.0: must be above 0"),
+        ("x --rate nan", 2, "error: --rate nan: must be above 0"),
+        ("x --limit -1", 2, "error: --limit -1: must be above 0"),
         ("x --lim 3", 2, "error: unrecognized arguments: --lim 3"),
         ("x --kind c", 2, "invalid choice: 'c'"),
         ("", 2, "error: the following arguments are required: data"),
