@@ -480,6 +480,7 @@ def fit(config, weigh=turn_weight):
     weigh: see turn_weight. The folder gets the adapter in PEFT's format or the model, the tokenizer, training.json for
     evaluation, run.json (the settings), metrics.jsonl (one row per step) and summary.json, written last.
     """
+    common.check_numbers(config)  # forks call fit without the command line
     if not 0 <= config.dropout < 1:
         raise InputError(f"--dropout {config.dropout}: must be from 0 to below 1")
     device, rank, size = start()

@@ -729,6 +729,12 @@ def test_a_wrong_command_gets_one_line_and_status_2(config, tmp_path, capsys, mo
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
+def test_fit_checks_its_numbers_without_the_command_line(config):
+    for name in ("rank", "lr", "epochs", "batch_size", "micro_tokens", "clip", "save_every"):
+        with pytest.raises(InputError, match=f"--{name.replace('_', '-')} 0: must be above 0"):
+            train.fit(config(**{name: 0}))
+
+
 def test_a_diverging_run_stops_with_the_step(config):
     with pytest.raises(InputError, match=r"loss is (nan|inf) at step"):
         train.fit(config(tuning="full", lr=1e30, clip=math.inf, epochs=4))
