@@ -1,6 +1,6 @@
 # Agent distillation, the whole pipeline. `make help` lists the targets.
 #
-#   make reproduce                                        the miniature: 22 minutes on 2 CPU cores, with the set-up
+#   make reproduce                                        the miniature: 22 to 24 minutes on 2 CPU cores, with set-up
 #   make reproduce STUDENT=Qwen/Qwen2.5-0.5B-Instruct     another student, on the same questions (one GPU)
 #   make reproduce TEACHER_URL=http://... TEACHER_MODEL=...  a real teacher instead of the scripted one
 #   make test                                             the tests

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import evaluate
 import train
-from common import REQUIRED, option, report
+from common import REQUIRED, option, report, write_json
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -44,7 +44,10 @@ def evaluate_student(setting, student, name, **options):
 
 
 def compare(first, second):
-    """Print two run folders beside each other: accuracy by task, paired (McNemar), and the figures of tool use."""
+    """Print a baseline's and a variant's run folder side by side: accuracy by task, paired (McNemar), and tool use.
+
+    The pair is noted in the variant's folder, where experiments.table finds it.
+    """
     runs = [report.Run(folder) for folder in (first, second)]
     names = [Path(folder).name for folder in (first, second)]
     sides = [{(o["task"], *o["question"]): o["correct"] for o in run.outcomes} for run in runs]
@@ -52,3 +55,4 @@ def compare(first, second):
     figures = [report.means(run.outcomes) for run in runs]
     rows = [[name, *(f"{value[name]:.2f}" for value in figures)] for name in figures[0]]
     print("\n" + report.table(["per question", *names], rows))
+    write_json(Path(second, "compared.json"), {"baseline": names[0]})
