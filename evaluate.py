@@ -35,14 +35,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 import agent_distill
 import common
-import train
 from agent_distill import STOP, EpisodeConfig, Prompts, Running, TurnFailed, drive, open_episode, open_tools
 from common import REQUIRED, InputError, grading, option, pictures, report, stable_seed
 from common.client import Client, Served, cut_at_stop, in_parallel
 from common.decoding import Layer, SampleNucleus, SharedPrompts
-from common.devices import choose_device, uses_bf16
 from common.judge import Judge
-from common.lora import load_model, lora_layers, training_record
+from common.models import choose_device, load_model, lora_layers, render, training_record, uses_bf16
 
 # ------------- The student
 
@@ -114,7 +112,7 @@ class Student:
 
         Raises InputError if a single turn does not fit the memory.
         """
-        texts = [train.render(self.tokenizer, turn.messages, reply=True) + turn.opening for turn in turns]
+        texts = [render(self.tokenizer, turn.messages, reply=True) + turn.opening for turn in turns]
         prompts = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         todo = sorted((i for i, ids in enumerate(prompts) if len(ids) < self.context), key=lambda i: len(prompts[i]))
         answers, self.calls = [None] * len(turns), self.calls + 1

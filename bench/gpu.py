@@ -32,9 +32,9 @@ import evaluate
 import train
 from agent_distill import Turn
 from bench import evaluate as questions_per_hour
-from common import InputError, option, run_command_line
+from common import InputError, models, option, run_command_line
 from common.decoding import SharedPrompts
-from common.devices import choose_device, uses_bf16
+from common.models import choose_device, uses_bf16
 from common.report import table
 
 # Qwen2.5's shapes, from its config.json files: width, layers, heads, key-value heads, MLP width, vocabulary, tied head
@@ -64,13 +64,13 @@ def make_trainer(shape, device, **options):
     """Returns a train.Trainer of a random model with the paper's LoRA."""
     dtype = torch.bfloat16 if device.type == "meta" or uses_bf16("auto", device) else torch.float32
     config = train.Config(data=[], model="random weights", out="", precision="fp32", **options)
-    with mock.patch.object(train, "load_base", lambda *_: (make_model(shape, device, dtype), "random weights")):
+    with mock.patch.object(models, "load_base", lambda *_: (make_model(shape, device, dtype), "random weights")):
         return train.Trainer(config, device)
 
 
 def make_examples(count, tokens):
     weights = (torch.arange(tokens) >= round((1 - TRAINED) * tokens)).float()
-    return [train.Example(torch.randint(3, 259, (tokens,)), weights, number) for number in range(count)]
+    return [train.Example(torch.randint(3, 259, (tokens,)), weights) for _ in range(count)]
 
 
 class Letters:
@@ -165,7 +165,7 @@ def simulated_gpu(limit=math.inf):
         mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attention),
         mock.patch("common.decoding.scaled_dot_product_attention", attention),
         mock.patch.object(sdpa_attention, "use_gqa_in_sdpa", lambda mask, key, value: mask is None),
-        mock.patch.object(train, "check_model", lambda model: model.train()),  # it compares values
+        mock.patch.object(models, "check_model", lambda model: model.train()),  # it compares values
         mock.patch("transformers.masking_utils.find_packed_sequence_indices", lambda places: None),  # so does this
         mock.patch.object(torch.Tensor, "item", lambda x: 0.0 if x.is_meta else item(x)),
         mock.patch.object(torch, "is_autocast_enabled", lambda kind: False),  # autocast refuses meta tensors; with

@@ -175,11 +175,11 @@ def write_model(made, folder):
 
 def write_adapter(student, folder, base):
     """An adapter for the student, in PEFT's format. base: the name by which it refers to the student."""
-    from common import lora  # imports torch and transformers, which takes seconds
+    from common import models  # imports torch and transformers, which takes seconds
 
-    model, _ = lora.load_model(str(student))
-    lora.add_lora(model, rank=64, alpha=128, dropout=0.05)
-    lora.save_lora(model, folder, base)
+    model, _ = models.load_model(str(student))
+    models.add_lora(model, rank=64, alpha=128, dropout=0.05)
+    models.save_lora(model, folder, base)
 
 
 if __name__ == "__main__":

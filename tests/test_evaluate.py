@@ -24,11 +24,10 @@ import transformers
 import agent_distill
 import evaluate
 import retriever
-import train
 from agent_distill import Prompts, Turn, agent_episode
 from common import InputError, judge, load_tasks, report
 from common.decoding import Layer, SharedPrompts
-from common.lora import load_model
+from common.models import load_model, render
 from conftest import make_model, write_jsonl
 from evaluate import Answer, Student, run_lockstep
 from miniature import teacher, world
@@ -59,7 +58,7 @@ def following(turn, text, reply="And then?"):
 @torch.inference_mode()
 def reference(model, tokenizer, turn, new):
     """Greedy decoding in a few lines, without cache, padding or generate."""
-    ids = tokenizer(train.render(tokenizer, turn.messages, reply=True) + turn.opening, add_special_tokens=False)
+    ids = tokenizer(render(tokenizer, turn.messages, reply=True) + turn.opening, add_special_tokens=False)
     ids = ids["input_ids"]
     start = len(ids)
     model.set_attn_implementation("eager")
@@ -103,7 +102,7 @@ def test_first_tokens_follow_the_nucleus_distribution(model):
     """2,000 samples of one token against the renormalised probabilities of the nucleus."""
     student = Student(*model, n=2000, temperature=0.7, top_p=0.6, max_tokens=1)
     drawn, tokenizer = student.answer(turns(["Hi"]))[0].texts, model[1]
-    ids = tokenizer(train.render(tokenizer, turns(["Hi"])[0].messages, reply=True), return_tensors="pt")["input_ids"]
+    ids = tokenizer(render(tokenizer, turns(["Hi"])[0].messages, reply=True), return_tensors="pt")["input_ids"]
     model[0].set_attn_implementation("eager")
     p, order = (model[0](ids).logits[0, -1] / 0.7).softmax(-1).sort(descending=True)
     size = int((p.cumsum(0) < 0.6).sum()) + 1
@@ -129,7 +128,7 @@ def test_a_long_neighbour_near_the_context_limit_shortens_nobody_else(model):
     long, size = "Name a river. ", 0
     while size < 490:
         long += "Why? "
-        size = len(model[1](train.render(model[1], turns([long])[0].messages, reply=True))["input_ids"])
+        size = len(model[1](render(model[1], turns([long])[0].messages, reply=True))["input_ids"])
     alone = student.answer(turns(["Hi"]))
     beside, cut = student.answer(turns(["Hi", long]))
     assert [beside] == alone

@@ -15,7 +15,7 @@ import pytest
 import requests
 
 import agent_distill
-from common import InputError, lora
+from common import InputError, models
 from common.client import ServerError
 
 pytest_plugins = ["smollm2"]
@@ -24,7 +24,7 @@ pytest_plugins = ["smollm2"]
 @pytest.fixture(scope="module")
 def merged(lesson, agent):
     """The folder of the agent as a full model in float32."""
-    lora.merge_adapter(lora.MergeConfig(adapter=str(agent), out=str(lesson.folder / "merged"), dtype="float32"))
+    models.merge_adapter(models.MergeConfig(adapter=str(agent), out=str(lesson.folder / "merged"), dtype="float32"))
     return lesson.folder / "merged"
 
 
@@ -74,7 +74,7 @@ def test_as_a_teacher_it_continues_the_prefix_through_completions(lesson, merged
     options = {"model": str(merged), "first_thought": str(lesson.folder / "cot.jsonl")}
     rows = ask(lesson, url, "prefix", prefix_mode="completions", **options)
     prefixes = {row["id"]: agent_distill.first_step(row["messages"][-1]["content"]) for row in lesson.rows("cot")}
-    model, tokenizer = lora.load_model(merged)
+    model, tokenizer = models.load_model(merged)
     for row in rows:
         assert row["prefix"] == prefixes[row["id"]] and row["error"] is None
         for i, message in enumerate(row["messages"]):
