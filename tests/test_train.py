@@ -468,8 +468,8 @@ def test_sliding_windows_are_respected(config, tmp_path, tiny_tokenizer):
 
 
 def long_rope(folder, tokenizer):
-    """A tiny Phi-3 whose position encoding changes where a batch is longer than 64 tokens."""
-    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 64}
+    """A tiny Phi-3 whose position encoding changes where a batch is longer than 100 tokens."""
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 100}
     rope |= {"short_factor": [1.0] * 4, "long_factor": [64.0] * 4, "factor": 8.0}
     options = {"max_position_embeddings": 512, "rope_parameters": rope, "eos_token_id": 2, "bos_token_id": 1}
     small(Phi3ForCausalLM, Phi3Config, **options).save_pretrained(folder)
@@ -484,7 +484,7 @@ def test_where_a_longer_example_changes_the_positions_each_goes_alone(config, tm
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     model = long_rope(tmp_path / "model", tiny_tokenizer)
     trainer, examples = make_trainer(config(model=model, data=[path], dropout=0.0, micro_tokens=10_000))
-    assert len(examples[0].ids) < 64 < len(examples[1].ids)
+    assert len(examples[0].ids) < 100 < len(examples[1].ids)
     weights = [example.weights.sum().item() for example in examples]
     alone = [gradients(trainer, [example])[0] for example in examples]
     expected = sum(loss * weight for loss, weight in zip(alone, weights, strict=True)) / sum(weights)
