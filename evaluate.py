@@ -38,10 +38,9 @@ import common
 import train
 from agent_distill import STOP, EpisodeConfig, Prompts, Running, TurnFailed, drive, open_episode, open_tools
 from common import REQUIRED, InputError, grading, option, pictures, report, stable_seed
-from common.client import Client, Served, cut_at_stop, in_parallel
+from common.client import Client, Judge, Served, cut_at_stop, in_parallel
 from common.decoding import Layer, SampleNucleus, SharedPrompts
 from common.devices import choose_device, uses_bf16
-from common.judge import Judge
 from common.lora import load_model, lora_layers, training_record
 
 # ------------- The student

@@ -26,7 +26,8 @@ import evaluate
 import retriever
 import train
 from agent_distill import Prompts, Turn, agent_episode
-from common import InputError, judge, load_tasks, report
+from common import InputError, load_tasks, report
+from common.client import read_verdict
 from common.decoding import Layer, SharedPrompts
 from common.lora import load_model
 from conftest import make_model, write_jsonl
@@ -460,7 +461,7 @@ def test_the_judge_is_asked_once_over_all_processes(place, monkeypatch, capsys):
     ('["correct"]', None), ("The answer is incorrect", None), ('{"verdict": ["correct"]}', None),
 ])  # fmt: skip
 def test_verdicts_are_read_strictly(reply, verdict):
-    assert judge.read_verdict(reply) == verdict
+    assert read_verdict(reply) == verdict
 
 
 @pytest.mark.parametrize(
