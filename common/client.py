@@ -6,20 +6,26 @@ texts, usage = client.chat([{"role": "user", "content": "2 + 2 = ?"}], max_token
 
 import collections
 import contextlib
+import email.utils
 import hashlib
+import ipaddress
 import json
 import os
 import re
+import sys
 import time
+import urllib.parse
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import requests
+from urllib3.exceptions import NameResolutionError
 
 import common
-from common import InputError, http_session, read_jsonl
+from common import InputError, read_jsonl
 
-# What a broken connection in the middle of an answer, text that is not JSON, and missing fields raise.
-UNREADABLE = (requests.RequestException, LookupError, TypeError, AttributeError, ValueError, RecursionError)
+LOST = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
+# What an answer raises that is not JSON, lacks a field, or has a field of another type.
+UNREADABLE = (LookupError, TypeError, AttributeError, ValueError, RecursionError)
 
 
 class ServerError(InputError):
@@ -28,39 +34,138 @@ class ServerError(InputError):
     exit_status = 1
 
 
-class BadRequest(Exception):
+class BadRequest(InputError):
     """The server refused this very request (400, 413, 422), as when the context is too long."""
 
 
-class Client:
+# ------------- One retry policy for all servers
+
+
+class Server:
+    """JSON over HTTP. Threads may share it.
+
+    url: what all paths are appended to. api_key_env: the environment variable with the key, which is sent as a bearer
+    token and never shown. timeout: seconds for one request. retries: further attempts after lost connections, 408, 409,
+    429, 5xx and answers that cannot be read, with growing waits or those that Retry-After asks for.
+    """
+
+    def __init__(self, url, api_key_env="", timeout=600.0, retries=8):
+        self.url, self.timeout, self.retries = url.rstrip("/"), timeout, retries
+        self.api_key_env, self.key = api_key_env, os.environ.get(api_key_env, "")
+        self.reached = False  # whether the server has ever answered
+        try:
+            address = urllib.parse.urlsplit(url)
+            usable = address.scheme in ("http", "https") and address.hostname and "@" not in address.netloc
+            usable = usable and address.port != 0  # reading an impossible port raises a ValueError
+        except ValueError:
+            usable = False
+        if not usable:
+            raise InputError(f"--url {url}: an address such as http://127.0.0.1:8000/v1 was expected")
+        if not re.fullmatch("[!-~]*", self.key):
+            raise InputError(f"${api_key_env}: the key has a space, a line break or a character beyond ASCII in it")
+        self.session = requests.Session()
+        self.session.mount(f"{address.scheme}://", requests.adapters.HTTPAdapter(pool_maxsize=64))
+        self.session.headers["Content-Type"] = "application/json"
+        self.session.trust_env = not _is_loopback(address.hostname)  # else $http_proxy would be asked for 127.0.0.1
+        self.session.auth = lambda request: request  # else ~/.netrc would replace the key
+        if self.key:
+            self.session.headers["Authorization"] = f"Bearer {self.key}"
+
+    def request(self, path, body=None, read=lambda answer: answer):
+        """POST a body, or GET without one. Returns (read(the answer's JSON), number of retries).
+
+        Raises ServerError when the retries are used up, BadRequest for a request that the server refuses, and
+        InputError, at once, where no request can succeed (401, 402, 403, 404, ..., an address that does not exist).
+        """
+        url, data = self.url + path, None
+        if body is not None:  # half of a surrogate pair, which no server can read, becomes a question mark
+            data = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
+        for attempt in range(self.retries + 1):
+            wait = min(common.BACKOFF * 2 ** min(attempt, 10), 30.0) if attempt else 0
+            try:
+                options = {"timeout": (10.0, self.timeout), "allow_redirects": False}
+                response = self.session.request("GET" if body is None else "POST", url, data=data, **options)
+            except LOST as error:
+                cause = getattr(error.args[0] if error.args else error, "reason", error)
+                reason = f"no answer ({self._one_line(str(cause).rpartition('): ')[2])})"
+                if not self.reached and isinstance(cause, NameResolutionError):
+                    raise InputError(f"{url}: {reason}") from None
+            except (requests.RequestException, ValueError) as error:
+                raise InputError(f"{url}: {self._one_line(str(error))}") from None
+            else:
+                self.reached = True
+                status, words = _status(response), self._one_line(response.content.decode("utf-8", "replace"))
+                if not (status < 300 or status in (408, 409, 425, 429) or status >= 500):
+                    self._refuse(url, status, response.headers.get("Location") or words)
+                try:
+                    if status < 300:
+                        return read(response.json()), attempt
+                    reason, wait = f"{status}: {words}", max(wait, _retry_after(response))
+                except UNREADABLE as error:
+                    reason = f"the answer is not in the expected format ({type(error).__name__}): {words}"
+            if attempt < self.retries:
+                time.sleep(wait)
+        raise ServerError(f"{url}: {reason}; gave up after {self.retries + 1} attempts")
+
+    def _one_line(self, text):
+        """The beginning of what a server said, without the key, which some servers repeat."""
+        return " ".join((text.replace(self.key, "[key]") if self.key else text).split())[:300]
+
+    def _refuse(self, url, status, words):
+        if status in (400, 413, 422):
+            raise BadRequest(f"{status}: {words}")
+        key = f" (${self.api_key_env} is {'set' if self.key else 'not set'})" if self.api_key_env else ""
+        raise InputError(f"{url} answered {status}{key}: {words}")
+
+
+def _is_loopback(host):
+    with contextlib.suppress(ValueError):
+        address = ipaddress.ip_address(host)
+        return address.is_loopback or address.is_unspecified
+    return host == "localhost" or host.endswith(".localhost")
+
+
+def _status(response):
+    """The HTTP status. Some gateways answer 200 and put an error, with its status, into the body."""
+    if response.status_code == 200:
+        with contextlib.suppress(*UNREADABLE):
+            return int(response.json()["error"]["code"])
+    return response.status_code
+
+
+def _retry_after(response):
+    """The seconds that the server asks to wait, as a number or as a date; at most 120."""
+    value, seconds = response.headers.get("Retry-After", ""), 0.0
+    with contextlib.suppress(ValueError, OverflowError):
+        seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+    with contextlib.suppress(ValueError):
+        seconds = float(value)
+    return min(max(0.0, seconds), 120.0)
+
+
+# ------------- OpenAI's chat completions
+
+
+class Client(Server):
     """A client for `POST /v1/chat/completions` and `/v1/completions`. Threads may share it.
 
-    url: a base that ends in /v1. model: None asks the server which model it has. api_key_env: the environment variable
-    with the key, which is sent as a bearer token and never shown. timeout: seconds for one request. retries: further
-    attempts after lost connections, 429, 5xx and unreadable answers.
-    Raises ServerError when the retries are used up, BadRequest for a request that the server refuses, and InputError
-    for 401, 403 and 404, where no request can succeed.
+    url: a base that ends in /v1. model: None asks the server which model it has. Other arguments: see Server.
     """
 
     def __init__(self, url, model=None, api_key_env="OPENAI_API_KEY", timeout=600.0, retries=8):
-        if not url.startswith(("http://", "https://")):
-            raise InputError(f"--url {url}: an address such as http://127.0.0.1:8000/v1 was expected")
-        self.url, self.model, self.api_key_env = url.rstrip("/"), model, api_key_env
-        self.timeout, self.retries, self.session = timeout, retries, http_session(retries)
-        self.key = os.environ.get(api_key_env, "")
-        if self.key:
-            self.session.headers["Authorization"] = f"Bearer {self.key}"
+        super().__init__(url, api_key_env, timeout, retries)
+        self.model, self.without = model, collections.defaultdict(set)  # path -> fields that the server refuses
         if model is None:
             try:
-                self.model, _ = self._request("GET", "/models", None, lambda body: body["data"][0]["id"])
-            except ServerError as error:
-                raise ServerError(f"{error} (or name a --model)") from None
+                self.model, _ = self.request("/models", read=lambda answer: answer["data"][0]["id"])
+            except InputError as error:
+                raise type(error)(f"{error} (or name a --model)") from None
 
     def chat(self, messages, n=1, **fields):
         """n replies to a chat: (texts, usage). fields: temperature, max_tokens, ...; those that are None are not sent.
 
-        texts end before the first stop string. usage: prompt_tokens, completion_tokens, retries, and truncated, the
-        number of texts that reached the token limit.
+        texts end before the first stop string; thinking stands before the reply as <think>...</think>. usage:
+        prompt_tokens, completion_tokens, retries, and truncated, the number of texts that reached the token limit.
         """
         return self._ask("/chat/completions", n, messages=messages, **fields)
 
@@ -68,120 +173,187 @@ class Client:
         """n continuations of a text, as `chat`."""
         return self._ask("/completions", n, prompt=prompt, **fields)
 
-    def _ask(self, path, n, **fields):
+    def probe(self, path="/chat/completions", needed=(), max_tokens=16, **fields):
+        """Ask a short question with the fields that will be sent, and find those that the server refuses.
+
+        They are named in one line on stderr, and not sent again. Raises InputError for a field in `needed`, and for a
+        server that refuses even the bare question.
+        """
+        question = {"messages": _HELLO} if "chat" in path else {"prompt": "Hello"}
+        kept, todo, together, notes = question, {"max_tokens": max_tokens} | fields, True, []
+        while todo:  # all fields together; if that is refused, one by one until one is refused; again without it
+            name = next(iter(todo))
+            try:
+                self._ask(path, **kept, **(todo if together else {name: todo[name]}))
+                if together:
+                    break
+                kept[name] = todo.pop(name)
+            except BadRequest as error:
+                if not together:
+                    if name in self.without[path]:
+                        raise InputError(f"{self.url} refuses even a short request ({error})") from None
+                    if name in needed:
+                        given = f"{name} {todo[name]}"
+                        raise InputError(f"{self.url} refuses {given} ({error}): name another --{name}") from None
+                    self.without[path].add(name)
+                    notes.append(f"{name}, {_WITHOUT.get(name, 'so its own default applies')} ({error})")
+                    if name != "max_tokens":
+                        del todo[name]
+                together = not together
+        if notes:
+            print(f"note: {self.url}{path} refuses {'; '.join(notes)}", file=sys.stderr)
+
+    def _ask(self, path, n=1, **fields):
         """Collect n choices. Some servers ignore n: missing choices are asked for again."""
         body = {"model": self.model} | {name: value for name, value in fields.items() if value is not None}
-        texts, usage = [], collections.Counter(truncated=0)
+        texts, usage, without, stop = [], collections.Counter(truncated=0), self.without[path], body.get("stop", ())
         while len(texts) < n:
             missing = n - len(texts)
             request = body | ({"n": missing} if missing > 1 else {})
             if "seed" in body:
                 request["seed"] += len(texts)  # the same seed would repeat the first answer
-            (choices, used), retries = self._request("POST", path, request, _parse_choices)
-            for text, truncated in choices[:missing]:
-                texts.append(cut_at_stop(text, body.get("stop", ())))
-                usage["truncated"] += truncated
+            if "max_tokens" in without:
+                request["max_completion_tokens"] = body["max_tokens"]
+            request = {name: value for name, value in request.items() if name not in without}
+            (choices, used), retries = self.request(path, request, _read_choices)
             usage.update(used, retries=retries)
+            if "stop" in request and any(why == "stop" and _thinks_on(text) for text, why in choices):
+                without.add("stop")  # the server stops inside the thinking, too; from now on texts are cut here
+                continue
+            for text, why in choices[:missing]:
+                cut = cut_at_stop(text, stop)
+                usage["truncated"] += why in ("length", "max_tokens") and cut == text
+                texts.append(cut_partial_stop(cut, stop))
         return texts, usage
 
-    def _request(self, method, path, body, parse):
-        """Returns (parse(the answer's JSON), retries). An answer that cannot be parsed is asked for again."""
-        url, retries = self.url + path, 0
-        for attempt in range(self.retries + 1):
-            if attempt:
-                time.sleep(min(common.BACKOFF * 2**attempt, 30.0))
-            try:
-                response = self.session.request(method, url, json=body, timeout=(10.0, self.timeout))
-                retries += len(response.raw.retries.history)
-                if response.status_code == 200:
-                    return parse(response.json()), attempt + retries
-                reason = self._refusal(url, response)
-                break
-            except (requests.ConnectionError, requests.Timeout) as error:  # the session has used up its retries
-                reason = f"no answer ({type(getattr(error.args[0], 'reason', error)).__name__})"
-                break
-            except UNREADABLE as error:
-                reason = f"the answer is incomplete or not in the format of OpenAI ({type(error).__name__})"
-        raise ServerError(f"{url}: {reason}; gave up after {self.retries + 1} attempts")
 
-    def _refusal(self, url, response):
-        """What the server answered with a status other than 200. Raises if the request cannot succeed."""
-        status, detail = response.status_code, " ".join(response.text.split())[:300]
-        if self.key:
-            detail = detail.replace(self.key, "[key]")  # some servers repeat it
-        if status in (400, 413, 422):
-            raise BadRequest(f"{status}: {detail}")
-        if status in (401, 403, 404):
-            key = f"${self.api_key_env} is {'set' if self.key else 'not set'}"
-            raise InputError(f"{url} answered {status} (model {self.model!r}, {key}): {detail}")
-        return f"{status}: {detail}"
+_HELLO = [{"role": "user", "content": "Say hello."}]
+_WITHOUT = {
+    "max_tokens": "so max_completion_tokens is sent",
+    "stop": "so texts are cut here",
+    "n": "so candidates are asked for one at a time",
+    "seed": "so sampled replies cannot be repeated",
+}
 
 
-def _parse_choices(body):
-    """Returns ([(text, whether it was cut at the token limit)], token counts). Raises if fields are missing."""
-    choices, usage = [], body.get("usage") or {}
-    for choice in body["choices"]:
-        message = choice if "text" in choice else choice["message"]  # /completions has no message
-        text = "" if message.get("refusal") else message["text" if "text" in choice else "content"]
-        text = text.encode("utf-8", "replace").decode()  # half of a surrogate pair cannot be written to a file
-        choices.append((text, choice.get("finish_reason") == "length"))
+def _read_choices(answer):
+    """Returns ([(text, finish reason)], token counts). Raises one of UNREADABLE if fields are missing."""
+    choices, usage = [], answer.get("usage") or {}
+    for choice in answer["choices"]:
+        why = choice.get("finish_reason")
+        if why == "error":  # a gateway lost its own server in the middle
+            raise ValueError
+        text = _plain(choice["text"]) if "text" in choice else _reply(choice["message"])
+        if "</think>" in text and "<think>" not in text:
+            text = "<think>" + text  # the chat template of DeepSeek-R1 opens the thinking itself
+        # Half of a surrogate pair cannot be written to a file.
+        choices.append((text.encode("utf-8", "replace").decode(), why))
     if not choices:
         raise LookupError
-    return choices, {name: usage.get(name) or 0 for name in ("prompt_tokens", "completion_tokens")}
+    return choices, {name: int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")}
+
+
+def _reply(message):
+    """The text of a message, after its thinking as <think>...</think>, which never closes if no text follows."""
+    text, thinking = _plain(message.get("content")), message.get("reasoning_content") or message.get("reasoning")
+    if isinstance(thinking, str) and not text.lstrip().startswith("<think>"):
+        return f"<think>{thinking}</think>{text}" if text else f"<think>{thinking}"
+    return text
+
+
+def _plain(content):
+    """The text of a message's content: null, a string, or a list of parts."""
+    if isinstance(content, list):
+        return "".join(map(_plain, content))
+    if isinstance(content, dict):
+        return f"<think>{_plain(content['thinking'])}</think>" if "thinking" in content else _plain(content.get("text"))
+    return (content or "") + ""  # a TypeError for anything else
+
+
+def _thinks_on(text):
+    """Whether a text is thinking that has not ended."""
+    return text.lstrip().startswith("<think>") and "</think>" not in text
 
 
 def cut_at_stop(text, stop):
-    """The text before the first stop string. `transformers serve` leaves the string in, other servers remove it."""
-    ends = [text.find(s) for s in stop]
+    """The text before the first stop string after the thinking. Some servers leave the string in, or ignore `stop`."""
+    begin = len(text) if _thinks_on(text) else text.find("</think>") + 1
+    ends = [text.find(string, begin) for string in stop]
     return text[: min((end for end in ends if end >= 0), default=len(text))]
+
+
+def cut_partial_stop(text, stop):
+    """The text without the beginning of a stop string at its end, where the token limit cut it."""
+    parts = (string[:length] for string in stop for length in range(len(string) - 1, 0, -1))
+    return text.removesuffix(next(filter(text.endswith, parts), ""))
+
+
+# ------------- A served model that answers an episode's turns
 
 
 class Served:
     """A served model that answers turns.
 
-    mode: how the server is made to continue an opening. "continue": continue_final_message, as vLLM has it (probed).
-    "completions": the chat is rendered here with the tokenizer's template and sent to /v1/completions.
+    mode: how the server is made to continue an opening. "continue": by continue_final_message, as vLLM has it, or by
+    itself, as llama.cpp does (probed). "completions": the chat is rendered here with the tokenizer's template and sent
+    to /v1/completions. template_options: further arguments of the chat template. sampling: temperature, max_tokens, ...
     """
 
-    def __init__(self, client, mode="continue", tokenizer=None, **sampling):
-        self.client, self.mode, self.tokenizer, self.sampling = client, mode, tokenizer, sampling
+    def __init__(self, client, mode="continue", tokenizer=None, template_options=None, **sampling):
+        self.client, self.mode, self.tokenizer = client, mode, tokenizer
+        self.template_options, self.continuing = template_options or {}, _CONTINUE
+        self.sampling = _NO_DEFAULTS | sampling  # for /completions
+        self.chat_fields = self.sampling | {"chat_template_kwargs": template_options}
 
     def answer(self, turn, usage, n=1, seed=None):
         """n candidate texts for a turn. Token counts are added to the Counter `usage`."""
-        sampling = self.sampling | {"n": n, "seed": seed}
-        opened = [*turn.messages, {"role": "assistant", "content": turn.opening}]
-        if not turn.opening:
-            texts, used = self.client.chat(turn.messages, **sampling)
+        opening, drawn = turn.opening.rstrip(), {"n": n, "seed": seed}  # models rarely continue after white space
+        opened = [*turn.messages, {"role": "assistant", "content": opening}]
+        if not opening:
+            texts, used = self.client.chat(turn.messages, **self.chat_fields, **drawn)
         elif self.mode == "continue":
-            texts, used = self.client.chat(opened, **_CONTINUE, **sampling)
+            texts, used = self.client.chat(opened, **self.continuing, **self.chat_fields, **drawn)
         else:
-            texts, used = self.client.complete(self._render(opened), **sampling)
+            texts, used = self.client.complete(self._render(opened), **self.sampling, **drawn)
         usage.update(used)
-        return texts
+        texts = [text.removeprefix(opening) for text in texts]  # llama.cpp repeats it
+        return texts if opening == turn.opening else [text.lstrip() for text in texts]
 
-    def probe(self, opening=False):
+    def probe(self, n=1, opening=False):
         """Ask a short question first: what would fail in every episode is refused before the first one.
 
-        opening: whether turns will have an opening. A server that does not know continue_final_message may ignore it,
-        close the assistant's turn and open another. The prompt is then as long as without the field; that is compared.
+        n: candidates per turn. opening: whether turns will have an opening.
         """
-        try:
-            self.client.chat(_HELLO, max_tokens=1)
-            if opening and self.mode == "completions":
-                self.client.complete(self._render(_OPENED), max_tokens=1)
-        except BadRequest as error:
-            raise InputError(f"the server refuses even a short request ({error})") from None
-        if not opening or self.mode == "completions":
-            return
-        other = "name --prefix-mode completions"
-        try:
-            _, continued = self.client.chat(_OPENED, max_tokens=1, **_CONTINUE)
-        except BadRequest as error:
-            raise InputError(f"the server does not continue a message ({error}): {other}") from None
-        with contextlib.suppress(BadRequest):  # some accept a final assistant message only when told to continue it
-            _, closed = self.client.chat(_OPENED, max_tokens=1)
-            if continued["prompt_tokens"] >= closed["prompt_tokens"]:
-                raise InputError(f"the server ignores continue_final_message: {other}")
+        needed = [name for name in ("temperature", "top_p") if self.sampling.get(name) not in (None, 1)]
+        self.client.probe(needed=needed, **self.chat_fields, seed=0, n=n)
+        if opening and self.mode == "completions":
+            self._render(_OPENED)
+            self.client.probe("/completions", needed=needed, **self.sampling, seed=0, n=n)
+        elif opening:
+            self._probe_continuing()
+
+    def _probe_continuing(self):
+        """Find out how the server continues a message, by the length of its prompt.
+
+        A server that does not would close the assistant's turn and open another: the prompt would be longer than if
+        the user had said the same words.
+        """
+        other, refusal = "name --prefix-mode completions", "it ignores continue_final_message"
+        [said] = _HELLO
+        counts = [self._count(messages) for messages in (_HELLO, [said | {"content": f"{said['content']} Hello"}])]
+        if not counts[1]:
+            raise InputError(f"the server sends no token counts, which tell whether it continues a message: {other}")
+        for fields in (_CONTINUE, {}):
+            try:
+                if self._count(_OPENED, **fields) <= counts[1] and counts[0] < counts[1]:
+                    self.continuing = fields
+                    return
+            except BadRequest as error:
+                refusal = refusal if fields == {} else str(error)
+        raise InputError(f"the server does not continue a message ({refusal}): {other}")
+
+    def _count(self, messages, **fields):
+        return self.client.chat(messages, max_tokens=1, **fields)[1]["prompt_tokens"]
 
     def _render(self, opened):
         """A chat as text that ends with its last message, by the model's own template."""
@@ -194,25 +366,43 @@ class Served:
                 raise InputError(f"--tokenizer {self.tokenizer}: {str(error).splitlines()[0]}") from None
         if not self.tokenizer.chat_template:
             raise InputError(f"--tokenizer {self.tokenizer.name_or_path}: it has no chat template")
-        text = self.tokenizer.apply_chat_template(opened, continue_final_message=True, tokenize=False)
+        options = self.template_options | {"continue_final_message": True, "tokenize": False}
+        text = self.tokenizer.apply_chat_template(opened, **options)
         # The server adds the beginning-of-text token again where the tokenizer does so itself.
         begins = self.tokenizer.bos_token and self.tokenizer("").input_ids[:1] == [self.tokenizer.bos_token_id]
         return text.removeprefix(self.tokenizer.bos_token) if begins else text
 
 
-_HELLO = [{"role": "user", "content": "Say hello."}]
-_OPENED = [*_HELLO, {"role": "assistant", "content": "Hel"}]
+_OPENED = [*_HELLO, {"role": "assistant", "content": "Hello"}]
 _CONTINUE = {"continue_final_message": True, "add_generation_prompt": False}
+# Else vLLM uses what the checkpoint's generation_config.json says, and llama.cpp top_k 40 and min_p 0.05.
+_NO_DEFAULTS = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
 def in_parallel(function, items, workers):
-    """Yield function(item) for each item as it finishes. The first exception cancels the rest and is raised."""
+    """Yield function(item) for each item as it finishes.
+
+    After the first exception no further item is begun; those under way are finished and yielded, and it is raised.
+    """
+    errors = []
+
+    def run(item):
+        if errors:
+            return []
+        try:
+            return [function(item)]
+        except Exception as error:
+            errors.append(error)
+            return []
+
     pool = ThreadPoolExecutor(workers)
     try:
-        for future in as_completed([pool.submit(function, item) for item in items]):
-            yield future.result()
+        for future in as_completed([pool.submit(run, item) for item in items]):
+            yield from future.result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+    if errors:
+        raise errors[0]
 
 
 # ------------- The paper's judge of factual answers (gpt-4o-mini), with a cache of verdicts
@@ -222,41 +412,58 @@ class Judge:
     """Asks an LLM whether an answer says what one of the gold answers says.
 
     Called with (question, gold answers, prediction), as grading.grade does; returns True, False, or None if no attempt
-    brought a clear verdict. journal: a Journal that keeps verdicts by the hash of model and prompt. The files `caches`
-    are read too, so that nothing is asked twice. Threads may share a judge. Raises what Client.chat raises, but not
-    BadRequest: that is no verdict.
+    brought a clear verdict: `undecided` has a key for each such answer. journal: a Journal that keeps verdicts by the
+    hash of model and prompt. The files `caches` are read too: nothing is asked twice. Threads may share a judge.
+    Raises what Client.probe and Client.chat raise, but not BadRequest for a single answer: that is no verdict.
     """
 
     ATTEMPTS, CHARACTERS = 3, 2000  # the answer to a factual question is a phrase: a longer one is cut
+    MAX_TOKENS = 1024  # some judges think first
 
     def __init__(self, client, prompts, journal, caches=()):
-        self.client, self.prompts, self.journal = client, prompts, journal
+        self.client, self.prompts, self.journal, self.undecided = client, prompts, journal, set()
         rows = list(journal.rows)
         for path in caches:
             with contextlib.suppress(InputError):  # another process may be writing its last line
                 rows.extend(row for _, row in read_jsonl(path))
         self.verdicts = {row["key"]: row["verdict"] for row in rows}
+        client.probe(temperature=0.0, max_tokens=self.MAX_TOKENS, seed=0)
 
     def __call__(self, question, answers, prediction):
         answers, prediction = (json.dumps(x, ensure_ascii=False) for x in (answers, prediction[: self.CHARACTERS]))
         prompt = self.prompts.fill("judge", question=question or "(not given)", answer=answers, prediction=prediction)
-        key = hashlib.sha256(f"{self.client.model}\n{prompt}".encode()).hexdigest()
-        messages = [{"role": "user", "content": prompt}]
-        for attempt in range(0 if key in self.verdicts else self.ATTEMPTS):
-            with contextlib.suppress(BadRequest):
-                texts, _ = self.client.chat(messages, temperature=0.0, max_tokens=64, seed=attempt)
-                if verdict := read_verdict(texts[0]):
-                    self.journal.append({"key": key, "verdict": verdict, "model": self.client.model})
-                    self.verdicts[key] = verdict
-                    break
+        key = hashlib.sha256(f"{self.client.model}\n{prompt}".encode("utf-8", "replace")).hexdigest()
+        if key not in self.verdicts and key not in self.undecided:
+            if verdict := self._ask([{"role": "user", "content": prompt}]):
+                self.journal.append({"key": key, "verdict": verdict, "model": self.client.model})
+                self.verdicts[key] = verdict
+            else:
+                self.undecided.add(key)
         return self.verdicts[key] == "correct" if key in self.verdicts else None
+
+    def _ask(self, messages):
+        with contextlib.suppress(BadRequest):
+            for attempt in range(self.ATTEMPTS):
+                [text], _ = self.client.chat(messages, temperature=0.0, max_tokens=self.MAX_TOKENS, seed=attempt)
+                if verdict := read_verdict(text):
+                    return verdict
+        return None
 
 
 def read_verdict(reply):
-    """The verdict in a reply that is the JSON object asked for, or that one word; otherwise None."""
-    text = re.sub(r"^```(?:json)?\s*|\s*```$", "", reply.strip())
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = {"verdict": text.rstrip(".").lower()}
-    return next((verdict for verdict in ("correct", "incorrect") if value == {"verdict": verdict}), None)
+    """The verdict in a reply: that of the JSON object asked for, whatever stands around it, or the one word alone.
+
+    None for a reply without a verdict, or with two different ones.
+    """
+    text = "" if _thinks_on(reply) else reply.rpartition("</think>")[2].lower()
+    verdicts, decoder, at = [], json.JSONDecoder(), text.find("{")
+    while at >= 0:
+        try:
+            value, end = decoder.raw_decode(text, at)
+            verdicts.append(value.get("verdict"))
+        except (ValueError, RecursionError):
+            end = at + 1
+        at = text.find("{", end)
+    if word := re.fullmatch(r"[^\w\[]*(?:verdict[^\w\[]+)?(correct|incorrect)[^\w\[]*", text):
+        verdicts.append(word[1])
+    return next((verdict for verdict in ("correct", "incorrect") if set(map(str, verdicts)) == {verdict}), None)
