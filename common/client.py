@@ -8,17 +8,15 @@ import collections
 import contextlib
 import email.utils
 import hashlib
-import ipaddress
 import json
 import os
 import re
 import sys
 import time
-import urllib.parse
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import requests
-from urllib3.exceptions import NameResolutionError
+import urllib3
 
 import common
 from common import InputError, read_jsonl
@@ -38,11 +36,8 @@ class BadRequest(InputError):
     """The server refused this very request (400, 413, 422), as when the context is too long."""
 
 
-# ------------- One retry policy for all servers
-
-
 class Server:
-    """JSON over HTTP. Threads may share it.
+    """JSON over HTTP with one retry policy. Threads may share it.
 
     url: what all paths are appended to. api_key_env: the environment variable with the key, which is sent as a bearer
     token and never shown. timeout: seconds for one request. retries: further attempts after lost connections, 408, 409,
@@ -53,21 +48,18 @@ class Server:
         self.url, self.timeout, self.retries = url.rstrip("/"), timeout, retries
         self.api_key_env, self.key = api_key_env, os.environ.get(api_key_env, "")
         self.reached = False  # whether the server has ever answered
-        try:
-            address = urllib.parse.urlsplit(url)
-            usable = address.scheme in ("http", "https") and address.hostname and "@" not in address.netloc
-            usable = usable and address.port != 0  # reading an impossible port raises a ValueError
-        except ValueError:
-            usable = False
-        if not usable:
-            raise InputError(f"--url {url}: an address such as http://127.0.0.1:8000/v1 was expected")
+        if not re.match(r"https?://[^/@]+(/|$)", url):
+            raise InputError(
+                f"--url {url.rpartition('@')[2]}: an address such as http://127.0.0.1:8000/v1 was expected"
+            )
         if not re.fullmatch("[!-~]*", self.key):
             raise InputError(f"${api_key_env}: the key has a space, a line break or a character beyond ASCII in it")
         self.session = requests.Session()
-        self.session.mount(f"{address.scheme}://", requests.adapters.HTTPAdapter(pool_maxsize=64))
+        self.session.mount("", requests.adapters.HTTPAdapter(pool_maxsize=64))
         self.session.headers["Content-Type"] = "application/json"
-        self.session.trust_env = not _is_loopback(address.hostname)  # else $http_proxy would be asked for 127.0.0.1
-        self.session.auth = lambda request: request  # else ~/.netrc would replace the key
+        # The environment's proxy is not asked for this machine, and ~/.netrc does not replace the key.
+        self.session.trust_env = not re.match(r"\w+://(localhost|127\.[\d.]+|0\.0\.0\.0|\[::1\])([:/]|$)", url)
+        self.session.auth = lambda request: request
         if self.key:
             self.session.headers["Authorization"] = f"Bearer {self.key}"
 
@@ -77,60 +69,40 @@ class Server:
         Raises ServerError when the retries are used up, BadRequest for a request that the server refuses, and
         InputError, at once, where no request can succeed (401, 402, 403, 404, ..., an address that does not exist).
         """
-        url, data = self.url + path, None
+        url, method, data = self.url + path, "GET" if body is None else "POST", None
         if body is not None:  # half of a surrogate pair, which no server can read, becomes a question mark
             data = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
         for attempt in range(self.retries + 1):
             wait = min(common.BACKOFF * 2 ** min(attempt, 10), 30.0) if attempt else 0
             try:
-                options = {"timeout": (10.0, self.timeout), "allow_redirects": False}
-                response = self.session.request("GET" if body is None else "POST", url, data=data, **options)
+                limits = (10.0, self.timeout)
+                response = self.session.request(method, url, data=data, timeout=limits, allow_redirects=False)
+                self.reached, status = True, response.status_code
+                words = self._shown(response.headers.get("Location") or response.content.decode("utf-8", "replace"))
+                if status == 200:
+                    return read(json.loads(response.content)), attempt
+                if status in (400, 413, 422):
+                    raise BadRequest(f"{status}: {words}")
+                if status < 500 and status not in (408, 409, 425, 429):
+                    key = f" (${self.api_key_env} is not set)" if status in (401, 403) and not self.key else ""
+                    raise InputError(f"{url} answered {status}{key}: {words}")
+                reason, wait = f"{status}: {words}", max(wait, _retry_after(response))
             except LOST as error:
                 cause = getattr(error.args[0] if error.args else error, "reason", error)
-                reason = f"no answer ({self._one_line(str(cause).rpartition('): ')[2])})"
-                if not self.reached and isinstance(cause, NameResolutionError):
+                reason = f"no answer: {self._shown(str(cause).rpartition('): ')[2])}"
+                if not self.reached and isinstance(cause, urllib3.exceptions.NameResolutionError):
                     raise InputError(f"{url}: {reason}") from None
-            except (requests.RequestException, ValueError) as error:
-                raise InputError(f"{url}: {self._one_line(str(error))}") from None
-            else:
-                self.reached = True
-                status, words = _status(response), self._one_line(response.content.decode("utf-8", "replace"))
-                if not (status < 300 or status in (408, 409, 425, 429) or status >= 500):
-                    self._refuse(url, status, response.headers.get("Location") or words)
-                try:
-                    if status < 300:
-                        return read(response.json()), attempt
-                    reason, wait = f"{status}: {words}", max(wait, _retry_after(response))
-                except UNREADABLE as error:
-                    reason = f"the answer is not in the expected format ({type(error).__name__}): {words}"
+            except (requests.RequestException, urllib3.exceptions.LocationValueError) as error:
+                raise InputError(f"{url}: {self._shown(str(error))}") from None
+            except UNREADABLE as error:
+                reason = f"the answer is not in the expected format ({type(error).__name__}): {words}"
             if attempt < self.retries:
                 time.sleep(wait)
         raise ServerError(f"{url}: {reason}; gave up after {self.retries + 1} attempts")
 
-    def _one_line(self, text):
-        """The beginning of what a server said, without the key, which some servers repeat."""
-        return " ".join((text.replace(self.key, "[key]") if self.key else text).split())[:300]
-
-    def _refuse(self, url, status, words):
-        if status in (400, 413, 422):
-            raise BadRequest(f"{status}: {words}")
-        key = f" (${self.api_key_env} is {'set' if self.key else 'not set'})" if self.api_key_env else ""
-        raise InputError(f"{url} answered {status}{key}: {words}")
-
-
-def _is_loopback(host):
-    with contextlib.suppress(ValueError):
-        address = ipaddress.ip_address(host)
-        return address.is_loopback or address.is_unspecified
-    return host == "localhost" or host.endswith(".localhost")
-
-
-def _status(response):
-    """The HTTP status. Some gateways answer 200 and put an error, with its status, into the body."""
-    if response.status_code == 200:
-        with contextlib.suppress(*UNREADABLE):
-            return int(response.json()["error"]["code"])
-    return response.status_code
+    def _shown(self, words):
+        """The beginning of what a server said, in one line, without the key, which some servers repeat."""
+        return " ".join((words.replace(self.key, "[key]") if self.key else words).split())[:300]
 
 
 def _retry_after(response):
@@ -143,9 +115,6 @@ def _retry_after(response):
     return min(max(0.0, seconds), 120.0)
 
 
-# ------------- OpenAI's chat completions
-
-
 class Client(Server):
     """A client for `POST /v1/chat/completions` and `/v1/completions`. Threads may share it.
 
@@ -154,7 +123,7 @@ class Client(Server):
 
     def __init__(self, url, model=None, api_key_env="OPENAI_API_KEY", timeout=600.0, retries=8):
         super().__init__(url, api_key_env, timeout, retries)
-        self.model, self.without = model, collections.defaultdict(set)  # path -> fields that the server refuses
+        self.model, self.refused = model, collections.defaultdict(set)  # path -> names of fields; see probe
         if model is None:
             try:
                 self.model, _ = self.request("/models", read=lambda answer: answer["data"][0]["id"])
@@ -164,8 +133,8 @@ class Client(Server):
     def chat(self, messages, n=1, **fields):
         """n replies to a chat: (texts, usage). fields: temperature, max_tokens, ...; those that are None are not sent.
 
-        texts end before the first stop string; thinking stands before the reply as <think>...</think>. usage:
-        prompt_tokens, completion_tokens, retries, and truncated, the number of texts that reached the token limit.
+        texts: thinking stands before the reply as <think>...</think>; the reply ends before the first stop string.
+        usage: prompt_tokens, completion_tokens, retries, and truncated, the number of texts cut at the token limit.
         """
         return self._ask("/chat/completions", n, messages=messages, **fields)
 
@@ -176,63 +145,63 @@ class Client(Server):
     def probe(self, path="/chat/completions", needed=(), max_tokens=16, **fields):
         """Ask a short question with the fields that will be sent, and find those that the server refuses.
 
-        They are named in one line on stderr, and not sent again. Raises InputError for a field in `needed`, and for a
-        server that refuses even the bare question.
+        They are named in one line on stderr, and not sent from then on. Raises InputError if one of them is in
+        `needed`, or if the server refuses even the bare question.
         """
-        question = {"messages": _HELLO} if "chat" in path else {"prompt": "Hello"}
-        kept, todo, together, notes = question, {"max_tokens": max_tokens} | fields, True, []
-        while todo:  # all fields together; if that is refused, one by one until one is refused; again without it
-            name = next(iter(todo))
+        kept = {"messages": _HELLO} if path == "/chat/completions" else {"prompt": "Hello"}
+        todo, together, notes = {"max_tokens": max_tokens} | fields, True, []
+        while todo:  # all fields at once; where that is refused, one by one until one is refused; again without it
+            name, value = next(iter(todo.items()))
             try:
-                self._ask(path, **kept, **(todo if together else {name: todo[name]}))
+                self._ask(path, **kept, **(todo if together else {name: value}))
                 if together:
                     break
                 kept[name] = todo.pop(name)
             except BadRequest as error:
                 if not together:
-                    if name in self.without[path]:
+                    if name in self.refused[path]:  # neither max_tokens nor max_completion_tokens is accepted
                         raise InputError(f"{self.url} refuses even a short request ({error})") from None
                     if name in needed:
-                        given = f"{name} {todo[name]}"
-                        raise InputError(f"{self.url} refuses {given} ({error}): name another --{name}") from None
-                    self.without[path].add(name)
-                    notes.append(f"{name}, {_WITHOUT.get(name, 'so its own default applies')} ({error})")
+                        raise InputError(f"{self.url} refuses {name} {value} ({error}): name another") from None
+                    self.refused[path].add(name)
+                    notes.append(f"{name} ({error}), so {_WITHOUT.get(name, 'its own default applies')}")
                     if name != "max_tokens":
                         del todo[name]
                 together = not together
         if notes:
-            print(f"note: {self.url}{path} refuses {'; '.join(notes)}", file=sys.stderr)
+            print(f"note: {self.url} refuses {'; '.join(notes)}", file=sys.stderr)
 
     def _ask(self, path, n=1, **fields):
         """Collect n choices. Some servers ignore n: missing choices are asked for again."""
         body = {"model": self.model} | {name: value for name, value in fields.items() if value is not None}
-        texts, usage, without, stop = [], collections.Counter(truncated=0), self.without[path], body.get("stop", ())
+        texts, usage, refused, stop = [], collections.Counter(truncated=0), self.refused[path], body.get("stop", ())
         while len(texts) < n:
-            missing = n - len(texts)
-            request = body | ({"n": missing} if missing > 1 else {})
+            request, missing = dict(body), n - len(texts)
+            if missing > 1:
+                request["n"] = missing
             if "seed" in body:
                 request["seed"] += len(texts)  # the same seed would repeat the first answer
-            if "max_tokens" in without:
+            if "max_tokens" in refused:
                 request["max_completion_tokens"] = body["max_tokens"]
-            request = {name: value for name, value in request.items() if name not in without}
+            request = {name: value for name, value in request.items() if name not in refused}
             (choices, used), retries = self.request(path, request, _read_choices)
             usage.update(used, retries=retries)
             if "stop" in request and any(why == "stop" and _thinks_on(text) for text, why in choices):
-                without.add("stop")  # the server stops inside the thinking, too; from now on texts are cut here
+                refused.add("stop")  # the server stops inside the thinking, too; from now on texts are cut here
                 continue
             for text, why in choices[:missing]:
-                cut = cut_at_stop(text, stop)
-                usage["truncated"] += why in ("length", "max_tokens") and cut == text
-                texts.append(cut_partial_stop(cut, stop))
+                texts.append(cut_at_stop(text, stop))
+                usage["truncated"] += why == "length" and texts[-1] == text
+                texts[-1] = cut_partial_stop(texts[-1], stop)
         return texts, usage
 
 
 _HELLO = [{"role": "user", "content": "Say hello."}]
 _WITHOUT = {
-    "max_tokens": "so max_completion_tokens is sent",
-    "stop": "so texts are cut here",
-    "n": "so candidates are asked for one at a time",
-    "seed": "so sampled replies cannot be repeated",
+    "max_tokens": "max_completion_tokens is sent",
+    "stop": "texts are cut here",
+    "n": "candidates are asked for one at a time",
+    "seed": "sampled replies cannot be repeated",
 }
 
 
@@ -240,24 +209,23 @@ def _read_choices(answer):
     """Returns ([(text, finish reason)], token counts). Raises one of UNREADABLE if fields are missing."""
     choices, usage = [], answer.get("usage") or {}
     for choice in answer["choices"]:
-        why = choice.get("finish_reason")
-        if why == "error":  # a gateway lost its own server in the middle
+        if choice.get("finish_reason") == "error":  # a gateway lost the server behind it
             raise ValueError
         text = _plain(choice["text"]) if "text" in choice else _reply(choice["message"])
         if "</think>" in text and "<think>" not in text:
             text = "<think>" + text  # the chat template of DeepSeek-R1 opens the thinking itself
-        # Half of a surrogate pair cannot be written to a file.
-        choices.append((text.encode("utf-8", "replace").decode(), why))
+        text = text.encode("utf-8", "replace").decode()  # half of a surrogate pair cannot be written to a file
+        choices.append((text, choice.get("finish_reason")))
     if not choices:
         raise LookupError
     return choices, {name: int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")}
 
 
 def _reply(message):
-    """The text of a message, after its thinking as <think>...</think>, which never closes if no text follows."""
+    """The text of a message after its thinking as <think>...</think>, which does not close where no text follows."""
     text, thinking = _plain(message.get("content")), message.get("reasoning_content") or message.get("reasoning")
     if isinstance(thinking, str) and not text.lstrip().startswith("<think>"):
-        return f"<think>{thinking}</think>{text}" if text else f"<think>{thinking}"
+        text = f"<think>{thinking}</think>{text}" if text else f"<think>{thinking}"
     return text
 
 
@@ -288,9 +256,6 @@ def cut_partial_stop(text, stop):
     return text.removesuffix(next(filter(text.endswith, parts), ""))
 
 
-# ------------- A served model that answers an episode's turns
-
-
 class Served:
     """A served model that answers turns.
 
@@ -300,21 +265,22 @@ class Served:
     """
 
     def __init__(self, client, mode="continue", tokenizer=None, template_options=None, **sampling):
-        self.client, self.mode, self.tokenizer = client, mode, tokenizer
-        self.template_options, self.continuing = template_options or {}, _CONTINUE
-        self.sampling = _NO_DEFAULTS | sampling  # for /completions
-        self.chat_fields = self.sampling | {"chat_template_kwargs": template_options}
+        self.client, self.mode, self.tokenizer, self.continuing = client, mode, tokenizer, _CONTINUE
+        self.template_options, self.sampling = template_options, _NO_DEFAULTS | sampling
+
+    def _fields(self, chat=True, **fields):
+        return self.sampling | ({"chat_template_kwargs": self.template_options} if chat else {}) | fields
 
     def answer(self, turn, usage, n=1, seed=None):
         """n candidate texts for a turn. Token counts are added to the Counter `usage`."""
-        opening, drawn = turn.opening.rstrip(), {"n": n, "seed": seed}  # models rarely continue after white space
+        opening = turn.opening.rstrip()  # a token often begins with the space, so models do not continue after one
         opened = [*turn.messages, {"role": "assistant", "content": opening}]
-        if not opening:
-            texts, used = self.client.chat(turn.messages, **self.chat_fields, **drawn)
-        elif self.mode == "continue":
-            texts, used = self.client.chat(opened, **self.continuing, **self.chat_fields, **drawn)
+        if opening and self.mode == "completions":
+            texts, used = self.client.complete(self._render(opened), **self._fields(chat=False, n=n, seed=seed))
+        elif opening:
+            texts, used = self.client.chat(opened, **self.continuing, **self._fields(n=n, seed=seed))
         else:
-            texts, used = self.client.complete(self._render(opened), **self.sampling, **drawn)
+            texts, used = self.client.chat(turn.messages, **self._fields(n=n, seed=seed))
         usage.update(used)
         texts = [text.removeprefix(opening) for text in texts]  # llama.cpp repeats it
         return texts if opening == turn.opening else [text.lstrip() for text in texts]
@@ -325,10 +291,10 @@ class Served:
         n: candidates per turn. opening: whether turns will have an opening.
         """
         needed = [name for name in ("temperature", "top_p") if self.sampling.get(name) not in (None, 1)]
-        self.client.probe(needed=needed, **self.chat_fields, seed=0, n=n)
+        self.client.probe(needed=needed, **self._fields(n=n, seed=0))
         if opening and self.mode == "completions":
             self._render(_OPENED)
-            self.client.probe("/completions", needed=needed, **self.sampling, seed=0, n=n)
+            self.client.probe("/completions", needed, **self._fields(chat=False, n=n, seed=0))
         elif opening:
             self._probe_continuing()
 
@@ -338,22 +304,20 @@ class Served:
         A server that does not would close the assistant's turn and open another: the prompt would be longer than if
         the user had said the same words.
         """
-        other, refusal = "name --prefix-mode completions", "it ignores continue_final_message"
-        [said] = _HELLO
-        counts = [self._count(messages) for messages in (_HELLO, [said | {"content": f"{said['content']} Hello"}])]
-        if not counts[1]:
-            raise InputError(f"the server sends no token counts, which tell whether it continues a message: {other}")
+
+        def count(messages, **fields):
+            return self.client.chat(messages, max_tokens=1, **fields)[1]["prompt_tokens"]
+
+        short, same = count(_HELLO), count([{"role": "user", "content": "Say hello. Hello"}])
+        refusal = "it ignores continue_final_message" if same else "it sends no token counts that would show it"
         for fields in (_CONTINUE, {}):
             try:
-                if self._count(_OPENED, **fields) <= counts[1] and counts[0] < counts[1]:
+                if short < same >= count(_OPENED, **fields):
                     self.continuing = fields
                     return
             except BadRequest as error:
-                refusal = refusal if fields == {} else str(error)
-        raise InputError(f"the server does not continue a message ({refusal}): {other}")
-
-    def _count(self, messages, **fields):
-        return self.client.chat(messages, max_tokens=1, **fields)[1]["prompt_tokens"]
+                refusal = error
+        raise InputError(f"the server does not continue a message ({refusal}): name --prefix-mode completions")
 
     def _render(self, opened):
         """A chat as text that ends with its last message, by the model's own template."""
@@ -366,7 +330,7 @@ class Served:
                 raise InputError(f"--tokenizer {self.tokenizer}: {str(error).splitlines()[0]}") from None
         if not self.tokenizer.chat_template:
             raise InputError(f"--tokenizer {self.tokenizer.name_or_path}: it has no chat template")
-        options = self.template_options | {"continue_final_message": True, "tokenize": False}
+        options = {"continue_final_message": True, "tokenize": False} | (self.template_options or {})
         text = self.tokenizer.apply_chat_template(opened, **options)
         # The server adds the beginning-of-text token again where the tokenizer does so itself.
         begins = self.tokenizer.bos_token and self.tokenizer("").input_ids[:1] == [self.tokenizer.bos_token_id]
@@ -382,20 +346,17 @@ _NO_DEFAULTS = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 def in_parallel(function, items, workers):
     """Yield function(item) for each item as it finishes.
 
-    After the first exception no further item is begun; those under way are finished and yielded, and it is raised.
+    After an exception no further item is begun; those under way are finished and yielded, and then it is raised.
     """
-    errors = []
+    pool, errors = ThreadPoolExecutor(workers), []
 
     def run(item):
-        if errors:
-            return []
         try:
-            return [function(item)]
+            return [] if errors else [function(item)]
         except Exception as error:
             errors.append(error)
             return []
 
-    pool = ThreadPoolExecutor(workers)
     try:
         for future in as_completed([pool.submit(run, item) for item in items]):
             yield from future.result()
@@ -403,9 +364,6 @@ def in_parallel(function, items, workers):
         pool.shutdown(wait=False, cancel_futures=True)
     if errors:
         raise errors[0]
-
-
-# ------------- The paper's judge of factual answers (gpt-4o-mini), with a cache of verdicts
 
 
 class Judge:

@@ -68,17 +68,14 @@ def test_retries_are_bounded_and_the_servers_words_are_shown():
             with pytest.raises(ServerError, match=f"{words}.*; gave up after 3 attempts"):
                 Client(url, retries=2).chat(HELLO)
             assert len(seen) == 3
-    with pytest.raises(ServerError, match="no answer .Failed to establish .*refused.; gave up after 2 attempts"):
+    with pytest.raises(ServerError, match="no answer: Failed to establish .*refused; gave up after 2 attempts"):
         Client(url, model="m", retries=1).chat(HELLO)
 
 
 PERMANENT = [
     (status, ("status", status, {}, "no: sk-very-secret")) for status in (400, 401, 402, 403, 404, 405, 413, 422)
 ]
-PERMANENT += [
-    (402, {"error": {"message": "no: sk-very-secret", "code": 402}}),
-    (301, ("status", 301, {"Location": "https://elsewhere/v1"}, "")),
-]
+PERMANENT.append((301, ("status", 301, {"Location": "https://elsewhere/v1"}, "")))
 
 
 @pytest.mark.parametrize("status, answer", PERMANENT)
@@ -93,17 +90,17 @@ def test_what_cannot_succeed_is_not_repeated_and_shows_no_key(status, answer, mo
         assert len(seen) == 1 and seen[0][2]["Authorization"] == "Bearer sk-very-secret"
 
 
-ADDRESSES = ["localhost:8000", "ftp://x/v1", "http://", "http://x:99999/v1", "http://[::1/v1", "http://me:word@x/v1"]
-
-
 @pytest.mark.parametrize(
-    "url", [*ADDRESSES, "http://two words/v1", "http://nowhere.invalid/v1", f"http://{'x' * 70}/v1"]
+    "url",
+    ["localhost:8000", "ftp://x/v1", "http://", "http://me:word@x/v1", "http://x:99999/v1", "http://[::1/v1"]
+    + ["http://two words/v1", f"http://{'x' * 70}/v1", "http://nowhere.invalid/v1"],
 )
-def test_an_address_that_is_none(url):
+def test_an_address_that_is_none_is_refused_at_once(url):
     with pytest.raises(InputError) as caught:
         Client(url, "m").chat(HELLO)
-    assert not isinstance(caught.value, ServerError) and "\n" not in str(caught.value)
-    assert url not in ADDRESSES or "--url" in str(caught.value)
+    assert (
+        not isinstance(caught.value, ServerError) and "\n" not in str(caught.value) and "word@" not in str(caught.value)
+    )
 
 
 def test_a_key_that_no_header_can_carry(monkeypatch):
@@ -154,7 +151,7 @@ REPLIES = {  # name: (answer, text, truncated)
     "a stop string before the limit": (reply("code ```<end_code> and mo", "length"), "code ```", 0),
     "a stop string cut by the limit": (reply("code\n```<end_co", "length"), "code\n```", 1),
     "another": (reply("code\n```\nObserv"), "code\n```", 0),
-    "a stop string in the thinking": (reply("<think>or <end_code>?</think>x<end_code>"), "<think>or <end_code>?</think>x", 0),
+    "a stop string in the thinking": (reply("<think><end_code></think>x<end_code>"), "<think><end_code></think>x", 0),
     "a refusal": (reply(None, refusal="I cannot help with that."), "", 0),
     "null at the limit": (reply(None, "length"), "", 1),
     "null with tool calls": (reply(None, "tool_calls", tool_calls=[{"id": "1"}]), "", 0),
@@ -230,7 +227,7 @@ def test_the_probe_finds_the_fields_that_a_server_refuses_and_does_without(names
         served = Served(Client(url), template_options={"enable_thinking": False}, **FIELDS)
         served.probe(n=3)
         note = capsys.readouterr().err
-        assert all(f"{name}, so " in note and f"{status}: unwelcome: {name}" in note for name in names)
+        assert all(f"{name} ({status}: unwelcome: {name}), so " in note for name in names)
         assert note.count("\n") == bool(names)
         seen.clear()
         assert served.answer(SimpleNamespace(messages=HELLO, opening=""), collections.Counter(), 3, 7) == ["fine"] * 3
@@ -244,7 +241,7 @@ def test_the_probe_finds_the_fields_that_a_server_refuses_and_does_without(names
 
 def test_what_would_change_the_answers_is_not_left_out():
     with serve(refusing("temperature")) as (url, _):
-        with pytest.raises(InputError, match="temperature 0.0 .400: unwelcome: temperature.: name another --temp"):
+        with pytest.raises(InputError, match="temperature 0.0 .400: unwelcome: temperature.: name another"):
             Served(Client(url), **FIELDS).probe()
         Served(Client(url), **FIELDS | {"temperature": 1.0}).probe()  # what such a server does anyway
     with serve(lambda *request: ("status", 400, {}, "no such model: m")) as (url, _):
@@ -338,12 +335,9 @@ def test_in_parallel_gives_every_result_and_raises_the_first_error_after_those_u
 
     results = []
     with pytest.raises(ZeroDivisionError):
-        results.extend(in_parallel(fail, range(4_000), 4)) or [results.append(x) for x in in_parallel(fail, (), 1)]
-    results = []
-    with pytest.raises(ZeroDivisionError):
         for x in in_parallel(fail, range(4_000), 4):
             results.append(x)
-    assert len(begun) < 100
+    assert sorted(results) == [x for x in sorted(begun) if x != 20] and len(results) < 30
 
 
 # ------------- The judge
