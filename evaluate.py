@@ -306,8 +306,9 @@ class Speaker:
         sampling = {"temperature": config.temperature, "top_p": config.top_p} if sampled else {"temperature": 0.0}
         if config.url:
             client = Client(config.url, config.model, config.api_key_env)
-            self.student = Served(client, max_tokens=config.max_tokens, stop=self.stop or None, **sampling)
-            self.student.probe()
+            sampling |= {"max_tokens": config.max_tokens, "stop": self.stop or None}
+            self.student = Served(client, template_options=train.TEMPLATE_OPTIONS, **sampling)
+            self.student.probe(config.sc)
             self.about["model"] = client.model
         else:
             dtype = torch.bfloat16 if uses_bf16(config.precision, self.device) else torch.float32

@@ -36,7 +36,7 @@ class BadRequest(InputError):
     """The server refused this very request (400, 413, 422), as when the context is too long."""
 
 
-class Server:
+class Connection:
     """JSON over HTTP with one retry policy. Threads may share it.
 
     url: what all paths are appended to. api_key_env: the environment variable with the key, which is sent as a bearer
@@ -49,13 +49,11 @@ class Server:
         self.api_key_env, self.key = api_key_env, os.environ.get(api_key_env, "")
         self.reached = False  # whether the server has ever answered
         if not re.match(r"https?://[^/@]+(/|$)", url):
-            raise InputError(
-                f"--url {url.rpartition('@')[2]}: an address such as http://127.0.0.1:8000/v1 was expected"
-            )
+            raise InputError(f"--url {url.split('@')[-1]}: an address such as http://127.0.0.1:8000/v1 was expected")
         if not re.fullmatch("[!-~]*", self.key):
             raise InputError(f"${api_key_env}: the key has a space, a line break or a character beyond ASCII in it")
         self.session = requests.Session()
-        self.session.mount("", requests.adapters.HTTPAdapter(pool_maxsize=64))
+        self.session.mount(url.split(":")[0] + "://", requests.adapters.HTTPAdapter(pool_maxsize=64))
         self.session.headers["Content-Type"] = "application/json"
         # The environment's proxy is not asked for this machine, and ~/.netrc does not replace the key.
         self.session.trust_env = not re.match(r"\w+://(localhost|127\.[\d.]+|0\.0\.0\.0|\[::1\])([:/]|$)", url)
@@ -69,14 +67,13 @@ class Server:
         Raises ServerError when the retries are used up, BadRequest for a request that the server refuses, and
         InputError, at once, where no request can succeed (401, 402, 403, 404, ..., an address that does not exist).
         """
-        url, method, data = self.url + path, "GET" if body is None else "POST", None
+        url, options = self.url + path, {"timeout": (10.0, self.timeout), "allow_redirects": False}
         if body is not None:  # half of a surrogate pair, which no server can read, becomes a question mark
-            data = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
+            options["data"] = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
         for attempt in range(self.retries + 1):
             wait = min(common.BACKOFF * 2 ** min(attempt, 10), 30.0) if attempt else 0
             try:
-                limits = (10.0, self.timeout)
-                response = self.session.request(method, url, data=data, timeout=limits, allow_redirects=False)
+                response = self.session.request("GET" if body is None else "POST", url, **options)
                 self.reached, status = True, response.status_code
                 words = self._shown(response.headers.get("Location") or response.content.decode("utf-8", "replace"))
                 if status == 200:
@@ -115,10 +112,10 @@ def _retry_after(response):
     return min(max(0.0, seconds), 120.0)
 
 
-class Client(Server):
+class Client(Connection):
     """A client for `POST /v1/chat/completions` and `/v1/completions`. Threads may share it.
 
-    url: a base that ends in /v1. model: None asks the server which model it has. Other arguments: see Server.
+    url: a base that ends in /v1. model: None asks the server which model it has. Other arguments: see Connection.
     """
 
     def __init__(self, url, model=None, api_key_env="OPENAI_API_KEY", timeout=600.0, retries=8):
@@ -265,22 +262,19 @@ class Served:
     """
 
     def __init__(self, client, mode="continue", tokenizer=None, template_options=None, **sampling):
-        self.client, self.mode, self.tokenizer, self.continuing = client, mode, tokenizer, _CONTINUE
+        self.client, self.mode, self.tokenizer = client, mode, tokenizer
         self.template_options, self.sampling = template_options, _NO_DEFAULTS | sampling
-
-    def _fields(self, chat=True, **fields):
-        return self.sampling | ({"chat_template_kwargs": self.template_options} if chat else {}) | fields
+        self.continuing = {} if mode == "completions" else _CONTINUE
 
     def answer(self, turn, usage, n=1, seed=None):
         """n candidate texts for a turn. Token counts are added to the Counter `usage`."""
-        opening = turn.opening.rstrip()  # a token often begins with the space, so models do not continue after one
-        opened = [*turn.messages, {"role": "assistant", "content": opening}]
+        opening = turn.opening.rstrip()  # many tokens begin with a space: after one, models continue badly
+        fields = self.sampling | {"n": n, "seed": seed} | (self.continuing if opening else {})
+        messages = [*turn.messages, {"role": "assistant", "content": opening}] if opening else turn.messages
         if opening and self.mode == "completions":
-            texts, used = self.client.complete(self._render(opened), **self._fields(chat=False, n=n, seed=seed))
-        elif opening:
-            texts, used = self.client.chat(opened, **self.continuing, **self._fields(n=n, seed=seed))
+            texts, used = self.client.complete(self._render(messages), **fields)
         else:
-            texts, used = self.client.chat(turn.messages, **self._fields(n=n, seed=seed))
+            texts, used = self.client.chat(messages, chat_template_kwargs=self.template_options, **fields)
         usage.update(used)
         texts = [text.removeprefix(opening) for text in texts]  # llama.cpp repeats it
         return texts if opening == turn.opening else [text.lstrip() for text in texts]
@@ -291,10 +285,11 @@ class Served:
         n: candidates per turn. opening: whether turns will have an opening.
         """
         needed = [name for name in ("temperature", "top_p") if self.sampling.get(name) not in (None, 1)]
-        self.client.probe(needed=needed, **self._fields(n=n, seed=0))
+        fields = self.sampling | {"n": n, "seed": 0, "needed": needed}
+        self.client.probe(chat_template_kwargs=self.template_options, **fields)
         if opening and self.mode == "completions":
             self._render(_OPENED)
-            self.client.probe("/completions", needed, **self._fields(chat=False, n=n, seed=0))
+            self.client.probe("/completions", **fields)
         elif opening:
             self._probe_continuing()
 

@@ -90,11 +90,11 @@ def test_what_cannot_succeed_is_not_repeated_and_shows_no_key(status, answer, mo
         assert len(seen) == 1 and seen[0][2]["Authorization"] == "Bearer sk-very-secret"
 
 
-@pytest.mark.parametrize(
-    "url",
-    ["localhost:8000", "ftp://x/v1", "http://", "http://me:word@x/v1", "http://x:99999/v1", "http://[::1/v1"]
-    + ["http://two words/v1", f"http://{'x' * 70}/v1", "http://nowhere.invalid/v1"],
-)
+ADDRESSES = ["localhost:8000", "ftp://x/v1", "http://", "http://me:word@x/v1", "http://x:99999/v1", "http://[::1/v1"]
+ADDRESSES += ["http://two words/v1", f"http://{'x' * 70}/v1", "http://nowhere.invalid/v1"]
+
+
+@pytest.mark.parametrize("url", ADDRESSES)
 def test_an_address_that_is_none_is_refused_at_once(url):
     with pytest.raises(InputError) as caught:
         Client(url, "m").chat(HELLO)
