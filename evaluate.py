@@ -40,7 +40,6 @@ from agent_distill import STOP, EpisodeConfig, Prompts, Running, TurnFailed, dri
 from common import REQUIRED, InputError, grading, option, pictures, report, stable_seed
 from common.client import Client, Served, cut_at_stop, in_parallel
 from common.devices import choose_device, uses_bf16
-from common.judge import Judge
 from common.lora import load_model, lora_layers, training_record
 
 # ------------- The student
@@ -428,8 +427,9 @@ class Speaker:
         sampling = {"temperature": config.temperature, "top_p": config.top_p} if sampled else {"temperature": 0.0}
         if config.url:
             client = Client(config.url, config.model, config.api_key_env)
-            self.student = Served(client, max_tokens=config.max_tokens, stop=self.stop or None, **sampling)
-            self.student.probe()
+            sampling |= {"max_tokens": config.max_tokens, "stop": self.stop or None}
+            self.student = Served(client, template_options=train.TEMPLATE_OPTIONS, **sampling)
+            self.student.probe(config.sc)
             self.about["model"] = client.model
         else:
             dtype = torch.bfloat16 if uses_bf16(config.precision, self.device) else torch.float32

@@ -425,7 +425,7 @@ def test_the_judge_is_asked_once_over_all_processes(place, monkeypatch, capsys):
     ('["correct"]', None), ("The answer is incorrect", None), ('{"verdict": ["correct"]}', None),
 ])  # fmt: skip
 def test_verdicts_are_read_strictly(reply, verdict):
-    assert judge.read_verdict(reply) == verdict
+    assert read_verdict(reply) == verdict
 
 
 @pytest.mark.parametrize(
