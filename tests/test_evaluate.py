@@ -25,8 +25,7 @@ import agent_distill
 import evaluate
 import retriever
 from agent_distill import Prompts, Turn, agent_episode
-from common import InputError, judge, load_tasks, report
-from common.decoding import Layer, SharedPrompts
+from common import InputError, load_tasks, report
 from common.models import load_model, render
 from conftest import make_model, write_jsonl
 from evaluate import Answer, Student, run_lockstep
@@ -149,40 +148,6 @@ def test_nothing_after_a_stop_string_and_truncation_is_told(model):
 
 
 # The cache, and other architectures ---------------------------------------------------------------
-
-
-@pytest.mark.parametrize("lengths", [[9], [9, 9, 9], [9, 4, 7]])
-@torch.inference_mode()
-def test_shared_prompts_give_the_logits_of_whole_sequences(lengths):
-    """Against transformers' own attention and cache, in float64, with grouped heads and rows that leave."""
-    torch.manual_seed(0)
-    config = transformers.Qwen2Config(
-        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.5,
-    )  # fmt: skip
-    model, n = transformers.Qwen2ForCausalLM(config).double().eval(), 4
-    prompts = [torch.randint(0, 50, (length,)) for length in lengths]
-    model.set_attn_implementation("shared_prompt")
-    states = torch.zeros(3, 2, len(lengths), 2, 9, 8, dtype=torch.float64)
-    padded = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
-    model(padded, past_key_values=transformers.Cache([Layer(state) for state in states]))
-    cache = SharedPrompts(states, torch.tensor([[i < length for i in range(9)] for length in lengths]).long(), n)
-    rows = {row: prompts[row // n] for row in range(n * len(lengths))}
-    for step in range(8):
-        if step in (2, 6):  # some samples of every prompt leave
-            rows = {row: ids for row, ids in rows.items() if row % 3 != step // 3}
-        if step == 4 and len(lengths) > 1:  # all samples of the first prompt leave
-            rows = {row: ids for row, ids in rows.items() if row >= n}
-        cache.keep(list(rows), capacity=2)
-        new = torch.randint(0, 50, (len(rows), 1))
-        positions = torch.tensor([[len(ids)] for ids in rows.values()])
-        ours = model(new, position_ids=positions, past_key_values=cache).logits
-        rows = {row: torch.cat([ids, token]) for (row, ids), token in zip(rows.items(), new, strict=True)}
-        model.set_attn_implementation("sdpa")
-        theirs = [model(ids[None]).logits[0, -1:] for ids in rows.values()]
-        model.set_attn_implementation("shared_prompt")
-        torch.testing.assert_close(ours, torch.stack(theirs), rtol=0, atol=1e-10)
-    assert len(cache.layers[0].prompt[0]) == len({row // n for row in rows})
 
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -459,7 +424,7 @@ def test_the_judge_is_asked_once_over_all_processes(place, monkeypatch, capsys):
     ('["correct"]', None), ("The answer is incorrect", None), ('{"verdict": ["correct"]}', None),
 ])  # fmt: skip
 def test_verdicts_are_read_strictly(reply, verdict):
-    assert judge.read_verdict(reply) == verdict
+    assert read_verdict(reply) == verdict
 
 
 @pytest.mark.parametrize(

@@ -472,6 +472,7 @@ def long_rope(folder, tokenizer):
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 100}
     rope |= {"short_factor": [1.0] * 4, "long_factor": [64.0] * 4, "factor": 8.0}
     options = {"max_position_embeddings": 512, "rope_parameters": rope, "eos_token_id": 2, "bos_token_id": 1}
+    options["original_max_position_embeddings"] = 100
     small(Phi3ForCausalLM, Phi3Config, **options).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
