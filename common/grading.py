@@ -20,6 +20,7 @@ import dataclasses
 import json
 import re
 import string
+import unicodedata
 
 from common import InputError
 from common.expressions import Unreadable, Value, clean, depths, read_value, same_value, split
@@ -73,7 +74,7 @@ def grade(kind, prediction, answer, aliases=(), question="", judge=None):
 
 
 def fact_text(value):
-    """A JSON value as a person would write it: True is yes, 1969.0 is 1969, a list has commas."""
+    """A JSON value as a person would write it: True is yes, 1969.0 is 1969, a list has commas, LaTeX is plain text."""
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -82,7 +83,28 @@ def fact_text(value):
         return str(int(value))
     if isinstance(value, list):
         return ", ".join(map(fact_text, value))
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return without_latex(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+FONT = r"\\(?:text\w*|math\w*|mbox|emph|operatorname|underline|boxed|fbox)\s*(?=\{)"
+LATEX = [  # (pattern, replacement), in this order
+    (r"(?<=\d)\\,(?=\d{3})", ""),  # 10\,000
+    (r"\\(?:[\\,;: ]|q?quad\b)|(?<!\\)~", " "),  # \text{New}\ \text{York}
+    (r"\^\s*(?:\\circ|\{\s*\\circ\s*\})", "°"),  # 60^\circ
+    (r"\\([`'^\"~])\s*(?:\{\\?(\w)\}|(\w))", lambda match: (match[2] or match[3]) + ACCENTS[match[1]]),  # M\'elanie
+    (r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2"),
+    (rf"{FONT}|(?<!\\)[{{}}$]|\\[()\[\]]", ""),  # \text{Paris}, $\mathbf{yes}$
+    (r"\\(?=[a-zA-Z]|[^\w\s])", ""),  # A\$AP, Steely \& Clevie, \alpha
+]
+ACCENTS = dict(zip("`'^\"~", "\u0300\u0301\u0302\u0308\u0303", strict=True))  # combining characters
+
+
+def without_latex(text):
+    r"""A fact in plain text: \text{A\$AP Rocky} is A$AP Rocky. A text without LaTeX stays as it is."""
+    if "\\" in text:
+        for pattern, replacement in LATEX:
+            text = re.sub(pattern, replacement, text)
+    return unicodedata.normalize("NFC", text)
 
 
 def normalise_fact(value):
@@ -100,35 +122,53 @@ def exact_match(prediction, answers):
 
 
 def boxed_answer(text):
-    r"""The content of the last complete \boxed{...} or \fbox{...} (also `\boxed 5`), or None."""
+    r"""The content of the last complete \boxed{...} or \fbox{...} (also `\boxed 5`) that is not empty, or None."""
     for match in reversed(list(re.finditer(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*", text))):
         rest = text[match.end() :]
+        content = ""
         if not rest.startswith("{"):
             if token := re.match(r"\\?[^\s$\\{}]+", rest):
-                return token[0].rstrip(".,;")
-            continue
+                content = token[0].rstrip(".,;")
         depth = 0
-        for brace in re.finditer(r"\\.|[{}]", rest, re.DOTALL):  # \{ and \} are characters of the answer
+        for brace in re.finditer(r"\\.|[{}]", rest if rest.startswith("{") else "", re.DOTALL):  # \{ is no bracket
             depth += {"{": 1, "}": -1}.get(brace[0], 0)
             if depth == 0 and brace[0] == "}":
-                return rest[1 : brace.start()].strip()
+                content = rest[1 : brace.start()].strip()
+                break
+        if not NO_ANSWER.fullmatch(content):
+            return content
     return None
 
 
+# What a box holds where a reply repeats its instructions: \boxed{}, \boxed{...}, \boxed{\text{answer}}
+NO_ANSWER = re.compile(r"(?i)(?:\\text)?[\s{}.…_]*(?:\\[lc]?dots|(?:(?:your|the|final)\s+)*answer)?[\s{}.…_]*")
+
+# How a reply states its answer without a box. What follows the sign is the answer, up to the end of the sentence.
 STATED = re.compile(
-    r"(?im)(?:\bfinal\ answer(?:\s+is\b|\s*[:=*\n])|\b(?:the|my)\ answer\ is\b|^\W*answer\W*?:|^\s*\#{4}(?!\#))"
-    r"[\s:=*]*(.*\w.*)"
+    r"""(?imx)
+    (?: ^\W* (?:(?:the|my|our)\s+)? (?:(?:final|correct|right)\s+)? answer \W*? [:=\n]  # **Answer:** 9, ### Answer\n9
+      | \b (?:the|my|our|final|correct|right)\ answer \W*? [:=\n]                       # Step 3: the final answer: 9
+      | \b answer (?:\ to\ [^.\n]{1,80}?)? \s+ (?:is|would\ be|should\ be|must\ be)\b(?!\s+not\b)   # so the answer is 9
+      | ^\s*\#{4}(?!\#)                                                                 # #### 9
+    )
+    (?:[\s:=*] | (?:\$\$|\\\[)\s*\n)* (.*\w.*)"""
+)
+# An abbreviation's point ends no sentence, unless a word follows that can only begin one.
+SENTENCE_END = re.compile(
+    r"(?<!\b[A-Z])(?<!\b(?:St|Mt|Ft|Dr|Mr|Ms|Jr|Sr|Lt|No|vs|Co))(?<!\b(?:Mrs|Inc|Ltd|Gen|Col|Rev|Sgt|Gov|Sen|Rep))\.\s+[A-Z]"
+    r"|[.!?]\s+(?:It|This|That|These|He|She|They|We|I|The|There|Therefore|So|Because|Since|Note)\b"
+    r"|,?\s+(?:because|since)\s|,\s+(?:which|who|as)\s"
 )
 
 
 def cot_answer(text):
     """The boxed answer; else what the last "Final answer: ...", "The answer is ...", "Answer: ..." or "#### ..."
-    states, up to the end of its line; else None."""
+    states, up to the end of its sentence; else None."""
     boxed = boxed_answer(text)
     if boxed is not None:
         return boxed
     stated = STATED.findall(text)
-    return stated[-1].strip(" *").removesuffix(".").rstrip(" *") if stated else None
+    return SENTENCE_END.split(stated[-1])[0].strip(" *").removesuffix(".").rstrip(" *") if stated else None
 
 
 # ------------- Math: the structure of an answer; a node is a Value or a Group
