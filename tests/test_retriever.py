@@ -26,7 +26,7 @@ import requests
 import retriever
 from common import InputError, serve_json
 from common.passages import index_term, split_words
-from common.search_r1 import RemoteIndex
+from retriever import RemoteIndex
 
 SCRIPT = Path(retriever.__file__)
 
