@@ -65,9 +65,8 @@ def write_tasks(out, split, task, examples):
     about, rows = {"task": task, "kind": known.kind, "domain": known.domain}, []
     for e in examples:
         if e["answer"] not in (None, ""):  # four training questions have no answer
-            identity, aliases = e["_id"] if "_id" in e else e["id"], e.get("answer_aliases", [])
-            row = {"id": str(identity), **about, "question": e["question"], "answer": e["answer"]}
-            rows.append(row | {"aliases": aliases} if aliases else row)
+            row = {"id": str(e["_id"] if "_id" in e else e["id"]), **about, "question": e["question"]}
+            rows.append(row | {"answer": e["answer"], "aliases": e.get("answer_aliases", [])})
     write_jsonl(Path(out) / split / f"{task}.jsonl", rows)
     print(f"{split} {task}: {len(rows)} questions, {len(examples) - len(rows)} without an answer dropped")
 
@@ -95,8 +94,7 @@ def make_training_file(config):
         try:
             made.append(graded_again(row) if collected else training_row(row, prompts, config.prefix))
         except (KeyError, TypeError, AttributeError, ValueError):
-            what = "a trajectory of collect" if collected else "a row of the authors' data"
-            raise InputError(f"{where}: {what} was expected") from None
+            raise InputError(f"{where}: a row of {'collect' if collected else 'the authors'} was expected") from None
     kept = [row for row in made if row]
     if not kept:
         raise InputError(f"{config.source}: no conversation in it ({len(rows)} rows dropped)")

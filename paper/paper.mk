@@ -36,14 +36,15 @@ PAPER_ROWS ?= base.cot base.agent cot.cot cot.cot-rag agent.greedy agent.sc8 \
 PAPER_TRAIN_OPTIONS ?=
 PAPER_EVALUATE_OPTIONS ?=
 
-.PHONY: paper paper-data paper-passages paper-trajectories paper-train paper-evaluate paper-report paper-authors rehearse
+.PHONY: paper paper-data paper-passages paper-trajectories paper-train paper-evaluate paper-report paper-authors \
+  rehearse
 
 # Models are found by their names in what was downloaded, and nowhere else.
 OFFLINE = HF_HUB_CACHE=$(abspath $(PAPER))/hub HF_HUB_OFFLINE=1
 TORCHRUN = $(if $(filter-out 1,$(GPUS)),-m torch.distributed.run --standalone --nproc-per-node $(GPUS))
 DOWNLOADED := $(PAPER)/download
-# What local data is called below $(PAPER): its whole path, because two files may share their last part.
-path_name = $(subst /,-,$(patsubst /%,%,$(abspath $(1))))
+# What local data is called below $(PAPER). The number stands for the whole path: two folders may share their last part.
+path_name = $(notdir $(abspath $(1)))-$(firstword $(shell echo $(abspath $(1)) | cksum))
 
 PUBLISHED := $(filter wiki e5 pooled,$(PASSAGES))
 SERVED := $(filter http://% https://%,$(PASSAGES))
@@ -154,7 +155,7 @@ else ifeq ($(PASSAGES),pooled)
 PASSAGES_FILE := $(TASKS)/passages.jsonl
 $(PASSAGES_FILE): $(TASKS)/.done
 else ifneq ($(filter %.gz,$(PASSAGES)),)
-PASSAGES_FILE := $(PAPER)/passages/$(PASSAGES_NAME:.gz=)
+PASSAGES_FILE := $(PAPER)/passages/$(PASSAGES_NAME).jsonl
 $(PASSAGES_FILE): $(PASSAGES)
 	mkdir -p $(@D)
 	gzip -dc $< > $@.partial
@@ -258,13 +259,13 @@ $(RESULTS)/authors-1.5B.%/.done: $(AUTHORS)/.done $(QUESTIONS_DONE) $(INDEX_DONE
 	  $(if $(filter sc8,$*),$(SC_ACTION)) $(PAPER_EVALUATE_OPTIONS)
 	touch $@
 
-# Everything but the downloads, with stand-ins in their place. A scripted teacher's trajectories for the pooled questions
-# also stand in for the authors' and for local ones, and a student trained on them for the authors'.
+# Everything but the downloads, with stand-ins in their place. A scripted teacher's trajectories for the pooled
+# questions also stand in for the authors' and for local ones, and a student trained on them for the authors'.
 REHEARSAL ?= runs/rehearsal
 STAND_INS := $(REHEARSAL)/paper/download
 COLLECTED_HERE := $(REHEARSAL)/paper/trajectories/teacher-pooled
-MARKS := benchmarks pooled wiki-18 e5-index intfloat/e5-base-v2 cot-trajectories agent-trajectories prefix-trajectories \
-  authors-student Qwen/Qwen2.5-0.5B-Instruct Qwen/Qwen2.5-1.5B-Instruct
+MARKS := benchmarks pooled wiki-18 e5-index intfloat/e5-base-v2 cot-trajectories agent-trajectories \
+  prefix-trajectories authors-student Qwen/Qwen2.5-0.5B-Instruct Qwen/Qwen2.5-1.5B-Instruct
 REHEARSED = $(MAKE) --no-print-directory YES=1 PAPER=$(REHEARSAL)/paper STUDENT=Qwen/Qwen2.5-0.5B-Instruct \
   TESTS=1 AGENT_TOKENS=12 COT_TOKENS=12
 $(REHEARSAL)/.done: | $(READY)

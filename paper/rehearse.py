@@ -134,15 +134,13 @@ CHATML = (
 
 def write_model(made, folder):
     """A small Qwen2 model, and a Qwen2 tokenizer trained on the passages and prompts."""
-    import torch  # takes seconds
-    import transformers
+    import transformers  # takes seconds
 
     texts = [path.read_text() for path in [made / "passages.jsonl", *Prompts.default.glob("*.txt")]]
     tokenizer = transformers.Qwen2Tokenizer().train_new_from_iterator(texts, 2000)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"], "eos_token": "<|im_end|>"})
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
     sizes = {"hidden_size": DIMENSIONS, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 2, "vocab_size": len(tokenizer), "tie_word_embeddings": True}
     ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
