@@ -328,8 +328,11 @@ class EpisodeConfig:
     tools: str | None = option(None, "MODULE.FUNCTION that returns further tools, {name: function}")
     episode: str | None = option(None, "another loop than agent_episode, as MODULE.FUNCTION")
     choose: str | None = option(None, "another vote over candidates, as MODULE.FUNCTION (default: the majority)")
-    prompts: str = option(str(Prompts.default), "folder of prompts")
-    api_key_env: str = option("OPENAI_API_KEY", "environment variable that holds the server's key")
+    # The hash of the prompts' texts is compared, not their folder.
+    prompts: str = option(str(Prompts.default), "folder of prompts", changes_results=False)
+    api_key_env: str = option(
+        "OPENAI_API_KEY", "environment variable that holds the server's key", changes_results=False
+    )
 
 
 def open_episode(config, question, prompts, tools, *, system, first_thought="", rng=random):
@@ -368,14 +371,20 @@ def trajectory_row(task, method, episode, usage):
 
 @dataclasses.dataclass(kw_only=True)
 class CollectConfig(EpisodeConfig):
-    tasks: list[str] = option(REQUIRED, "task files: JSONL, or JSON with a list of examples", positional=True)
-    out: str = option(REQUIRED, "trajectories are appended to this JSONL file; finished questions are not asked again")
+    tasks: list[str] = option(
+        REQUIRED, "task files: JSONL, or JSON with a list of examples", positional=True, changes_results=False
+    )
+    out: str = option(
+        REQUIRED,
+        "trajectories are appended to this JSONL file; finished questions are not asked again",
+        changes_results=False,
+    )
     method: Literal["agent", "cot"] = option("agent", "agent (Eq. 3) or plain chain of thought (Eq. 2)")
     first_thought: str | None = option(None, "file of --method cot; its first steps open the first thoughts (Eq. 5)")
-    url: str = option(REQUIRED, "the teacher's server, ending in /v1")
+    url: str = option(REQUIRED, "the teacher's server, ending in /v1", changes_results=False)
     model: str | None = option(None, "the model's name at the server (default: the first one that it lists)")
     kind: Literal["fact", "math"] | None = option(None, "kind of the tasks, for files that do not state it")
-    limit: int | None = option(None, "only the first n tasks of each file", above=0)
+    limit: int | None = option(None, "only the first n tasks of each file", above=0, changes_results=False)
     samples: int = option(1, "trajectories per question (paper: 1); more need a temperature", above=0)
     temperature: float = option(0.0, "0 is greedy")
     top_p: float = option(1.0, "nucleus sampling", above=0)
@@ -383,15 +392,11 @@ class CollectConfig(EpisodeConfig):
         "continue", "how the server continues a prefix: continue_final_message (vLLM), or the text of the whole chat"
     )
     tokenizer: str | None = option(None, "whose chat template --prefix-mode completions renders (default: --model)")
-    concurrency: int = option(16, "episodes at once", above=0)
-    retries: int = option(8, "further attempts for a request that failed")
-    request_timeout: float = option(600.0, "seconds for one request", above=0)
+    concurrency: int = option(16, "episodes at once", above=0, changes_results=False)
+    retries: int = option(8, "further attempts for a request that failed", changes_results=False)
+    request_timeout: float = option(600.0, "seconds for one request", above=0, changes_results=False)
     seed: int = option(0, "seeds every request")
-    quiet: bool = option(False, "no progress bar")
-
-
-# What does not alter answers. The hash of the prompts' texts is compared, not their folder.
-MAY_CHANGE = "url concurrency retries request_timeout limit quiet out tasks api_key_env prompts".split()
+    quiet: bool = option(False, "no progress bar", changes_results=False)
 
 
 def collect(config):
@@ -405,9 +410,9 @@ def collect(config):
     if config.method == "agent" and not config.search and any(task["kind"] == "fact" for task in tasks):
         raise InputError("fact questions need web_search: name an index folder or a /retrieve URL with --search")
     prompts = Prompts(config.prompts)
-    with common.Journal(config.out) as journal:
-        settings = dataclasses.asdict(config) | {"prompts_sha256": prompts.sha256}
-        common.keep_config(f"{config.out}.run.json", settings, MAY_CHANGE, binding=bool(journal.rows))
+    with common.Journal(config.out, fields=("task", "id")) as journal:
+        path, binding = f"{config.out}.run.json", bool(journal.rows)
+        common.keep_config(path, config, binding=binding, prompts_sha256=prompts.sha256)
         done = {(row["task"], row["id"], row["sample"]) for row in journal.rows}
         items = [(task, sample) for task in tasks for sample in range(config.samples)]
         todo = [item for item in items if (item[0]["task"], item[0]["id"], item[1]) not in done]

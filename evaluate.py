@@ -248,17 +248,25 @@ class SpeakConfig(EpisodeConfig):
     """Who answers and how: what `run` and `ask` have in common. Defaults are the paper's."""
 
     model: str | None = option(None, "Hugging Face name or folder, or an adapter; with --url, the server's name for it")
-    url: str | None = option(None, "evaluate a served model: an OpenAI-compatible server's address, ending in /v1")
+    url: str | None = option(
+        None, "evaluate a served model: an OpenAI-compatible server's address, ending in /v1", changes_results=False
+    )
     method: Literal["agent", "cot", "cot-rag"] = option("agent", "agent, chain of thought, or CoT with passages")
     sc: int = option(1, "candidates per step; 1: greedy; 8: the paper's SC-action (cot: self-consistency)", above=0)
     sample: bool = option(False, "sample a single candidate, too (default: greedy, as in the paper)")
     temperature: float = option(0.4, "of sampled candidates (paper: 0.4)")
     top_p: float = option(0.8, "of sampled candidates (paper: 0.8)", above=0)
-    system_prompt: str | None = option(None, "file with a system prompt (default: that of the student's training)")
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+    system_prompt: str | None = option(
+        None, "file with a system prompt (default: that of the student's training)", changes_results=False
+    )
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...", changes_results=False)
     precision: Literal["auto", "bf16", "fp32"] = option("auto", "of weights; auto: bf16 where the hardware has it")
-    batch: int | None = option(None, "episodes at once (default: 64 on a CPU; what fits on a GPU)", above=0)
-    concurrency: int = option(16, "sandboxes that run at once; against a server, episodes at once", above=0)
+    batch: int | None = option(
+        None, "episodes at once (default: 64 on a CPU; what fits on a GPU)", above=0, changes_results=False
+    )
+    concurrency: int = option(
+        16, "sandboxes that run at once; against a server, episodes at once", above=0, changes_results=False
+    )
     seed: int = option(0, "seeds the sampling")
 
 
@@ -335,24 +343,30 @@ class Speaker:
 
 @dataclasses.dataclass(kw_only=True)
 class JudgeConfig:
-    judge_url: str | None = option(None, "LLM judge of factual answers (default: exact match alone)")
-    judge_model: str = option("gpt-4o-mini", "the judge's name at its server (paper: gpt-4o-mini)")
-    api_key_env: str = option("OPENAI_API_KEY", "environment variable that holds the servers' key")
-    prompts: str = option(str(Prompts.default), "folder of prompts")
+    judge_url: str | None = option(
+        None, "LLM judge of factual answers (default: exact match alone)", changes_results=False
+    )
+    judge_model: str = option(
+        "gpt-4o-mini", "the judge's name at its server (paper: gpt-4o-mini)", changes_results=False
+    )
+    api_key_env: str = option(
+        "OPENAI_API_KEY", "environment variable that holds the servers' key", changes_results=False
+    )
+    prompts: str = option(str(Prompts.default), "folder of prompts", changes_results=False)
 
 
 @dataclasses.dataclass(kw_only=True)
 class RunConfig(JudgeConfig, SpeakConfig):
-    tasks: list[str] = option(REQUIRED, "task files: JSONL, or JSON with a list of examples", positional=True)
-    out: str = option(REQUIRED, "run folder; the same command continues there after an interruption")
-    name: str | None = option(None, "the student's name in tables (default: --model)")
+    tasks: list[str] = option(
+        REQUIRED, "task files: JSONL, or JSON with a list of examples", positional=True, changes_results=False
+    )
+    out: str = option(
+        REQUIRED, "run folder; the same command continues there after an interruption", changes_results=False
+    )
+    name: str | None = option(None, "the student's name in tables (default: --model)", changes_results=False)
     kind: Literal["fact", "math"] | None = option(None, "kind of the tasks, for files that do not state it")
-    limit: int | None = option(None, "only the first n questions of each file", above=0)
-    quiet: bool = option(False, "no progress bar")
-
-
-# What does not alter answers. The texts of prompts are compared by their hashes, and all rows are graded at the end.
-MAY_CHANGE = (report.NOT_SETTINGS - {"seed"}) | {"judge_url", "judge_model"}
+    limit: int | None = option(None, "only the first n questions of each file", above=0, changes_results=False)
+    quiet: bool = option(False, "no progress bar", changes_results=False)
 
 
 def run(config):
@@ -362,15 +376,15 @@ def run(config):
     for task in tasks:
         task.setdefault("domain", report.TASKS[task["task"]].domain if task["task"] in report.TASKS else "out")
     speaker = Speaker(config, {task["kind"] for task in tasks})
-    settings = dataclasses.asdict(config) | {
-        "questions": collections.Counter(task["task"] for task in tasks),
+    notes = {"questions": collections.Counter(task["task"] for task in tasks)}
+    facts = {
         "prompts_sha256": speaker.prompts.sha256,
         "system_prompt_sha256": hashlib.sha256(speaker.system.encode()).hexdigest(),
     }
     path, mine = out / f"transcripts.{rank}.jsonl", {(task["task"], task["id"]): task for task in tasks[rank::size]}
     with common.Journal(path) as journal:
         done = {(row["task"], row["id"]) for row in report.transcripts(out)}
-        common.keep_config(out / "run.json", settings, MAY_CHANGE, binding=bool(done))
+        common.keep_config(out / "run.json", config, binding=bool(done), notes=notes, **facts)
         todo = {key: task for key, task in mine.items() if key not in done}
         if todo:
             _answer_all(speaker, todo, len(mine), journal)

@@ -78,8 +78,8 @@ class Config(DataConfig):
         "auto", "bf16 (paper) where the hardware has instructions for it; trained weights are always float32"
     )
     checkpointing: bool = option(False, "recompute all activations (default: only those that do not fit into memory)")
-    save_every: int = option(100, "steps between checkpoints to resume from", above=0)
-    quiet: bool = option(False, "no progress bar and no summary")
+    save_every: int = option(100, "steps between checkpoints to resume from", above=0, changes_results=False)
+    quiet: bool = option(False, "no progress bar and no summary", changes_results=False)
 
 
 # ------------- A conversation's tokens, and which of them are trained
@@ -486,8 +486,8 @@ def fit(config, weigh=turn_weight):
     device, rank, size = start()
     out, quiet, checkpoint = Path(config.out), config.quiet or rank > 0, Path(config.out) / "checkpoint" / "state.pt"
     if rank == 0:
-        settings, started = dataclasses.asdict(config) | {"weigh": weigh.__name__}, (out / "metrics.jsonl").exists()
-        common.keep_config(out / "run.json", settings, ("save_every", "quiet"), binding=started)
+        started = (out / "metrics.jsonl").exists()
+        common.keep_config(out / "run.json", config, binding=started, weigh=weigh.__name__)
     if (out / "summary.json").exists():
         print(f"{out} is finished", file=sys.stderr)
         return common.parse_object((out / "summary.json").read_bytes(), f"{out}/summary.json")
