@@ -14,8 +14,7 @@ from common import REQUIRED, InputError, grading, option, read_jsonl, read_text,
 from common.report import TASKS
 
 # The authors' benchmark files, as sha256sum lists them: their paths below data_processor/ in the authors' repository.
-BENCHMARKS = Path(__file__).with_name("benchmarks.sha256")
-BENCHMARK_FILES = [line.split()[1] for line in BENCHMARKS.read_text().splitlines()]
+BENCHMARK_FILES = [line.split()[1] for line in Path(__file__).with_name("benchmarks.sha256").read_text().splitlines()]
 # HippoRAG's tasks: 1,000 questions in TASK.json, and the paragraphs that they list, pooled, in TASK_corpus.json.
 POOLED_TASKS = ("hotpotqa", "2wikimultihopqa", "musique")
 

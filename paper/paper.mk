@@ -246,14 +246,15 @@ paper-report: paper-evaluate  ## the table and the page, beside the paper's figu
 # system prompt, so it gets our short one. training.json says what evaluate.py reads there of students trained here.
 AUTHORS := $(DOWNLOADED)/authors-student
 AUTHORS_ROWS ?= greedy sc8
-paper-authors: $(AUTHORS_ROWS:%=$(RESULTS)/authors-1.5B.%/.done)  ## evaluate the authors' 1.5B student
+AUTHORS_DONE := .done$(addprefix .,$(PAPER_TESTS))
+paper-authors: $(AUTHORS_ROWS:%=$(RESULTS)/authors-1.5B.%/$(AUTHORS_DONE))  ## evaluate the authors' 1.5B student
 $(AUTHORS)/.done: $(AUTHORS).done $(DOWNLOADED)/Qwen/Qwen2.5-1.5B-Instruct.done
 	mkdir -p $(PAPER)/prompts-authors
 	cp -r prompts/*.txt prompts/tools $(PAPER)/prompts-authors
 	cp prompts/authors/*.txt $(PAPER)/prompts-authors
 	printf '{"method": "agent", "training": "distill"}\n' > $(AUTHORS)/training.json
 	touch $@
-$(RESULTS)/authors-1.5B.%/.done: $(AUTHORS)/.done $(QUESTIONS_DONE) $(INDEX_DONE)
+$(RESULTS)/authors-1.5B.%/$(AUTHORS_DONE): $(AUTHORS)/.done $(QUESTIONS_DONE) $(INDEX_DONE)
 	$(PAPER_EVALUATE) --name authors-1.5B --model $(AUTHORS) --method agent --prompts $(PAPER)/prompts-authors \
 	  --max-tokens $(AGENT_TOKENS) $(addprefix --limit ,$(PAPER_TESTS)) $(PAPER_SEARCH) \
 	  $(if $(filter sc8,$*),$(SC_ACTION)) $(PAPER_EVALUATE_OPTIONS)

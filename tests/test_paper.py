@@ -11,6 +11,7 @@ import hashlib
 import http.server
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -64,9 +65,9 @@ def repository(name, commit, files, kind="models"):
 def make(*arguments, **options):
     """make with this Python, outside of any make that runs these tests."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
-    options |= {"cwd": ROOT, "env": environment | {"HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1"}}
+    environment |= {"HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1"}
     command = ["make", "VENV=", f"PYTHON={sys.executable}", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, **{"timeout": 120} | options)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, **options)
 
 
 def test_repositories_are_downloaded_at_their_commits(tmp_path):
@@ -89,26 +90,29 @@ def test_repositories_are_downloaded_at_their_commits(tmp_path):
     assert {name: (tmp_path / "download/agent-trajectories" / name).read_bytes() for name in rows} == rows
 
 
-@pytest.mark.parametrize("name", ["benchmarks", "pooled"])
-def test_files_must_have_their_sha256(name, tmp_path):
-    files = [line.split()[1] for line in (ROOT / f"paper/{name}.sha256").read_text().splitlines()]
-    with file_server({f"/{path}": b"{}" for path in files}, tmp_path / "served") as (address, seen):
-        done = make("YES=1", f"PAPER={tmp_path}", f"URL_{name}={address}", f"{tmp_path}/download/{name}.done")
-    assert seen == [f"/{path}" for path in files]
-    assert done.returncode == 2 and f"{files[0]}: FAILED" in done.stdout
-    assert not (tmp_path / f"download/{name}.done").exists()
+CLOSED = "http://127.0.0.1:9"
 
 
-@pytest.mark.parametrize("name, why", [("a/b", "refused"), ("benchmarks", "Failed to connect"), ("pooled", "404")])
-def test_a_download_that_fails_says_so_in_one_line(name, why, tmp_path):
-    """Port 9 is closed. The line of make itself, which says where it stopped, comes after ours."""
-    with file_server({}, tmp_path) as (empty, _):
-        closed, mark = "http://127.0.0.1:9", f"{tmp_path}/download/{name}.done"
-        places = [f"HF_ENDPOINT={closed}", f"URL_benchmarks={closed}", f"URL_pooled={empty}"]
-        done = make("YES=1", f"PAPER={tmp_path}", *places, mark)
-    ours, of_make = done.stderr.splitlines()
-    assert ours.startswith("error: ") and name.replace("pooled", "http") in ours.replace(closed, name) and why in ours
-    assert done.returncode == 2 and of_make.startswith("make: ***") and not Path(mark).exists()
+@pytest.mark.parametrize(
+    "name, place, why",
+    [
+        ("a/b", CLOSED, "error: a/b: .*refused"),
+        ("benchmarks", CLOSED, f"error: {CLOSED}: .*connect"),
+        ("pooled", None, "error: http.*404"),
+        ("benchmarks", "other contents", f"{data.BENCHMARK_FILES[0]}: FAILED"),
+        ("pooled", "other contents", "hotpotqa.json: FAILED"),
+    ],
+)
+def test_a_download_that_fails_says_so_in_one_line(name, place, why, tmp_path):
+    """The line of make itself, which says where it stopped, comes after ours."""
+    sums, mark = ROOT / f"paper/{name}.sha256", f"{tmp_path}/download/{name}.done"
+    files = [line.split()[1] for line in sums.read_text().splitlines()] if place == "other contents" else []
+    with file_server({f"/{path}": b"{}" for path in files}, tmp_path) as (address, seen):
+        place = CLOSED if place == CLOSED else address
+        done = make("YES=1", f"PAPER={tmp_path}", f"HF_ENDPOINT={place}", f"URL_{name}={place}", mark)
+    assert seen[: len(files)] == [f"/{path}" for path in files]
+    assert re.search(why, done.stdout if files else done.stderr.splitlines()[0])
+    assert done.returncode == 2 and done.stderr.splitlines()[1].startswith("make: ***") and not Path(mark).exists()
 
 
 # The question, and local data
@@ -181,23 +185,18 @@ CHATS = {
     "agent": ["prompt", "New task:\nWhere?", STEP("print(web_search('Ada'))"), FOUND, STEP("final_answer('Oslo')")],
     "cot": ["prompt", "Where?", "She was born in \\boxed{Oslo}."],
 }
-
-
-def trajectory(method):
-    """A trajectory of collect; its stored grade is wrong."""
-    roles = ["system", *("user", "assistant") * 2]
-    messages = [{"role": role, "content": text} for role, text in zip(roles, CHATS[method], strict=False)]
-    task = {"id": "1", "task": "hotpotqa", "kind": "fact", "question": "Where?", "answer": "Oslo"}
-    end = {"prediction": "Oslo", "stop": "final_answer", "correct": False, "tools": ["web_search"]}
-    return task | end | {"method": method, "messages": messages, "steps": [{"error_kind": None}]}
+TASK = {"id": "1", "task": "hotpotqa", "kind": "fact", "question": "Where?", "answer": "Oslo"}
+END = {"prediction": "Oslo", "stop": "final_answer", "correct": False, "tools": ["web_search"]}  # the grade is wrong
 
 
 @pytest.mark.parametrize("method", ["cot", "agent"])
 def test_trajectories_become_training_rows(method, tmp_path):
     """The authors' rows, with the log as an object or as text, and collect's, which are graded again, give the same."""
-    row, prompts = trajectory(method), Prompts()
+    prompts, roles = Prompts(), ["system", *("user", "assistant") * 2]
+    messages = [{"role": role, "content": text} for role, text in zip(roles, CHATS[method], strict=False)]
+    row = TASK | END | {"method": method, "messages": messages, "steps": [{"error_kind": None}]}
     system = prompts.cot_system if method == "cot" else prompts.system("agent_student_system", ["web_search"])
-    expected = [{"role": "system", "content": system}, *row["messages"][1:]]
+    expected = [{"role": "system", "content": system}, *messages[1:]]
     published = rehearse.published_row(row)
     if method == "agent":
         text = json.dumps(published)
