@@ -37,7 +37,7 @@ import agent_distill
 import common
 from agent_distill import STOP, EpisodeConfig, Prompts, Running, TurnFailed, drive, open_episode, open_tools
 from common import REQUIRED, InputError, grading, option, pictures, report, stable_seed
-from common.client import Client, Served, cut_at_stop, in_parallel
+from common.client import Client, Judge, Served, cut_at_stop, in_parallel
 from common.models import (
     TEMPLATE_OPTIONS,
     choose_device,

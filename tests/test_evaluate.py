@@ -26,6 +26,7 @@ import evaluate
 import retriever
 from agent_distill import Prompts, Turn, agent_episode
 from common import InputError, load_tasks, report
+from common.client import read_verdict
 from common.models import load_model, render
 from conftest import make_model, write_jsonl
 from evaluate import Answer, Student, run_lockstep
