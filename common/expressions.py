@@ -1,15 +1,16 @@
 r"""Mathematical expressions in LaTeX, plain text or Python's notation: one spelling, a tree, a value. For grading.py.
 
-    read_value(clean(r"6\frac{1}{6}\text{ feet}"))     # Value(("+", ("number", 6), ("/", ...)), unit="foot")
+    read_value(clean(r"6\frac{1}{6}\text{ feet}"))     # Value(("+", ("number", 6), ("/", ...)), unit="ft")
 
 Nothing is passed to eval: Parser knows a white list of operations. Rational values are exact (Fraction), others have 150
 digits (mpmath). Expressions with variables are compared at six random rational points: two different polynomials of
-degree d agree there with a probability below (d / 10^6)^6 (Schwartz 1980, Zippel 1979). They are real functions: where
-both have no real value, they need not agree, so sqrt(1/n) is 1/sqrt(n), but sqrt(n^2) is not n. Lengths, depths and powers
-are bounded: what exceeds a bound is Unreadable, and never right.
+degree d agree at one with a probability below d / 10^6 (Schwartz 1980, Zippel 1979). They are real functions: a point
+where neither has a real value does not count, so sqrt(1/n) is 1/sqrt(n), but sqrt(n^2) is not n. Lengths, depths and
+powers are bounded: what exceeds a bound is Unreadable, and never right.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import operator
@@ -69,7 +70,7 @@ EXACT |= {"negative": operator.neg, "abs": abs, "Abs": abs, "Fraction": lambda a
 EXACT |= {"!": lambda n: Fraction(math.factorial(*natural(n)))}
 EXACT |= {"binomial": lambda n, k: Fraction(math.comb(*natural(n, k)))}
 FUNCTIONS = {name: getattr(mp, name) for name in "sqrt cbrt sin cos tan cot sec csc exp log asin acos atan".split()}
-FUNCTIONS |= {"arcsin": mp.asin, "arccos": mp.acos, "arctan": mp.atan, "ln": mp.log, "floor": mp.floor, "ceil": mp.ceil}
+FUNCTIONS |= {"arcsin": mp.asin, "arccos": mp.acos, "arctan": mp.atan, "ln": mp.log}
 OPERATIONS = EXACT | FUNCTIONS
 CALLS = {name: name for name in OPERATIONS if name.isalpha() and name != "negative"}
 CALLS |= {"Rational": "Fraction", "comb": "binomial", "factorial": "!"}
@@ -80,71 +81,58 @@ GREEK = "alpha beta gamma delta epsilon theta lambda mu phi varphi omega rho sig
 # ------------- One spelling for each thing
 
 SPELLINGS = {  # ours: what others write; a spelling that ends in a letter ends a word
-    **{
-        "*": r"\cdot \times × · ⋅",
-        "/": r"\div ÷",
-        "-": "− – \u2212",
-        "^": "**",
-        "^2": "²",
-        "^3": "³",
-        "=": r"== \in ∈",
-    },
+    **{"*": r"\cdot \times × · ⋅", "/": r"\div ÷", "-": "− –", "^": "**", "^2": "²", "^3": "³", "=": r"== \in ∈"},
     **{"≤": r"\le \leq \leqslant <=", "≥": r"\ge \geq \geqslant >=", "≠": r"\ne \neq !=", "<": r"\lt", ">": r"\gt"},
-    **{"≈": r"\approx", "∪": r"\cup", "±": r"\pm", " or ": r"\lor \vee ∨", " and ": r"\land \wedge ∧"},
+    **{"≈": r"\approx", "∪": r"\cup", "±": r"\pm", " or ": r"\lor \vee ∨", "|": r"\vert \lvert \rvert \mid"},
     **{r"\infty ": "∞ oo inf infinity Infinity", r"\pi ": "π", r"\sqrt ": "√", r"\frac": r"\dfrac \tfrac \cfrac"},
     **{"$": r"\$", "{": r"\{ \lbrace", "}": r"\} \rbrace", "{}": r"\emptyset \varnothing ∅ EmptySet set()"},
-    **{" degree ": r"^\circ ^{\circ} ° degrees deg", " percent ": r"\% %", "|": r"\vert \lvert \rvert \mid"},
-    **{
-        "floor(": r"\lfloor ⌊",
-        "ceil(": r"\lceil ⌈",
-        "(": r"\langle ⟨",
-        ")": r"\rfloor \rceil \rangle ⌋ ⌉ ⟩",
-        r"\binom": r"\dbinom \tbinom",
-    },
-    **{r"\text": r"\textbf \textit \textrm \textnormal \mbox \mathrm \mathbf \operatorname \textsf", "\\\\": "\\\\"},
-    **{" ": r"\left \right \boxed \displaystyle \quad \qquad \, \; \: \! ~ \( \) \[ \] \big \Big \bigl \bigr"},
+    **{" degree ": r"^\circ ^{\circ} ° degrees deg", " percent ": r"\% %", "(": r"\langle ⟨", ")": r"\rangle ⟩"},
+    **{r"\text": r"\textbf \textit \textrm \textnormal \mbox \mathrm \mathbf \operatorname", "\\\\": "\\\\"},
+    **{" ": r"\left \right \boxed \displaystyle \quad \qquad \, \; \: \! ~ \( \) \[ \]", r"\binom": r"\dbinom \tbinom"},
 }
 SPELLINGS = {old: new for new, spellings in SPELLINGS.items() for old in spellings.split()} | {"\\ ": " "}
+WORD_START, WORD_END = r"(?<![a-zA-Z\\])", r"(?![a-zA-Z])"
 SPELLING = re.compile(
     "|".join(
-        r"(?<![a-zA-Z\\])" * s[0].isalpha() + re.escape(s) + r"(?![a-zA-Z])" * s[-1].isalpha()
-        for s in sorted(SPELLINGS, key=len)[::-1]
+        WORD_START * old[0].isalpha() + re.escape(old) + WORD_END * old[-1].isalpha()
+        for old in sorted(SPELLINGS, key=len, reverse=True)
     )
 )
 SCALARS = "u?int|float|complex|str|bool|Integer|Float|Decimal|mpf|mpc"
-DIGIT = r"\{?(\d+)\}?"
-CLEANING = [  # (pattern, replacement), in this order
-    (r"^\$+((?:\\\$|[^$])+)\$+$", r"\1"),  # $5$
-    (r"(?<!\\)\$(?=\S)((?:\\\$|[^$])*?(?<=\S))\$(?!\d)", r"\1"),  # $x=5$ or $x=6$; not $5 and $6 (Pandoc's rule)
-    (r"(?<=\d)(?:,\\!\s*|\{,\}|\\,|\\ )(?=\d{3}(?!\d))", ""),  # 10,\!080
-    (r"\\\\\s*\[-?[\d.]+\s*[a-z]{2}\]", r"\\\\"),  # the end of a row: \\[6pt]
-    (r"(?<!\w)(['\"])([^'\"]*)\1", r"\2"),  # ['A', 'B']
-    (r"\b(?:np|numpy|sympy|math|cmath|mpmath|fractions|decimal|collections)\.(?=[a-zA-Z])", ""),  # np.array
-    (rf"\b(?:{SCALARS})\d*_?(?=\()|,\s*dtype=[^()]*(?=\))", ""),  # [int64(1), Decimal('0.5')]
-    (r"[₀-₉]+", lambda match: "_" + "".join(str(ord(digit) - ord("₀")) for digit in match[0])),  # 52₈
-    (r"\s*\(?(?:\bbase|\\text\s*\{\s*base\s*\})\s*(\d+)\)?$|_\s*\{(\w+)\}", r"_\1\2"),  # 52 (base 8), 52_{8}
-    (r"\\text\s*\{([^{}]*)\}(?=_)", r"\1"),  # \text{A5}_{11}
-    (SPELLING, lambda match: SPELLINGS[match[0]]),
-    (r"(\d*)\.(\d*)\\(?:overline|bar)\s*\{?\s*(\d+)\}?", lambda match: repeating(*match.groups())),  # 0.\overline{3}
-    (rf"\\text\s*\{{\s*({'|'.join([*CALLS, *MARKS])})\s*\}}", r" \1 "),  # \text{percent}
-    (r"\\text\s*\{([^{}a-zA-Z]*(?:and|or)?[^{}a-zA-Z]*)\}", r" \1 "),  # \text{5 or 6}
-    (r"\bEq\(([^,()]*),([^()]*)\)", r"\1=\2"),
+MATRIX = r"\[?\s*\\begin\s*\{([pbB]?matrix|array)\}(?:\s*\{[lcr|]*\})?(.*?)\\end\s*\{\1\}\s*\]?"
+MIXED_NUMBER = r"(?<![\w.^})/*!])(?<![a-z] )(\d+)(?: ?\\frac ?\{?(\d+)\}? ?\{?(\d+)\}?| (\d+)/(\d+))(?!\d)"
+CLEANING = [  # (pattern, replacement, example, what becomes of it), in this order
+    (r"^\$+((?:\\\$|[^$])+)\$+$", r"\1", "$5$", "5"),
+    # Pandoc's rule: a closing $ follows no space, and no digit follows it
+    (r"(?<!\\)\$(?=\S)((?:\\\$|[^$])*?(?<=\S))\$(?!\d)", r"\1", "$x=5$ or $x=6$", "x=5 or x=6"),
+    (r"(?<=\d)(?:,\\!\s*|\{,\}|\\,|\\ )(?=\d{3}(?!\d))", "", r"10,\!080", "10080"),
+    (r"\\\\\s*\[-?[\d.]+\s*[a-z]{2}\]", r"\\\\", r"1 \\[6pt] 2", r"1 \\ 2"),
+    (r"(?<!\w)(['\"])([^'\"]*)\1", r"\2", "['A', 'B']", "[A, B]"),
+    (r"\b(?:np|numpy|sympy|math|mpmath|fractions|decimal)\.(?=[a-zA-Z])", "", "np.array([1])", "array([1])"),
+    (rf"\b(?:{SCALARS})\d*_?(?=\()|,\s*dtype=[^()]*(?=\))", "", "[int64(1), Decimal('0.5')]", "[(1), ('0.5')]"),
+    (r"[₀-₉]+", lambda found: "_" + "".join(str(ord(digit) - ord("₀")) for digit in found[0]), "52₈", "52_8"),
+    (r"\s*\(?(?:\bbase|\\text\s*\{\s*base\s*\})\s*(\d+)\)?$", r"_\1", "52 (base 8)", "52_8"),
+    (r"_\s*\{(\w+)\}", r"_\1", "52_{8}", "52_8"),
+    (r"\\text\s*\{([^{}]*)\}(?=_)", r"\1", r"\text{A5}_11", "A5_11"),
+    (SPELLING, lambda found: SPELLINGS[found[0]], r"2 \times \dfrac12", r"2 * \frac12"),
+    (r"(\d*)\.(\d*)\\(?:overline|bar)\s*\{?(\d+)\}?", lambda found: repeating(*found.groups()), r".\bar{3}", "(3/9)"),
+    (rf"\\text\s*\{{\s*({'|'.join([*CALLS, *MARKS])})\s*\}}", r" \1 ", r"5\text{ percent}", "5 percent "),
+    (r"\\text\s*\{([^{}a-zA-Z]*(?:and|or)?[^{}a-zA-Z]*)\}", r" \1 ", r"\text{5 or 6}", " 5 or 6 "),
+    (r"\bEq\(([^,()]*),([^()]*)\)", r"\1=\2", "Eq(x, 5)", "x= 5"),
+    (MATRIX, lambda found: rows(found[2]), r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", "[[1,2],[3,4]]"),
+    (r"(?<=\))\s*\|\s*(?=\()", " or ", "(x < 2) | (3 < x)", "(x < 2) or (3 < x)"),
+    (r"\(([^()<>≤≥]+[<≤]) (\w)\) & \(\2 ([<≤][^()<>≤≥]+)\)", r"\1 \2 \3", "(2 ≤ x) & (x < 5)", "2 ≤ x < 5"),
+    (r"(?<=[)\]}])\s*U\s*(?=[(\[{])", "∪", "(1, 2) U (3, 4)", "(1, 2)∪(3, 4)"),
+    (r"(?<=[{,])\s*([a-zA-Z]\w*): ", r"\1=", "{x: -2, y: 3}", "{x=-2,y=3}"),
+    (r"\s+", " ", "1\n +  2", "1 + 2"),
+    (MIXED_NUMBER, r"(\1+\2\4/\3\5)", r"1\frac45, 2 1/2", "(1+4/5), (2+1/2)"),
     (
-        r"\[?\s*\\begin\s*\{([pbB]?matrix|array)\}(?:\s*\{[lcr|]*\})?(.*?)\\end\s*\{\1\}\s*\]?",
-        lambda match: rows(match[2]),
+        r"^\[[][\d .eE+-]*\]$",
+        lambda found: re.sub(r"(?<=[\d.\]]) (?=-?[\d.\[])", ",", found[0]),
+        "[1. -2.]",
+        "[1.,-2.]",
     ),
-    (r"(?<=\))\s*\|\s*(?=\()", " or "),  # (x < 2) | (3 < x)
-    (r"(?<=\))\s*&\s*(?=\()", " and "),
-    (r"(?<=[)\]}])\s*U\s*(?=[(\[{])", "∪"),
-    (r"(?<=[{,])\s*([a-zA-Z]\w*): ", r"\1="),  # {x: -2, y: 3}
-    (r"\(([^()<>≤≥]+[<≤]) (\w)\) and \(\2 ([<≤][^()<>≤≥]+)\)", r"\1 \2 \3"),  # (2 <= x) & (x < 5)
-    (r"\s+", " "),
-    (
-        rf"(?<![\w.^}})/*!])(?<![a-z] )(\d+)(?: ?\\frac ?{DIGIT} ?{DIGIT}| (\d+)/(\d+))(?!\d)",
-        r"(\1+\2\4/\3\5)",
-    ),  # 1\frac45
-    (r"^\[[][\d .eE+-]*\]$", lambda match: re.sub(r"(?<=[\d.\]]) (?=-?[\d.\[])", ",", match[0])),  # [1. 2.] of numpy
-    (r"^[^a-df-ik-zA-Z]*$", lambda match: re.sub(r"(?<=[\d.])j", "i", match[0])),  # 6-5j, if j is the only letter
+    (r"^[^a-df-ik-zA-Z]*$", lambda found: re.sub(r"(?<=[\d.])j", "i", found[0]), "(6-5j)", "(6-5i)"),
 ]
 
 
@@ -158,13 +146,14 @@ def rows(text):
     return "[" + ",".join(f"[{row.replace('&', ',')}]" for row in text.split("\\\\") if row.strip()) + "]"
 
 
+@functools.lru_cache(1000)
 def clean(text):
     """The text without delimiters, closing points and thousands separators, and with one spelling per symbol.
 
     A matrix becomes [[a,b],[c,d]], as sympy prints it.
     """
     text = text.strip().rstrip(" .")
-    for pattern, replacement in CLEANING:
+    for pattern, replacement, *_ in CLEANING:
         text = re.sub(pattern, replacement, text).strip()
     text = text.rstrip(" .")
     if not re.search(r"[(\[]|(?<!\\text)\{", text):  # between brackets, a comma separates two numbers
@@ -487,10 +476,8 @@ def tolerance(size, step, gold_step):
     return max(doubles, rounded, gsm_hard)
 
 
-def proportion(prediction, gold):
-    """The constant factor between two trees that have variables; None if there is none: 2x - 4 is 2 times x - 2."""
+def proportional(prediction, gold):
+    """Whether one tree with variables is a constant times the other: 2x - 4 is 2 times x - 2."""
     pairs = list(values_at_points(prediction, gold, CONSTANTS | MARKS))
     (a0, b0), *others = pairs
-    if not others or not a0 or not b0 or not all(close(a * b0, b * a0) for a, b in others):
-        return None
-    return a0 / b0
+    return bool(others and a0 and b0) and all(close(a * b0, b * a0) for a, b in others)
