@@ -93,7 +93,8 @@ def check_options(config, prompts, kinds=()):
                 raise InputError(f"--{name} {dotted}: only --method agent uses it")
             facts[f"{name}_sha256"] = common.source_hash(common.resolve(dotted, like, f"--{name}"))
     if config.method == "agent":
-        prompts.system("agent_system", tool_names(config))
+        facts["tool_names"] = [*further_tools(config), *(["web_search"] if config.search else [])]
+        prompts.system("agent_system", facts["tool_names"])  # refuses a tool without a description
     return facts
 
 
@@ -103,10 +104,6 @@ def further_tools(config):
     if not isinstance(tools, dict) or not all(map(callable, tools.values())):
         raise InputError(f"--tools {config.tools}: {{name: function}} was expected, not {tools!s:.80}")
     return tools
-
-
-def tool_names(config):
-    return [*further_tools(config), *(["web_search"] if config.search else [])]
 
 
 def open_tools(config, prompts, device=None):
@@ -127,9 +124,8 @@ def open_tools(config, prompts, device=None):
                 raise InputError(f"web_search failed: {type(error).__name__}: {error}") from None
             texts = []
             for rank, hit in enumerate(hits, 1):
-                title, _, text = hit.contents.partition("\n")
-                values = {"title": title.strip('"'), "text": text, "score": f"{hit.score:.2f}"}
-                texts.append(prompts.fill("search_result", rank=rank, place=rank - 1, **values))
+                values = {"rank": rank, "place": rank - 1, "title": hit.title, "text": hit.text}
+                texts.append(prompts.fill("search_result", **values, score=f"{hit.score:.2f}"))
             return "\n\n".join(texts) or "No passages found."
 
         tools["web_search"] = web_search
@@ -257,11 +253,10 @@ class Episode:
 
 
 def merge_equal(answers, same):
-    """Equal answers, each written as the first of them, so that a vote can compare them. None stays None."""
+    """Equal answers, each written as the first of them, so that a vote can compare them."""
     merged = []
     for answer in answers:
-        equal = (other for other in merged if None not in (answer, other) and same(answer, other))
-        merged.append(next(equal, answer))
+        merged.append(next((other for other in merged if same(answer, other)), answer))
     return merged
 
 
@@ -331,25 +326,23 @@ def observe(sandbox, actions, codes, prompts, same):
 
 
 def _step(actions, observations, chosen, vote, prompts):
-    """The step as it is stored: the chosen candidate, and all candidates if there were several."""
+    """The step as it is stored: the chosen candidate, and all candidates if there were several.
+
+    The observation o_t is there as the model reads it.
+    """
     # Another vote than `choose` is stored as one vote, for the candidate that it chose.
     votes = votes_of(observations) if vote is choose else [0 if i == chosen else None for i in range(len(actions))]
     candidates = []
-    for action, observation, vote in zip(actions, observations, votes, strict=True):
+    for action, o, vote in zip(actions, observations, votes, strict=True):
+        shown = {"stdout": o.stdout.removesuffix("\n"), "error": o.error, "result": o.result}
         candidate = {"thought": action.thought, "code": action.code}
-        candidate["observation"] = observation_text(observation, prompts)
-        candidate |= {"error_kind": observation.error_kind, "vote": vote}
+        candidate["observation"] = prompts.fill("error" if o.error_kind else "observation", **shown)
+        candidate |= {"error_kind": o.error_kind, "vote": vote}
         candidate |= {"thinking": action.thinking} if action.thinking else {}
-        candidate |= {"final_answer": observation.final_answer} if observation.is_final else {}
+        candidate |= {"final_answer": o.final_answer} if o.is_final else {}
         candidates.append(candidate)
     several = {"candidates": candidates, "chosen": chosen} if len(actions) > 1 else {}
     return candidates[chosen] | several
-
-
-def observation_text(observation, prompts):
-    """The observation o_t as the model reads it."""
-    name, stdout = "error" if observation.error_kind else "observation", observation.stdout.removesuffix("\n")
-    return prompts.fill(name, stdout=stdout, error=observation.error, result=observation.result)
 
 
 def cot_episode(question, prompts, *, system, search=None, same=eq):
@@ -433,13 +426,9 @@ class EpisodeConfig:
     api_key_env: str = option("OPENAI_API_KEY", "environment variable with the server's key", changes_results=False)
 
 
-def _same(kind, a, b):  # until grading.same is there
-    return grading.grade(kind, a, b).correct or grading.grade(kind, b, a).correct
-
-
 def open_episode(config, question, prompts, tools, *, system, kind=None, first_thought="", rng=random):
     """The episode of one question by config.method: "agent", "cot" or "cot-rag". kind: "fact" or "math", for votes."""
-    same = functools.partial(_same, kind) if kind else eq
+    same = functools.partial(grading.same, kind) if kind else eq
     if config.method != "agent":
         search = tools["web_search"] if config.method == "cot-rag" else None
         return cot_episode(question, prompts, system=system, search=search, same=same)
@@ -505,8 +494,9 @@ def collect(config):
     tasks = common.load_tasks(config.tasks, config.kind, config.limit)
     prompts = Prompts(config.prompts)
     facts = check_options(config, prompts, {task["kind"] for task in tasks})
-    agent = config.method == "agent"
-    system = prompts.system("agent_system", tool_names(config), config.max_steps) if agent else prompts.cot_system
+    system = prompts.cot_system
+    if config.method == "agent":
+        system = prompts.system("agent_system", facts["tool_names"], config.max_steps)
     facts["system_prompt_sha256"] = hashlib.sha256(system.encode()).hexdigest()
     prefixes = first_thoughts(config.first_thought, tasks) if config.first_thought else {}
     items = {(*task_key(task), sample): (task, sample) for task in tasks for sample in range(config.samples)}
