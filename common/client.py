@@ -417,7 +417,7 @@ def read_verdict(reply):
     while at >= 0:
         try:
             value, end = json.JSONDecoder().raw_decode(text, at)
-            verdicts.append(value.get("verdict"))
+            verdicts += [value["verdict"]] if "verdict" in value else []
         except ValueError:
             end = at + 1
         except RecursionError:
@@ -425,6 +425,5 @@ def read_verdict(reply):
         at = text.find("{", end)
     if word := re.fullmatch(r"[^\w\[]*(?:verdict[^\w\[]+)?(correct|incorrect)[^\w\[]*", text):
         verdicts.append(word[1])
-    return next(
-        (verdict for verdict in ("correct", "incorrect") if all(v == verdict for v in verdicts or [None])), None
-    )
+    clear = verdicts[:1] in (["correct"], ["incorrect"]) and all(each == verdicts[0] for each in verdicts)
+    return verdicts[0] if clear else None
