@@ -20,6 +20,7 @@ import json
 import pkgutil
 import random
 import re
+import textwrap
 import time
 from pathlib import Path
 from typing import Literal
@@ -106,45 +107,89 @@ STOP = ["<end_code>", "\nObservation:"]
 
 @dataclasses.dataclass
 class Action:
-    """text: what stays in the context. code: None if there is none to run."""
+    """text: what stays in the context. code: None if there is none to run. thinking: what a reasoning model thought
+    before it answered, which nothing but the stored step keeps."""
 
     text: str
     thought: str
     code: str | None
+    thinking: str = ""
 
 
-# A fence opens on a line of its own, or behind "Code:", and ends at the next ``` that begins or ends a line.
-_FENCE = re.compile(r"^[ \t]*(?:Code:[ \t]*)?```[ \t]*(\w*)[ \t]*\n(.*?)(?:^[ \t]*```|```[ \t]*$|\Z)", re.M | re.S)
-_CODE_LABEL = re.compile(r"^[ \t]*Code:[ \t]*$", re.M)
+_THINKING = re.compile(r"\s*+(?:<think>(.*?)(?:</think>|\Z)|((?:(?!<think>).)*?)</think>)\s*", re.S)
+
+
+def split_thinking(text):
+    """Returns (thinking, the rest) of a reply that begins with <think>...</think>.
+
+    Some templates open the tag in the prompt, so it may be missing. A tag that never closes leaves an empty rest.
+    """
+    thinking, rest = [], text
+    while match := _THINKING.match(rest):
+        thinking.append((match[1] or match[2] or "").strip())
+        rest = rest[match.end() :]
+    return "\n\n".join(thinking), rest
+
+
+_LABEL = r"^[ \t#*_]*+code[ \t*_]*+:[ \t*_]*+"  # "Code:", "code:", "**Code:**"
+_CODE_LABEL = re.compile(_LABEL, re.M | re.I)
+_FENCE = re.compile(
+    rf"""
+    (?P<label> {_LABEL} \s*+ | ^ )                         # "Code:" on the same line or above it
+    (?: [ \t]*+ (?: [-*+] | \d++[.)] ) [ \t] )? [ \t]*+    # the fence may be an item of a list
+    ```+ [ \t]*+
+    (?: (?P<python> (?: i?py(?:thon)? [\d.]* | tool_code ) (?![\w+#.-]) [ \t]* ) | (?P<other> [\w+#.-]+ [ \t]* $ ) )?
+    (?P<code> (?: \"{{3}}.*?\"{{3}} | '{{3}}.*?'{{3}}         # a string may contain a fence
+              | \#[^\n`]* | [^`"'\#\n]+ | . )*? )
+    (?P<close> ^[ \t]*```+(?!\w) | ```+[ \t]*$ | (?=^[ \t]*```\w) | \Z )
+    """,
+    re.M | re.S | re.I | re.X,
+)
+_CODE_END = re.compile(r"^[ \t]*```|```[ \t]*$|^Observation:", re.M)
 _OBSERVATION = re.compile(r"^Observation:", re.M)
+_STOP_BEGUN = re.compile(r"((?<=```)<\w*|<end_\w*|\nObserv\w*)\Z")  # a reply that ended inside a stop string
 _THOUGHT = re.compile(r"^\s*Thought:[ \t]*")
 
 
-def parse_action(text):
-    """Read the thought and the code from a model's text. Returns an Action.
+def parse_action(text, opening=""):
+    """Read the thinking, the thought and the code from `opening` and the text with which a model continued it.
 
-    Accepted: fences marked py, python or nothing; several fences (joined, as in smolagents); a fence that never
-    closes; code without a fence after a line `Code:`. The text ends at <end_code>, or where the model starts to write
-    an observation of its own outside the code.
+    The code is what a reader would run: all fences marked as Python (py, Python, python3, tool_code), joined as in
+    smolagents; without one, the first fence that names no language; without a fence, what follows `Code:` or stands in
+    <code> tags, which is then given fences. A fence may be indented, on one line, or never closed. The text ends at
+    <end_code>, or where the model starts to write an observation of its own outside the code.
     """
-    text = text.replace("\r\n", "\n").split("<end_code>")[0].strip()
-    fences = [match for match in _FENCE.finditer(text) if match[1] in ("py", "python", "")]
+    thinking, rest = split_thinking(text)
+    text = (opening + rest).replace("\r\n", "\n").split("<end_code>")[0].strip()
+    text = _STOP_BEGUN.sub("", text).rstrip()
+    if "```" not in text:
+        text = re.sub(r"\n?<code>[ \t]*\n?", f"\n{CODE_OPEN}\n", text)
+        text = re.sub(r"\n?</code>", "\n```", text).strip()
+    fences = _python_fences(text)
     for own in _OBSERVATION.finditer(text):
-        if not any(fence.start() < own.start() < fence.end() for fence in fences):
+        if not any(fence["close"] and fence.start() < own.start() < fence.end() for fence in fences):
             text = text[: own.start()].rstrip()
-            fences = [fence for fence in fences if fence.start() < own.start()]
+            fences = _python_fences(text)
             break
     label = _CODE_LABEL.search(text)
-    if fences:
-        code = "\n\n".join(fence[2].strip("\n") for fence in fences if fence[2].strip())
-        start = min(fences[0].start(), label.start() if label else len(text))
-    elif label:
-        code, start = text[label.end() :].strip("\n"), label.start()
-    else:
-        code, start = "", len(text)
+    # A lone unmarked fence some lines after `Code:` closes the code and does not open it.
+    if label and not any(fence["python"] or fence["label"] or fence["close"] for fence in fences):
+        code = textwrap.dedent(_CODE_END.split(text[label.end() :])[0]).strip("`\n")
+        if code.strip():
+            text = f"{text[: label.end()].rstrip()}\n{CODE_OPEN}\n{code}\n```"
+            fences = _python_fences(text)
+    codes = [textwrap.dedent(fence["code"]).strip("\n").rstrip() for fence in fences]
+    thought = text[: fences[0].start()] if fences else text
     if text.endswith("```"):
         text += "<end_code>"  # generation stops before this string; the context shows it
-    return Action(text, _THOUGHT.sub("", text[:start]).strip(), code or None)
+    return Action(text, _THOUGHT.sub("", thought).strip(), "\n\n".join(filter(None, codes)) or None, thinking)
+
+
+def _python_fences(text):
+    """The fences that say they are Python, otherwise the one after `Code:`, otherwise the first without a language."""
+    fences = [fence for fence in _FENCE.finditer(text) if not fence["other"]]
+    marked = [fence for fence in fences if fence["python"]]
+    return marked or [fence for fence in fences if fence["label"]][:1] or fences[:1]
 
 
 # ------------- The episode
@@ -216,7 +261,7 @@ def agent_episode(question, prompts, open_sandbox, *, system, max_steps=5, first
                 candidates = yield Turn(messages, opening)
             except TurnFailed as failure:
                 return Episode(messages, steps, None, "error", str(failure))
-            actions = [parse_action(opening + text) for text in candidates]
+            actions = [parse_action(text, opening) for text in candidates]
             # Each distinct code runs once, all from the same state. The chosen candidate's state is kept.
             codes = list(dict.fromkeys(action.code for action in actions if action.code is not None))
             ran = dict(zip(codes, sandbox.run_candidates(codes), strict=True)) if codes else {}
@@ -245,6 +290,8 @@ def _step(actions, observations, chosen, prompts):
             "error_kind": observation.error_kind,
             "vote": vote,
         })  # fmt: skip
+        if action.thinking:
+            candidates[-1]["thinking"] = action.thinking
         if observation.is_final:
             candidates[-1]["final_answer"] = observation.final_answer
     several = {"candidates": candidates, "chosen": chosen} if len(actions) > 1 else {}
@@ -269,20 +316,24 @@ def cot_episode(question, prompts, *, system, search=None):
         candidates = yield Turn(messages)
     except TurnFailed as failure:
         return Episode(messages, [], None, "error", str(failure))
-    answers = [grading.cot_answer(text) for text in candidates]
+    thoughts = [split_thinking(text) for text in candidates]
+    answers = [grading.cot_answer(text) for _, text in thoughts]
     counts = collections.Counter(answer for answer in answers if answer is not None)
     chosen = answers.index(counts.most_common(1)[0][0]) if counts else 0
-    step = {"thought": candidates[chosen], "code": None, "observation": None, "error_kind": None}
+    steps = []
+    for (thinking, text), answer in zip(thoughts, answers, strict=True):
+        steps.append({"thought": text.strip(), "answer": answer} | ({"thinking": thinking} if thinking else {}))
+    step = steps[chosen] | {"code": None, "observation": None, "error_kind": None}
     if len(candidates) > 1:
-        pairs = zip(candidates, answers, strict=True)
-        step |= {"candidates": [{"thought": text, "answer": answer} for text, answer in pairs], "chosen": chosen}
-    messages = [*messages, {"role": "assistant", "content": candidates[chosen].strip()}]
+        step |= {"candidates": steps, "chosen": chosen}
+    messages = [*messages, {"role": "assistant", "content": step["thought"]}]
     return Episode(messages, [step], answers[chosen], "no_answer" if answers[chosen] is None else "final_answer")
 
 
 def first_step(cot):
     """The first step of a chain of thought: the text up to the first blank line. It is the prefix of Eq. 5."""
-    return re.split(r"\n[ \t]*\n", cot.strip().replace("\r\n", "\n"))[0].strip()
+    text = split_thinking(cot)[1].replace("\r\n", "\n").strip()
+    return re.split(r"\n[ \t]*\n", text)[0].strip()
 
 
 class Running:
@@ -487,6 +538,20 @@ def drop_reason(row):
     return None
 
 
+def check_trajectory(row, where):
+    """Raises InputError, in one line that starts with `where`, unless the row is one that `collect` could write."""
+    for field in ("id", "task", "kind", "question", "messages", "steps", "correct", "stop", "method"):
+        if field not in row:
+            raise InputError(f"{where}: not a trajectory: the field {field!r} is missing")
+    for field, parts in (("messages", {"role", "content"}), ("steps", {"error_kind"})):
+        objects = row[field] if isinstance(row[field], list) else [row[field]]
+        if not all(isinstance(part, dict) and parts <= part.keys() for part in objects):
+            raise InputError(f"{where}: not a trajectory: {field} must be a list of objects with {sorted(parts)}")
+    if row["method"] == "agent" and not isinstance(row.get("tools"), list):
+        example = '"tools": ["web_search"]'
+        raise InputError(f"{where}: the tools that the agent had are not stated: add a list of names, as {example}")
+
+
 def filter_trajectories(config):
     """Keep the trajectories with a right answer and without parse errors. Prints what was dropped and why.
 
@@ -495,9 +560,7 @@ def filter_trajectories(config):
     prompts, rows = Prompts(config.prompts), []
     for path in config.trajectories:
         for number, row in read_jsonl(path):
-            for field in ("id", "task", "kind", "question", "messages", "steps", "correct", "stop", "method"):
-                if field not in row:
-                    raise InputError(f"{path}:{number}: not a trajectory: the field {field!r} is missing")
+            check_trajectory(row, f"{path}:{number}")
             rows.append(row)
     # Rows are stored in the order in which they finished; training must not depend on that.
     rows.sort(key=lambda row: (row["task"], str(row["id"]), row.get("sample", 0)))
@@ -519,7 +582,7 @@ def filter_trajectories(config):
 
 def _training_row(row, prompts):
     agent = row["method"] == "agent"
-    system = prompts.system("agent_student_system", row.get("tools", ())) if agent else prompts.cot_system
+    system = prompts.system("agent_student_system", row["tools"]) if agent else prompts.cot_system
     messages = [{"role": "system", "content": system}, *(m for m in row["messages"] if m["role"] != "system")]
     fields = {name: row[name] for name in ("id", "task", "kind", "question", "method")}
     steps = [{"error_kind": step["error_kind"]} for step in row["steps"]]

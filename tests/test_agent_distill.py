@@ -9,6 +9,7 @@ import functools
 import json
 import random
 import shutil
+import time
 
 import pytest
 
@@ -41,6 +42,27 @@ SHAPES = {
     "made-up observation": "Thought: add.\nCode:\n```py\nx = 1 + 1\nprint(x)\n```\nObservation: 3\nThought: so 3",
     "label and fence on one line": "Thought: add.\nCode: ```py\nx = 1 + 1\nprint(x)\n```<end_code>",
     "another language first": "Thought: add.\n```json\n[1]\n```\nCode:\n```py\nx = 1 + 1\nprint(x)\n```<end_code>",
+    "Python": "Thought: add.\nCode:\n```Python\nx = 1 + 1\nprint(x)\n```<end_code>",
+    "python3": "Thought: add.\nCode:\n```python3\nx = 1 + 1\nprint(x)\n```<end_code>",
+    "tool_code": "Thought: add.\nCode:\n```tool_code\nx = 1 + 1\nprint(x)\n```<end_code>",
+    "four backticks": "Thought: add.\nCode:\n````py\nx = 1 + 1\nprint(x)\n````",
+    "code on the line of the fence": "Thought: add.\nCode:\n```py x = 1 + 1\nprint(x)\n```",
+    "labels in bold": "Thought: add.\n**Code:**\n```py\nx = 1 + 1\nprint(x)\n```<end_code>",
+    "small label": "Thought: add.\ncode:\nx = 1 + 1\nprint(x)",
+    "closed but not opened": "Thought: add.\nCode:\nx = 1 + 1\nprint(x)\n```<end_code>",
+    "closed but not opened, and prose": "add.\nCode:\nx = 1 + 1\nprint(x)\n```\nThis prints\nObservation: 3",
+    "never closed, made-up observation": "add.\nCode:\n```py\nx = 1 + 1\nprint(x)\nObservation: 3",
+    "indented": "add.\n1. Code:\n   ```py\n   x = 1 + 1\n   print(x)\n   ```",
+    "in a list": "add.\n- ```py\n  x = 1 + 1\n  print(x)\n  ```<end_code>",
+    "output after it": "add.\n```py\nx = 1 + 1\nprint(x)\n```\nOutput:\n```\n2\n```<end_code>",
+    "output after unmarked code": "add.\n```\nx = 1 + 1\nprint(x)\n```\nOutput:\n```\n2\n```",
+    "form of the answer first": "add.\n```\nx: number\n```\nCode:\n```\nx = 1 + 1\nprint(x)\n```",
+    "words before an unmarked fence": "add.\nCode:\nLike this:\n```\nx = 1 + 1\nprint(x)\n```",
+    "<code>": "Thought: add.\n<code>\nx = 1 + 1\nprint(x)\n</code>",
+    "<code> that never closes": "Thought: add.\n<code>\nx = 1 + 1\nprint(x)",
+    "<code> around a fence": "Thought: add.\n<code>\n```py\nx = 1 + 1\nprint(x)\n```\n</code>",
+    "thinking": "<think>\nI try\n```py\nfinal_answer(1)\n```\n</think>\n\nadd.\n```py\nx = 1 + 1\nprint(x)\n```",
+    "thinking opened in the prompt": "try:\n```py\n7\n```\n</think>\nadd.\n```py\nx = 1 + 1\nprint(x)\n```",
 }
 
 
@@ -49,8 +71,10 @@ def test_parse_shapes(shape):
     action = parse_action(SHAPES[shape])
     assert action.code == "x = 1 + 1\nprint(x)"
     assert action.thought.split("\n")[0] == "add."
-    assert "Observation" not in action.text and "\r" not in action.text
-    assert parse_action(action.text) == action  # what stays in the context reads the same again
+    assert "Observation" not in action.text and "\r" not in action.text and "think>" not in action.text
+    assert bool(action.thinking) == shape.startswith("thinking")
+    again = parse_action(action.text)  # what stays in the context reads the same again
+    assert (again.text, again.thought, again.code) == (action.text, action.thought, action.code)
 
 
 def test_the_word_observation_inside_code_does_not_end_it():
@@ -59,14 +83,41 @@ def test_the_word_observation_inside_code_does_not_end_it():
     assert action.code == code and action.text.endswith("```<end_code>")
 
 
-TEXTS = dict.fromkeys(["", "I do not know.", "Thought: it is Paris.", "Code:\n", "```py\n```", "yes"])
-TEXTS["Thought: t\nCode:\n```py\nprint((1\n```<end_code>"] = "print((1"  # a syntax error is for the sandbox to find
-TEXTS["Thought: t\nCode:\n```py\na = 1\n```\nand then\n```py\nprint(a)\n```<end_code>"] = "a = 1\n\nprint(a)"
+TEXTS = {
+    "": None, "I do not know.": None, "Thought: it is Paris.": None, "Code:\n": None, "```py\n```": None, "yes": None,
+    "Thought: t\nCode:\n```py\nprint((1\n```<end_code>": "print((1",  # a syntax error is for the sandbox to find
+    "Thought: t\nCode:\n```py\na = 1\n```\nand then\n```py\nprint(a)\n```<end_code>": "a = 1\n\nprint(a)",
+    "```py\na = 1\n```py\nprint(a)\n```": "a = 1\n\nprint(a)",
+    "Code: print(1)": "print(1)", "Code: `print(1)`": "print(1)", "code: ```py print(1)```<end_code>": "print(1)",
+    "```print(1)```": "print(1)", "t <code>print(1)</code>": "print(1)",
+    "```py\nt = '''\n```\na\n```\n'''\nprint(t)\n```<end_code>": "t = '''\n```\na\n```\n'''\nprint(t)",
+    '```py\nt = """\n    ```py\n"""\n```\nThat is """.': 't = """\n    ```py\n"""',
+    '```py\n# as """ here\nprint(1)\n```\nThat is """.': '# as """ here\nprint(1)',
+    "<think>it is\n```py\nfinal_answer(3)\n```": None,  # thinking that never ended: no answer
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_code_of_other_texts(text):
     assert parse_action(text).code == TEXTS[text]
+
+
+def test_a_reply_that_ends_inside_a_stop_string_loses_it():
+    whole = step("print(1)").removesuffix("<end_code>")
+    for n in range(1, len("<end_code>")):
+        assert parse_action(whole + "<end_code>"[:n]).text == step("print(1)")
+    for n in range(len("\nObserv"), len("\nObservation:")):
+        assert parse_action(whole + "\nObservation:"[:n]).text == step("print(1)")
+
+
+@pytest.mark.parametrize(
+    "text", ["'''" * 9999, "- " * 99999, "Code:" + " " * 99999 + "y", "<think>" * 9999, "```" * 9999]
+)
+def test_long_nonsense_is_read_in_no_time(text):
+    started = time.monotonic()
+    parse_action(f"```py\n{text}")
+    parse_action(text)
+    assert time.monotonic() - started < 5  # a bound: seconds would mean steps that grow with the square of the length
 
 
 def test_prompts_agree_with_the_parser():
@@ -267,7 +318,7 @@ def test_a_reply_that_was_cut_is_told_from_one_without_an_answer():
 
 def test_first_step_is_the_text_to_the_first_blank_line():
     assert first_step("\nI need a\nand b.\n \nThen c.\n\nd") == "I need a\nand b."
-    assert first_step("one\r\n\r\ntwo") == "one"
+    assert first_step("one\r\n\r\ntwo") == first_step("<think>\nOkay.\n\nSo\n</think>\n\none\n\ntwo") == "one"
     assert first_step("only one") == "only one"
 
 
@@ -277,7 +328,7 @@ def test_first_step_is_the_text_to_the_first_blank_line():
 def row(i, correct=True, stop="final_answer", errors=(None,), question=None):
     return {
         "id": str(i), "task": "t", "kind": "fact", "question": question or f"question {i}?", "answer": "a",
-        "method": "agent", "messages": [{"role": "user", "content": "x"}],
+        "method": "agent", "tools": [], "messages": [{"role": "user", "content": "x"}],
         "steps": [{"error_kind": e} for e in errors], "correct": correct, "stop": stop,
     }  # fmt: skip
 
@@ -316,8 +367,20 @@ def test_training_rows_carry_the_students_prompt_and_what_a_weighting_needs(tmp_
     assert second["steps"] == [{"error_kind": "runtime"}, {"error_kind": None}]
 
 
-def test_filter_refuses_what_is_no_trajectory_and_an_empty_result(tmp_path):
-    with pytest.raises(InputError, match=r"a:1: not a trajectory: the field 'id' is missing"):
-        filtered(tmp_path, [{"task": "t"}])
+NOT_TRAJECTORIES = {
+    "the field 'id' is missing": {"task": "t"},
+    "the tools that the agent had are not stated": {name: value for name, value in row(0).items() if name != "tools"},
+    "messages must be a list": row(0) | {"messages": "x"},
+    "steps must be a list": row(0) | {"steps": [{}]},
+}
+
+
+@pytest.mark.parametrize("message", NOT_TRAJECTORIES)
+def test_filter_refuses_what_is_no_trajectory(tmp_path, message):
+    with pytest.raises(InputError, match=f"a:1: .*{message}"):
+        filtered(tmp_path, [NOT_TRAJECTORIES[message]])
+
+
+def test_filter_refuses_to_keep_nothing(tmp_path):
     with pytest.raises(InputError, match="none of 1"):
         filtered(tmp_path, [row(0, correct=False)])

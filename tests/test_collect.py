@@ -20,9 +20,9 @@ import agent_distill
 import common
 import retriever
 from common import InputError, load_tasks, read_jsonl, stable_seed
-from common.search_r1 import answer_request
 from miniature import teacher as miniature_teacher
 from miniature import world as miniature_world
+from retriever import answer_request
 from servers import serve
 from test_client import PASSING
 

@@ -20,7 +20,7 @@ import pytest
 
 import agent_distill
 from agent_distill import Prompts
-from common import InputError, Journal, lora, write_jsonl
+from common import InputError, Journal, models, write_jsonl
 from common.client import BadRequest, Client, Judge, ServerError
 from miniature import student
 from servers import free_port, running
@@ -36,7 +36,7 @@ HELLO = [{"role": "user", "content": "Say hello."}]
 @pytest.fixture(scope="module")
 def merged(lesson, agent):
     """The folder of the agent as a full model in float32."""
-    lora.merge_adapter(lora.MergeConfig(adapter=str(agent), out=str(lesson.folder / "merged"), dtype="float32"))
+    models.merge_adapter(models.MergeConfig(adapter=str(agent), out=str(lesson.folder / "merged"), dtype="float32"))
     return lesson.folder / "merged"
 
 
@@ -116,7 +116,7 @@ def test_as_a_teacher_it_writes_what_generate_writes(lesson, merged, server, con
         options["prefix_mode"] = "completions" if name == "transformers" else "continue"
     rows = ask(lesson, url, f"teacher-{name}-{prefixed}", **options)
     prefixes = {row["id"]: agent_distill.first_step(row["messages"][-1]["content"]) for row in lesson.rows("cot")}
-    model, tokenizer = lora.load_model(merged)
+    model, tokenizer = models.load_model(merged)
     for row in rows:
         assert row["prefix"] == (prefixes[row["id"]] if prefixed else "") and row["error"] is None
         for i, message in enumerate(row["messages"]):
