@@ -181,7 +181,7 @@ def split(text, separators):
 
 # The words after a value: those in \text{...}, others of four letters, and short units. Other letters are variables.
 WORDS = re.compile(
-    r"(?:(?:\s*\\text\s*\{[^{}]*\}|\s+(?!degree|percent|sin|cos|tan|log|sqrt)(?:[a-zA-Z]{4,}|cm|mm|km|kg|in|ft|mph|sq|USD|(?i:[ap]\.?m))\b\.?)"
+    r"(?:(?:\s*\\text\s*\{[^{}]*\}|\s+(?!degree|percent|sin|cos|tan|log|sqrt)(?:[a-zA-Z]{4,}|cm|mm|km|kg|in|ft|mph|sq|USD|(?i:[ap]\.?m))\b\.?(?:/[a-z]+)?)"
     r"(?:\s*\^\s*\{?\d\}?)?)*$"
 )
 NOT_UNITS = re.compile(  # digits, and words that change the value before them: "5 factorial" is not 5 with a unit

@@ -135,20 +135,26 @@ def exact_match(prediction, answers):
 # ------------- Answers of chain-of-thought replies
 
 
+BOX = re.compile(
+    r"\\(?:boxed|fbox)(?![a-zA-Z])\s*(?:\{|(\\?[^\s$\\{}]*[^\s$\\{}.,;]))|\\.|[{}]", re.DOTALL
+)  # \boxed{, \boxed 5, \{, {
+
+
 def boxed_answer(text):
     r"""The content of the last complete \boxed{...} or \fbox{...} (also `\boxed 5`) that is not empty, or None."""
-    for match in reversed(list(re.finditer(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*", text))):
-        rest = text[match.end() :]
-        content = ""
-        if not rest.startswith("{"):
-            if token := re.match(r"\\?[^\s$\\{}]+", rest):
-                content = token[0].rstrip(".,;")
-        depth = 0
-        for brace in re.finditer(r"\\.|[{}]", rest if rest.startswith("{") else "", re.DOTALL):  # \{ is no bracket
-            depth += {"{": 1, "}": -1}.get(brace[0], 0)
-            if depth == 0 and brace[0] == "}":
-                content = rest[1 : brace.start()].strip()
-                break
+    boxes = []  # (start, end) of the contents
+    opened = []  # (start, whether it is a box) of the braces
+    for match in BOX.finditer(text):
+        if match[1]:
+            boxes.append(match.span(1))
+        elif match[0][-1] == "{" and match[0] != r"\{":
+            opened.append((match.end(), len(match[0]) > 1))
+        elif match[0] == "}" and opened:
+            start, is_box = opened.pop()
+            if is_box:
+                boxes.append((start, match.start()))
+    for start, end in sorted(boxes, reverse=True):
+        content = text[start:end].strip()
         if not NO_ANSWER.fullmatch(content):
             return content
     return None
@@ -160,10 +166,10 @@ NO_ANSWER = re.compile(r"(?i)(?:\\text)?[\s{}.…_]*(?:\\[lc]?dots|(?:(?:your|th
 # How a reply states its answer without a box. What follows the sign is the answer, up to the end of the sentence.
 STATED = re.compile(
     r"""(?imx)
-    (?: ^\W* (?:(?:the|my|our)\s+)? (?:(?:final|correct|right)\s+)? answer \W*? [:=\n]  # **Answer:** 9, ### Answer\n9
-      | \b (?:the|my|our|final|correct|right)\ answer \W*? [:=\n]                       # Step 3: the final answer: 9
+    (?: ^\W{0,20} (?:(?:the|my|our)\s+)? (?:(?:final|correct|right)\s+)? answer \W{0,20}? [:=\n]  # **Answer:** 9, ### Answer\n9
+      | \b (?:the|my|our|final|correct|right)\ answer \W{0,20}? [:=\n]                       # Step 3: the final answer: 9
       | \b answer (?:\ to\ [^.\n]{1,80}?)? \s+ (?:is|would\ be|should\ be|must\ be)\b(?!\s+not\b)   # so the answer is 9
-      | ^\s*\#{4}(?!\#)                                                                 # #### 9
+      | ^[ \t]*\#{4}(?!\#)                                                               # #### 9
     )
     (?:[\s:=*] | (?:\$\$|\\\[)\s*\n)* (.*\w.*)"""
 )
@@ -232,7 +238,7 @@ def read_text(text):
         raise Unreadable(text)
     if len(pieces := text.split(" or ")) > 1 and re.search(f"[{RELATIONS}]", text):
         return group("∪", map(read_text, pieces))  # x < 2 or x > 3
-    text = re.sub(r"\b(and|or)\b", ",", text)
+    text = re.sub(r"(, ?)?\b(and|or)\b", ",", text)
     if len(split(text, ",;")) > 1 or ("±" in text and "," not in text):
         return group("", read_items(text))
     if cuts(text, RELATIONS):
@@ -299,7 +305,9 @@ def group(kind, items):
     """A Group; a single item stands for itself, unless it is a row of numbers. x=1, x=2 becomes x = (1, 2)."""
     items = tuple(items)
     names = [item.items[0] for item in items if is_group(item, "=")]
-    if len(items) == 1 and (isinstance(items[0], Value) or is_group(items[0], "=", "()", "{}", "names")):
+    if len(items) == 1 and (
+        isinstance(items[0], Value) or (is_group(items[0], "=", "()", "{}", "names") and items[0].items)
+    ):
         return items[0]
     if len(items) == len(set(names)) > 1:
         return Group("names", items)
@@ -321,7 +329,7 @@ def is_group(node, *kinds):
 INFINITY = read_value(r"\infty")
 MINUS_INFINITY = read_value(r"-\infty")
 WORDING = re.compile(r"\\text\s*\{[a-zA-Z ,.()'-]+\}|[a-zA-Z]{4,}( [a-zA-Z]+)*")  # words or a letter: \text{(C)}, east
-LABEL = re.compile(r"(?:\\text\s*\{)?\(?([A-Z])[).:]+\s*\}?\s+(\S.*)")  # a choice with its value: \text{(B)} 16
+LABEL = re.compile(r"(?:\\text\s*\{)?\(?([A-Z])[).:]+\s*\}?\s+(?!.*\b[A-Z]\b)(\S.*)")  # \text{(B)} 16, not (A) or (B)
 
 
 def compare(prediction, answer, question=""):
@@ -340,11 +348,11 @@ def compare(prediction, answer, question=""):
             return Verdict(equal, "text" if equal else "different")
         if re.search(r"\bbase\b|binary|octal|hexadecimal", question) and re.fullmatch(r"\s*-?\d+\s*", str(prediction)):
             answer = re.sub(r"_\s*\{?\d{1,2}\}?$", "", str(answer))
-        if isinstance(prediction, str):
-            prediction = re.sub(r"^\s*\\text\s*\{([^{}]*)\}\s*$", r"\1", label[2] if label else prediction)
         readings = [prediction]
-        if re.fullmatch(r"\s*-?\d{1,3}(,\d{3})+\s*", str(prediction)):
-            readings.append(str(prediction).replace(",", ", "))  # 81,256 is a number or two
+        if isinstance(prediction, str):
+            readings = [re.sub(r"^\\text\s*\{([^{}]*)\}$", r"\1", label[2] if label else clean(prediction))]
+            if re.fullmatch(r"\s*-?\d{1,3}(,\d{3})+\s*", prediction):
+                readings.append(prediction.replace(",", ", "))  # 81,256 is a number or two
         gold = read(exact_part(answer))
         equal = any(same_node(read(exact_part(reading)), gold, question.lower()) for reading in readings)
         return Verdict(equal, "equal" if equal else "different")
