@@ -2,18 +2,25 @@ r"""Is this answer right? Exact match for facts, equality of value for math, and
 
     grade("fact", "The Beatles!", "Beatles")               # Verdict(correct=True, why="exact")
     grade("math", "0.5", r"\frac{1}{2}")                   # Verdict(correct=True, why="equal")
+    same("math", 4, "4.0")                                 # True: one vote
 
 A wrong answer that counts as right is worse than a right answer that is missed: it inflates a result, and as a
 teacher trajectory it trains the student on an error. A text that cannot be read is therefore never right.
 
-Math: an answer (LaTeX, plain text or a JSON value) is split here at its commas, equals signs and brackets; what is left
-are expressions, which common/expressions.py evaluates. Conventions: words after a value may be left out, but two
-different units never agree. 50% is 0.5, and 50 if the gold answer has the sign or the question asks for percent. A
-decimal with a fractional part stands for the numbers that round to it, if they differ by less than one part in a
-million; integers, fractions and 40.0 stand for themselves. "x =" before an answer may be left out. "1, 2" is unordered;
-tuples and vectors are ordered; (a, b] is not [a, b]. 52_8 needs its base unless the question names one. Letters are
-variables, and their case counts. Inequalities, ratios and number bases are not read: they are right only if the texts
-are the same.
+Math: an answer (LaTeX, plain text, Python's or sympy's notation, a JSON value) is split here at its commas, equals
+signs and brackets; what is left are expressions, which common/expressions.py evaluates. Conventions: words after a
+value may be left out, but two different units never agree. 50% is 0.5, and 50 if the gold answer has the sign or the
+question asks for percent. A decimal with a fractional part stands for the numbers that round to it, if they differ by
+no more than one part in a million; integers, fractions and 40.0 stand for themselves. "x =" before an answer may be
+left out; two equations are equal if their differences are proportional. x < 2 is (-oo, 2). "1, 2" is unordered;
+tuples and vectors are ordered; (a, b] is not [a, b], but a Python list may be any of them. 52_8 needs its base unless
+the question names one. Letters are variables, and their case counts; AB and words of four letters are names.
+
+Not read, and right only as the same text: inequalities in two variables and x > 2 and x < 5 in words, set-builder
+notation, unions that touch, set differences; ratios in other terms; products without a sign after a division (1/ab);
+products after a function without brackets (\sin x/2); odd roots of negative numbers; factorials of variables; \max,
+\sum, vectors with arrows; number words (20 million); single letters as units in plain text (5 m); sentences around an
+answer.
 """
 
 import dataclasses
@@ -166,10 +173,10 @@ NO_ANSWER = re.compile(r"(?i)(?:\\text)?[\s{}.…_]*(?:\\[lc]?dots|(?:(?:your|th
 # How a reply states its answer without a box. What follows the sign is the answer, up to the end of the sentence.
 STATED = re.compile(
     r"""(?imx)
-    (?: ^\W{0,20} (?:(?:the|my|our)\s+)? (?:(?:final|correct|right)\s+)? answer \W{0,20}? [:=\n]  # **Answer:** 9, ### Answer\n9
-      | \b (?:the|my|our|final|correct|right)\ answer \W{0,20}? [:=\n]                       # Step 3: the final answer: 9
-      | \b answer (?:\ to\ [^.\n]{1,80}?)? \s+ (?:is|would\ be|should\ be|must\ be)\b(?!\s+not\b)   # so the answer is 9
-      | ^[ \t]*\#{4}(?!\#)                                                               # #### 9
+    (?: ^\W{0,20} (?:(?:the|my|our)\s+)? (?:(?:final|correct|right)\s+)? answer \W{0,20}? [:=\n]  # **Answer:** 9
+      | \b (?:the|my|our|final|correct|right)\ answer \W{0,20}? [:=\n]  # Step 3: the final answer: 9
+      | \b answer (?:\ to\ [^.\n]{1,80}?)? \s+ (?:is|would\ be|should\ be|must\ be)\b(?!\s+not\b)  # so the answer is 9
+      | ^[ \t]*\#{4}(?!\#)  # #### 9
     )
     (?:[\s:=*] | (?:\$\$|\\\[)\s*\n)* (.*\w.*)"""
 )
@@ -226,8 +233,8 @@ CONTAINERS |= dict.fromkeys(["array", "Matrix", "ImmutableDenseMatrix", "list", 
 NAME = r"[a-zA-Z](?:_\w+)?(?:\^\{-1\})?(?:\([a-z]\))?"  # x, x_1, f(x)
 # What may stand before "=" and be left out: also (x, y), P(A), AB, Area
 LEFT_OUT = re.compile(
-    rf"{NAME}|\({NAME}(?:, ?{NAME})+\)|[A-Z]+\([^()]*\)|\|?[A-Z][A-Za-z]+\|?|(?:m ?)?\\(?:angle|overline) ?\{{?[A-Z]+\}}?|"
-    r"\\text ?\{[^{}]*\}|\\[a-z]+"
+    rf"{NAME}|\({NAME}(?:, ?{NAME})+\)|[A-Z]+\([^()]*\)|[A-Z][A-Za-z]+|\\text ?\{{[^{{}}]*\}}|\\[a-z]+|"
+    r"(?:m ?)?\\(?:angle|overline) ?\{?[A-Z]+\}?"
 )
 RELATIONS = "<>≤≥≠"
 
@@ -282,7 +289,7 @@ def read_items(text):
 
 
 def read_inequality(text):
-    """The equation of x with an interval that x < 2, 1 < x < 2 or x ≠ 2 stands for. Other inequalities are Unreadable."""
+    """x < 2, 1 < x < 2 or x ≠ 2 as an equation of x with an interval. Other inequalities are Unreadable."""
     sides = split(text, RELATIONS)
     signs = [text[i] for i in cuts(text, RELATIONS)]
     if signs[0] in ">≥":
@@ -361,7 +368,7 @@ def compare(prediction, answer, question=""):
 
 
 def exact_part(answer):
-    r"""Without the approximation that follows the value in x = 2\sqrt{3} \approx 3.46; `x \approx 3.46` has no other."""
+    r"""Without what follows the value in x = 2\sqrt{3} \approx 3.46; `x \approx 3.46` has no other value."""
     if not isinstance(answer, str):
         return answer
     pieces = [piece for piece in re.split(r"\\approx|≈", answer) if not LEFT_OUT.fullmatch(clean(piece) or "x")]
