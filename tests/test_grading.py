@@ -293,7 +293,8 @@ The Beatles!  ==  beatles  |  an  Apple a day  ==  Apple day  |  rock ’n’ ro
 !!!  ==  !!!
 # LaTeX: the CoT prompt asks for a box
 \text{Paris}  ==  Paris  |  \textbf{Paris}.  ==  Paris  |  $\mathrm{yes}$  ==  yes
-\text{A\$AP Rocky}  ==  A$AP Rocky  |  \text{Steely \& Clevie}  ==  Steely & Clevie  |  3\text{ a.m.}  ==  3 A.M.  |  150\,000\ \text{cars}  ==  150,000 cars
+\text{A\$AP Rocky}  ==  A$AP Rocky  |  \text{Steely \& Clevie}  ==  Steely & Clevie  |  3\text{ a.m.}  ==  3 A.M.
+150\,000\ \text{cars}  ==  150,000 cars
 \text{New}~\text{York}\\ \text{City}  ==  New York City  |  \text{M\'elanie Sm\"{o}r}  ==  Mélanie Smör
 60^\circ\text{ S}  ==  60° S  |  \frac{3}{4}  ==  3/4
 """
@@ -302,7 +303,8 @@ SAME_FACT += [(["Rome", "Paris"], "Rome, Paris"), ("Rome", ["Paris", "Rome"]), (
 OTHER_FACT = r"""
 John Lennon  !=  John Winston Lennon  |  yes it is  !=  yes  |  théâtre  !=  theatre  |  !?  !=  Paris  |  ...  !=  A
 The  !=  A  |  ???  !=  !!!  |  3.5  !=  35  |  -5  !=  5  |  .5  !=  5  |  1/2  !=  12  |  9/11  !=  911
-1,2  !=  12  |  10:30  !=  1030  |  1914-18  !=  191418  |  $3.50  !=  $350  |  \text{Paris}  !=  London  |  \sqrt{2}  !=  2
+1,2  !=  12  |  10:30  !=  1030  |  1914-18  !=  191418  |  $3.50  !=  $350  |  \text{Paris}  !=  London
+\sqrt{2}  !=  2
 """
 
 
