@@ -145,26 +145,30 @@ class Client(Connection):
         They are named in one line on stderr, and not sent from then on. Raises InputError if one of them is in
         `needed`, or if the server refuses even the bare question.
         """
-        kept = {"messages": _HELLO} if path == "/chat/completions" else {"prompt": "Hello"}
-        todo, together, notes = {"max_tokens": max_tokens} | fields, True, []
-        while todo:  # all fields at once; where that is refused, one by one until one is refused; again without it
-            name, value = next(iter(todo.items()))
+        question = {"messages": _HELLO} if path == "/chat/completions" else {"prompt": "Hello"}
+        todo, kept, notes, refused = {"max_tokens": max_tokens} | fields, question, [], self.refused[path]
+
+        def refusal(fields):
             try:
-                self._ask(path, **kept, **(todo if together else {name: value}))
-                if together:
+                self._ask(path, **fields)
+            except BadRequest as error:
+                return error
+
+        while refusal(kept | todo):
+            for name, value in list(todo.items()):  # one more at a time, until one is refused
+                if error := refusal(kept | {name: value}):
                     break
                 kept[name] = todo.pop(name)
-            except BadRequest as error:
-                if not together:
-                    if name in self.refused[path]:  # neither max_tokens nor max_completion_tokens is accepted
-                        raise InputError(f"{self.url} refuses even a short request ({error})") from None
-                    if name in needed:
-                        raise InputError(f"{self.url} refuses {name} {value} ({error}): name another") from None
-                    self.refused[path].add(name)
-                    notes.append(f"{name} ({error}), so {_WITHOUT.get(name, 'its own default applies')}")
-                    if name != "max_tokens":
-                        del todo[name]
-                together = not together
+            else:
+                break
+            if name in refused:  # neither max_tokens nor max_completion_tokens is accepted
+                raise InputError(f"{self.url} refuses even a short request ({error})")
+            if name in needed:
+                raise InputError(f"{self.url} refuses {name} {value} ({error}): name another")
+            refused.add(name)
+            notes.append(f"{name} ({error}), so {_WITHOUT.get(name, 'its own default applies')}")
+            if name != "max_tokens":
+                del todo[name]
         if notes:
             print(f"note: {self.url} refuses {'; '.join(notes)}", file=sys.stderr)
 
@@ -187,9 +191,9 @@ class Client(Connection):
                 refused.add("stop")  # the server stops inside the thinking, too; from now on texts are cut here
                 continue
             for text, why in choices[:missing]:
-                texts.append(cut_at_stop(text, stop))
-                usage["truncated"] += why == "length" and texts[-1] == text
-                texts[-1] = cut_partial_stop(texts[-1], stop)
+                cut = cut_at_stop(text, stop)
+                usage["truncated"] += why == "length" and cut == text
+                texts.append(cut_partial_stop(cut, stop))
         return texts, usage
 
 
@@ -409,14 +413,17 @@ def read_verdict(reply):
     None for a reply without a verdict, or with two different ones.
     """
     text = "" if _thinks_on(reply) else reply.rpartition("</think>")[2].lower()
-    verdicts, decoder, at = [], json.JSONDecoder(), text.find("{")
+    verdicts, at = [], text.find("{")
     while at >= 0:
         try:
-            value, end = decoder.raw_decode(text, at)
-            verdicts.append(value.get("verdict"))
-        except (ValueError, RecursionError):
+            value, end = json.JSONDecoder().raw_decode(text, at)
+            verdicts += [value["verdict"]] if "verdict" in value else []
+        except ValueError:
             end = at + 1
+        except RecursionError:
+            return None
         at = text.find("{", end)
     if word := re.fullmatch(r"[^\w\[]*(?:verdict[^\w\[]+)?(correct|incorrect)[^\w\[]*", text):
         verdicts.append(word[1])
-    return next((verdict for verdict in ("correct", "incorrect") if set(map(str, verdicts)) == {verdict}), None)
+    clear = verdicts[:1] in (["correct"], ["incorrect"]) and all(each == verdicts[0] for each in verdicts)
+    return verdicts[0] if clear else None

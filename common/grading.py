@@ -23,18 +23,7 @@ import string
 import unicodedata
 
 from common import InputError
-from common.expressions import (
-    Unreadable,
-    Value,
-    clean,
-    cuts,
-    depths,
-    is_real,
-    proportion,
-    read_value,
-    same_value,
-    split,
-)
+from common.expressions import Unreadable, Value, clean, cuts, depths, proportional, read_value, same_value, split
 
 MAX_CHARACTERS = 2000  # of one answer; 2^{4181}, a gold answer of MATH, has 1,259 digits
 MAX_DEPTH = 40  # nested brackets
@@ -52,13 +41,16 @@ def grade(kind, prediction, answer, aliases=(), question="", judge=None):
     """Returns the Verdict on one answer.
 
     kind: "fact" or "math". prediction: the JSON value given to final_answer, or the text of a CoT answer; None is no
-    answer. answer, aliases: gold answers, text or numbers; aliases count for facts only. question: read by the judge,
-    and by the math rules for number bases and percentages. judge: callable(question, answers, prediction) ->
-    True, False or None (no verdict), called for facts without an exact match. Raises InputError for another kind.
+    answer. answer: text, number or list. A list of facts holds alternatives, a list in math is one answer in several
+    parts. aliases: further gold answers, for facts only: a list, one text, or None. question: read by the judge, and by
+    the math rules for number bases and percentages. judge: callable(question, answers, prediction) -> True, False or
+    None (no verdict), called for facts without an exact match. Raises InputError for another kind.
     """
     if kind not in ("fact", "math"):
         raise InputError(f"kind {kind!r}: a task is of kind 'fact' or 'math'")
-    if answer is None or not str(answer).strip():
+    answers = answer if isinstance(answer, list) and kind == "fact" else [answer]
+    answers = [gold for gold in answers if gold not in (None, []) and str(gold).strip()]
+    if not answers:
         return Verdict(False, "no gold answer")  # three MATH training rows have none
     if kind == "math":
         if prediction is None or (isinstance(prediction, str) and not prediction.strip()):
@@ -70,13 +62,14 @@ def grade(kind, prediction, answer, aliases=(), question="", judge=None):
         return Verdict(False, "unreadable")
     if not text.strip():
         return Verdict(False, "no answer")
-    if exact_match(text, [answer]):
+    aliases = [aliases] if isinstance(aliases, str) else aliases or []
+    if exact_match(text, answers):
         return Verdict(True, "exact")
     if exact_match(text, aliases):
         return Verdict(True, "alias")
     if judge is None:
         return Verdict(False, "different")
-    verdict = judge(question or "", [fact_text(gold) for gold in (answer, *aliases)], text)
+    verdict = judge(question or "", [fact_text(gold) for gold in (*answers, *aliases)], text)
     words = {True: "correct", False: "incorrect", None: "no verdict"}
     return Verdict(verdict is True, f"judge: {words[verdict]}")
 
@@ -118,10 +111,20 @@ def without_latex(text):
     return unicodedata.normalize("NFC", text)
 
 
+# The sign and the decimal point of a number, and what else stands between two digits, are no punctuation; "1,000" is.
+IN_NUMBERS = r"(?<![^\s(])-(?=\$?\.?\d)|(?<!\w)\.(?=\d)|(?<=\d)(?:[^\w\s,]|,(?!\d{3}(?!\d)))(?=\d)"
+PUNCTUATION = re.compile(f"({IN_NUMBERS})|[{re.escape(string.punctuation)}]")
+QUOTES = str.maketrans("‘’´“”–—−", "\u0027\u0027\u0027" + '""---')
+
+
 def normalise_fact(value):
-    """Lower case, no punctuation, no articles, single spaces (SQuAD 1.1)."""
-    text = "".join(c for c in fact_text(value).lower() if c not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+    """Lower case, no punctuation, no articles, single spaces (SQuAD 1.1), but 3.5 is not 35 and -5 is not 5.
+
+    Where nothing is left ("A", "!!!"), articles and then punctuation stay.
+    """
+    original = fact_text(value).translate(QUOTES).lower().strip()
+    text = PUNCTUATION.sub(r"\1", original)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split()) or text.strip() or original
 
 
 def exact_match(prediction, answers):
@@ -191,7 +194,7 @@ class Group:
 
     kind: the brackets "()", "(]", "{}", ...; "" for a bare list, "json" for a Python list, "names" for equations with
     different names, "∪" for a union, ":" for a ratio, "_" for digits and their base; "=" for an equation (its left side
-    and its right side); "<" or "≤" for an inequality (the left side minus the right side).
+    and its right side).
     """
 
     kind: str
@@ -211,15 +214,9 @@ def read(value):
 
 
 # How sympy and numpy write sets and rows: the brackets that they stand for
-CONTAINERS = {
-    "Interval": "[]interval",
-    "Interval.open": "()",
-    "Interval.Lopen": "(]",
-    "Interval.Ropen": "[)",
-    "Union": "∪",
-}
-CONTAINERS |= {"FiniteSet": "{}", "Tuple": "()", "Point": "()", "Point2D": "()", "Point3D": "()"}
-CONTAINERS |= dict.fromkeys("array Matrix ImmutableDenseMatrix list tuple set frozenset deque".split(), "json")
+CONTAINERS = {"Interval": "[]interval", "Interval.open": "()", "Interval.Lopen": "(]", "Interval.Ropen": "[)"}
+CONTAINERS |= {"Union": "∪", "FiniteSet": "{}", "Tuple": "()", "Point2D": "()"}
+CONTAINERS |= dict.fromkeys(["array", "Matrix", "ImmutableDenseMatrix", "list", "tuple", "set", "frozenset"], "json")
 NAME = r"[a-zA-Z](?:_\w+)?(?:\^\{-1\})?(?:\([a-z]\))?"  # x, x_1, f(x)
 # What may stand before "=" and be left out: also (x, y), P(A), AB, Area
 LEFT_OUT = re.compile(
@@ -231,10 +228,10 @@ RELATIONS = "<>≤≥≠"
 
 def read_text(text):
     """The node of a cleaned text: first what binds loosest (commas), at last an expression."""
-    if re.search(r"\b(and|or)\b", text) and cuts(text, RELATIONS):
-        if " and " in text:
-            raise Unreadable(text)
-        return group("∪", map(read_text, text.split(" or ")))  # x < 2 or x > 3
+    if cuts(text, RELATIONS) and " and " in text:
+        raise Unreadable(text)
+    if len(pieces := text.split(" or ")) > 1 and re.search(f"[{RELATIONS}]", text):
+        return group("∪", map(read_text, pieces))  # x < 2 or x > 3
     text = re.sub(r"\b(and|or)\b", ",", text)
     if len(split(text, ",;")) > 1 or ("±" in text and "," not in text):
         return group("", read_items(text))
@@ -279,7 +276,7 @@ def read_items(text):
 
 
 def read_inequality(text):
-    """x < 2 and 1 < x < 2 are equations of x with an interval; others are differences."""
+    """The equation of x with an interval that x < 2, 1 < x < 2 or x ≠ 2 stands for. Other inequalities are Unreadable."""
     sides = split(text, RELATIONS)
     signs = [text[i] for i in cuts(text, RELATIONS)]
     if signs[0] in ">≥":
@@ -292,10 +289,8 @@ def read_inequality(text):
         sides, signs, names = [r"-\infty", *sides], ["<", *signs], [False, *names]
     elif names == [False, True]:
         sides, signs, names = [*sides, r"\infty"], [*signs, "<"], [*names, False]
-    if not set(signs) <= set("<≤") or (len(sides) > 2 and names != [False, True, False]):
+    if not set(signs) <= set("<≤") or names != [False, True, False]:
         raise Unreadable(text)
-    if len(sides) == 2:
-        return Group(signs[0], (read_value(f"({sides[0]})-({sides[1]})"),))
     kind = ("(" if signs[0] == "<" else "[") + (")" if signs[1] == "<" else "]")
     return Group("=", (sides[1], group(kind + "interval" * (kind == "[]"), map(read_text, sides[::2]))))
 
@@ -337,7 +332,7 @@ def compare(prediction, answer, question=""):
     try:
         if max(len(str(prediction)), len(str(answer))) > MAX_CHARACTERS:
             return Verdict(False, "unreadable")
-        if isinstance(prediction, str) and clean(prediction) == clean(str(answer)):
+        if clean(str(prediction)) == clean(str(answer)):
             return Verdict(True, "exact")
         label = LABEL.fullmatch(clean(prediction)) if isinstance(prediction, str) else None
         if WORDING.fullmatch(clean(str(answer))):
@@ -374,7 +369,7 @@ def same_node(prediction, gold, question=""):
     """Whether two nodes mean the same."""
     p_named, g_named = is_group(prediction, "="), is_group(gold, "=")
     if p_named and g_named and prediction.items[0] != gold.items[0]:
-        return proportional(*(difference(*node.items) for node in (prediction, gold)))
+        return same_equation(prediction, gold)
     if p_named and (g_named or LEFT_OUT.fullmatch(prediction.items[0])):
         prediction = prediction.items[1]
     if g_named and (p_named or LEFT_OUT.fullmatch(gold.items[0])):
@@ -384,15 +379,11 @@ def same_node(prediction, gold, question=""):
     return isinstance(prediction, Group) and isinstance(gold, Group) and same_group(prediction, gold, question)
 
 
-def difference(left, right):
-    """The tree of left side minus right side of an equation, or None."""
-    return ("-", read_value(left).tree, right.tree) if isinstance(right, Value) else None
-
-
-def proportional(prediction, gold, positive=False):
-    """Whether one difference is a constant times the other: 2x - 4 = 0 is x = 2; of an inequality a positive one."""
-    factor = proportion(prediction, gold) if prediction and gold else None
-    return factor is not None and (not positive or (is_real(factor) and factor > 0))
+def same_equation(prediction, gold):
+    """Whether the differences of their sides are proportional: 2x - 4 = 0 is x = 2."""
+    if not all(isinstance(node.items[1], Value) for node in (prediction, gold)):
+        return False
+    return proportional(*(("-", read_value(node.items[0]).tree, node.items[1].tree) for node in (prediction, gold)))
 
 
 # Which brackets of a prediction may stand for which of a gold answer. A Python list cannot say that an end is open.
@@ -416,8 +407,6 @@ def same_group(prediction, gold, question):
         return False
     if gold.kind == "_":
         return prediction.items == gold.items
-    if gold.kind in ("<", "≤"):
-        return proportional(prediction.items[0].tree, gold.items[0].tree, positive=True)
     # x = 1, y = 2 is not 2, 1, but it is y = 2, x = 1
     letters = {item.items[0][:1] for item in (*prediction.items, *gold.items) if is_group(item, "=")}
     ordered = (

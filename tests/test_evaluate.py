@@ -277,7 +277,7 @@ def test_run_and_report(place, capsys):
     shown = capsys.readouterr().out
     results = json.loads((place / "runs" / "agent" / "results.json").read_text())
     assert len(results) == 8 and {row["n"] for row in results} == {2}
-    for words in ("student", "agent distill+prefix", "sc3", "cot-rag prompting", "Bamboogle"):
+    for words in ("student", "agent distilled + prefix + SC-action", "CoT + RAG prompting", "Bamboogle"):
         assert words in shown
     assert (place / "runs" / "report.md").read_text() in shown and (place / "runs" / "bars.svg").exists()
     assert "<html" in (place / "runs" / "report.html").read_text()

@@ -119,7 +119,7 @@ $x=5$ or $x=6$  ==  5,6  |  $5$ or $6$  ==  5,6  |  $5$ cm  ==  5  |  $5$ cm  ==
 \tan^2 y + 1  ==  \sec^2(y)  |  \sin^{-1}(1/2)  ==  \arcsin \frac12  |  \sin 2x  ==  2\sin x\cos x
 x < 2  ==  (-\infty, 2)  |  2 > x  ==  (-\infty, 2)  |  x \le 2  ==  (-\infty, 2]  |  2 <= x <= 5  ==  [2,5]
 2 \leq x \leq 5  ==  [2,5]  |  5 \ge x > 2  ==  (2,5]  |  x \in [2,5]  ==  2 \le x \le 5  |  x > 2  ==  x > 2
-2 < x  ==  x > 2  |  x+y < 5  ==  2x+2y < 10  |  -x - y > -5  ==  x + y < 5
+2 < x  ==  x > 2  |  x < 2 or x >= 3  ==  (-\infty, 2) \cup [3, \infty)
 x \neq 2  ==  (-\infty,2) \cup (2,\infty)  |  x < 2 \text{ or } x > 3  ==  (-\infty,2)\cup(3,\infty)
 x<2 or x>3  ==  (-\infty, 2) \cup (3, \infty)  |  (-oo, 2) U (3, oo)  ==  (-\infty, 2) \cup (3, \infty)
 |x|  ==  \sqrt{x^2}  |  \left|x\right|  ==  |x|  |  |-5|  ==  5  |  2|x|  ==  |2x|  |  0.\overline{3}  ==  \frac13
@@ -141,7 +141,7 @@ f^{-1}(x) = 2x  ==  2x  |  \theta = 5  ==  5  |  \theta  ==  \theta  |  2\theta 
 5 feet  ==  5\text{ ft}  |  10 \%  ==  10\%  |  10 percent  ==  10\%  |  0.333333  ==  \frac13  |  0.666667  ==  2/3
 0.333333333  ==  1/3  |  \frac{1}{3}  ==  0.333333  |  east  ==  \text{east}  |  East  ==  east
 \text{east}  ==  east  |  even  ==  \text{even}  |  \text{DC}  ==  DC  |  20\,000  ==  20000  |  20{,}000  ==  20000
-1,000,000  ==  10^6  |  \lfloor 3.5 \rfloor  ==  3  |  \ln 2  ==  \log 2  |  e^{2}  ==  e^2  |  2e  ==  2\cdot e
+1,000,000  ==  10^6  |  \ln 2  ==  \log 2  |  e^{2}  ==  e^2  |  2e  ==  2\cdot e
 \infty  ==  infinity  |  +\infty  ==  \infty  |  +5  ==  5  |  5.0  ==  5  |  5.  ==  5  |  \frac{-1}{2}  ==  -\frac12
 -\frac{1}{2}  ==  \frac{1}{-2}  |  \frac{\pi}2  ==  \pi/2  |  \frac\pi2  ==  \pi/2  |  \frac{\sqrt{3}}3  ==  1/\sqrt3
 3/\sqrt{3}  ==  \sqrt3  |  \dfrac{3}{4}  ==  0.75  |  \left(\frac{1}{2}, 3\right)  ==  (0.5,3)
