@@ -177,7 +177,7 @@ _FENCE = re.compile(
     """,
     re.M | re.S | re.I | re.X,
 )
-_UNFENCED = re.compile(rf"{_LABEL}|<code>", re.M | re.I)
+_UNFENCED = re.compile(rf"{_LABEL}(?:\s*<code>)?|<code>", re.M | re.I)
 _UNFENCED_END = re.compile(r"</code>|^[ \t]*```|```[ \t]*$|^Observation:", re.M)
 _OBSERVATION = re.compile(r"^Observation:", re.M)
 _STOP_BEGUN = re.compile(r"((?<=```)<\w*|<end_\w*|\nObserv\w*)\Z")  # a reply that ended inside a stop string

@@ -508,7 +508,7 @@ def run(config):
     speaker = Speaker(config, {task["kind"] for task in tasks})
     notes = {"questions": collections.Counter(task["task"] for task in tasks)}
     facts = {
-        "prompts_sha256": speaker.prompts.sha256,
+        "prompts_sha256": speaker.prompts.sha256(config.method),
         "system_prompt_sha256": hashlib.sha256(speaker.system.encode()).hexdigest(),
     }
     path, mine = out / f"transcripts.{rank}.jsonl", {(task["task"], task["id"]): task for task in tasks[rank::size]}

@@ -60,6 +60,7 @@ SHAPES = {
     "form of the answer first": "add.\n```\nx: number\n```\nCode:\n```\nx = 1 + 1\nprint(x)\n```",
     "words before an unmarked fence": "add.\nCode:\nLike this:\n```\nx = 1 + 1\nprint(x)\n```",
     "<code>": "Thought: add.\n<code>\nx = 1 + 1\nprint(x)\n</code>",
+    "label and <code>": "Thought: add.\nCode:\n<code>\nx = 1 + 1\nprint(x)\n</code>",
     "<code> that never closes": "Thought: add.\n<code>\nx = 1 + 1\nprint(x)",
     "<code> around a fence": "Thought: add.\n<code>\n```py\nx = 1 + 1\nprint(x)\n```\n</code>",
     "thinking": "<think>\nI try\n```py\nfinal_answer(1)\n```\n</think>\n\nadd.\n```py\nx = 1 + 1\nprint(x)\n```",
