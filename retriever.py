@@ -569,11 +569,9 @@ def search_vectors(vectors, queries, k, rank):
 
 
 def answer_request(index, method, path, body):
-    """Answer POST /retrieve and GET /health from an open index. Returns (HTTP status, JSON value)."""
-    if (method, path) == ("GET", "/health"):
-        return 200, {"passages": len(index), "kind": index.manifest["kind"]}
+    """Answer POST /retrieve from an open index. Returns (HTTP status, JSON value)."""
     if (method, path.rstrip("/")) != ("POST", "/retrieve"):
-        return 404, {"error": "POST /retrieve, or GET /health"}
+        return 404, {"error": "POST /retrieve"}
     found = index.search(body.get("queries"), 3 if body.get("topk") is None else body["topk"])
     hits = [[{"document": {"id": id, "contents": text}, "score": score} for id, score, text in one] for one in found]
     return 200, {"result": hits if body.get("return_scores") else [[hit["document"] for hit in one] for one in hits]}
