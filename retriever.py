@@ -115,7 +115,7 @@ def _build(config, source, out):
     merge_passages(runs, source, work / "data")
     (merge_vectors if dense else merge_postings)(runs, work / "data", config)
     files = {path.name: path.stat().st_size for path in sorted((work / "data").iterdir())}
-    data = f"data-{int(manifest.get('data', 'data-0')[5:]) + 1}"
+    data = "data-2" if manifest.get("data") == "data-1" else "data-1"
     shutil.rmtree(out / data, ignore_errors=True)
     os.replace(work / "data", out / data)
     common.write_json(out / "index.json", {**plan, **modified, "data": data, "files": files})
@@ -141,8 +141,9 @@ def read_manifest(folder, name="index.json"):
 
 def incomplete_files(folder, manifest):
     """Returns the names of data files that do not have the size that the manifest says."""
-    data = {path.name: path.stat().st_size for path in (folder / manifest["data"]).iterdir()}
-    return [name for name, size in manifest.get("files", {}).items() if data.get(name) != size]
+    sizes = {path: path.stat().st_size for path in folder.glob("data-*/*")}
+    files = manifest.get("files", {}).items()
+    return [name for name, size in files if sizes.get(folder / manifest["data"] / name) != size]
 
 
 def save_array(path, array):

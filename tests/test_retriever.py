@@ -232,7 +232,7 @@ def test_one_passage_many_repetitions_and_no_words(tmp_path, kind):
         (b"null\n", ":1: not a passage"),
         (b"[" * 100_000, ":1: not a passage"),
         (b'{"id": "1", "contents": "' + b"x" * (1 << 24), ":1: not a passage: longer than 16 MiB"),
-        (b'{"id": "' + b"1" * 1000 + b'", "contents": "x"}\n', ":1: not a passage: an id of more than 64"),
+        (b'{"id": "' + b"1" * 1000 + b'", "contents": "x"}\n', ":1: not a passage: an id of more than 256"),
         (b'\xef\xbb\xbf{"id": "1", "contents": "x"}\n', ":1: not a passage"),
         ('{"id": "1", "contents": "Zürich"}\n'.encode("latin-1"), ":1: not a passage"),
         ('{"id": "1", "contents": "x"}\n'.encode("utf-16"), ":1: not a passage"),
@@ -323,7 +323,7 @@ def edit_manifest(folder, **changes):
     ({"kind": "bm52"}, "index format 4, not one of this program"),
     ({"kind": []}, "damaged"),
     ({"data": None}, "damaged"),
-    ({"data": "data-9"}, "damaged"),
+    ({"data": "data-9"}, "missing or incomplete; build it"),
     ({"passages": 1}, "damaged"),
     ({"files": {"docs": 1}}, "docs is missing or incomplete"),
     (b"\x00\xff", "not JSON"),
@@ -350,6 +350,8 @@ def test_incomplete_files_are_refused_and_the_same_build_repairs_them(tmp_path):
                 retriever.load(tmp_path / "index")
         index = build(tmp_path, zipf_texts(300))
         assert index.search(["w1 w2"]) == expected
+    shutil.rmtree(index.data)
+    assert build(tmp_path, zipf_texts(300)).search(["w1 w2"]) == expected
 
 
 def test_a_full_disk_is_an_error_and_the_same_build_continues(tmp_path):
