@@ -20,6 +20,7 @@ import functools
 import hashlib
 import math
 import os
+import re
 import shutil
 import threading
 import types
@@ -584,6 +585,8 @@ class RemoteIndex:
     def __init__(self, url, retries=3):  # about 3 seconds: within the time-out of one code action
         self.url = url.rstrip("/").removesuffix("/retrieve") + "/retrieve"
         self.session = common.http_session(retries)
+        # The environment's proxy is not asked for this machine.
+        self.session.trust_env = not re.match(r"\w+://(localhost|127\.[\d.]+|0\.0\.0\.0|\[::1\])([:/]|$)", url)
 
     def search(self, queries, k=3):
         """As Index.search. Raises InputError in one line if the server is gone or answers anything else."""

@@ -637,12 +637,17 @@ def test_a_failed_search_is_reported_and_the_server_continues(served, monkeypatc
     assert ask(url, {"queries": ["n7"]})[0] == 200
 
 
-def test_remote_index_gives_the_same_hits(served):
+def test_remote_index_gives_the_same_hits(served, monkeypatch):
     index, url = served
     remote = retriever.load(url)
     queries = ["n7", "passage", "nothing"]
     assert remote.search(queries, 2) == index.search(queries, 2)
     assert in_threads(8, lambda n: remote.search([f"n{n}"])) == [index.search([f"n{n}"]) for n in range(8)]
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody is there
+    monkeypatch.delenv("no_proxy", raising=False)
+    for url in (url, url.replace("127.0.0.1", "localhost"), f"{url}/retrieve/"):
+        assert retriever.load(url).search(queries, 2) == index.search(queries, 2)
     with pytest.raises(InputError, match="status 400: the number of passages"):
         remote.search(["n7"], 0)
 
