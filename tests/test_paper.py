@@ -232,7 +232,7 @@ def test_every_stage_on_stand_ins(tmp_path):
     assert {(names[run], run.suffix, about["training"]) for run, about in runs.items()} == {
         ("published.wiki", ".sc8", "distill+prefix"),
         ("published.e5", ".cot-rag", "distill"),
-        ("published.pooled", ".agent", "base"),
+        ("published.pooled", ".agent", "none"),
         ("local", ".sc8", "distill"),
         ("published.wiki", ".greedy", "distill"),  # the authors' student
     }
