@@ -332,6 +332,16 @@ class Journal(contextlib.AbstractContextManager):
                 raise InputError(f"{self.path}: cannot write ({error.strerror}); earlier rows are intact") from None
             self.rows.append(row)
 
+    def drop(self, unwanted):
+        """Remove the rows that the function `unwanted` picks: the file is replaced by one without them."""
+        rows = [row for row in self.rows if not unwanted(row)]
+        if len(rows) < len(self.rows):
+            write_jsonl(self.path, rows)
+            self.rows = rows
+            self._replaced = self._file  # stays open and locked: who opened it before must not write to it
+            self._file = open(self.path, "ab", buffering=0)
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
     def close(self, *exception):
         self._file.close()
 

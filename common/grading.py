@@ -20,9 +20,10 @@ import dataclasses
 import json
 import re
 import string
+import unicodedata
 
 from common import InputError
-from common.expressions import Unreadable, Value, clean, depths, read_value, same_value, split
+from common.expressions import Unreadable, Value, clean, cuts, depths, proportional, read_value, same_value, split
 
 MAX_CHARACTERS = 2000  # of one answer; 2^{4181}, a gold answer of MATH, has 1,259 digits
 MAX_DEPTH = 40  # nested brackets
@@ -40,13 +41,16 @@ def grade(kind, prediction, answer, aliases=(), question="", judge=None):
     """Returns the Verdict on one answer.
 
     kind: "fact" or "math". prediction: the JSON value given to final_answer, or the text of a CoT answer; None is no
-    answer. answer, aliases: gold answers, text or numbers; aliases count for facts only. question: read by the judge,
-    and by the math rules for number bases and percentages. judge: callable(question, answers, prediction) ->
-    True, False or None (no verdict), called for facts without an exact match. Raises InputError for another kind.
+    answer. answer: text, number or list. A list of facts holds alternatives, a list in math is one answer in several
+    parts. aliases: further gold answers, for facts only: a list, one text, or None. question: read by the judge, and by
+    the math rules for number bases and percentages. judge: callable(question, answers, prediction) -> True, False or
+    None (no verdict), called for facts without an exact match. Raises InputError for another kind.
     """
     if kind not in ("fact", "math"):
         raise InputError(f"kind {kind!r}: a task is of kind 'fact' or 'math'")
-    if answer is None or not str(answer).strip():
+    answers = answer if isinstance(answer, list) and kind == "fact" else [answer]
+    answers = [gold for gold in answers if gold not in (None, []) and str(gold).strip()]
+    if not answers:
         return Verdict(False, "no gold answer")  # three MATH training rows have none
     if kind == "math":
         if prediction is None or (isinstance(prediction, str) and not prediction.strip()):
@@ -58,13 +62,14 @@ def grade(kind, prediction, answer, aliases=(), question="", judge=None):
         return Verdict(False, "unreadable")
     if not text.strip():
         return Verdict(False, "no answer")
-    if exact_match(text, [answer]):
+    aliases = [aliases] if isinstance(aliases, str) else aliases or []
+    if exact_match(text, answers):
         return Verdict(True, "exact")
     if exact_match(text, aliases):
         return Verdict(True, "alias")
     if judge is None:
         return Verdict(False, "different")
-    verdict = judge(question or "", [fact_text(gold) for gold in (answer, *aliases)], text)
+    verdict = judge(question or "", [fact_text(gold) for gold in (*answers, *aliases)], text)
     words = {True: "correct", False: "incorrect", None: "no verdict"}
     return Verdict(verdict is True, f"judge: {words[verdict]}")
 
@@ -73,7 +78,7 @@ def grade(kind, prediction, answer, aliases=(), question="", judge=None):
 
 
 def fact_text(value):
-    """A JSON value as a person would write it: True is yes, 1969.0 is 1969, a list has commas."""
+    """A JSON value as a person would write it: True is yes, 1969.0 is 1969, a list has commas, LaTeX is plain text."""
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -82,13 +87,44 @@ def fact_text(value):
         return str(int(value))
     if isinstance(value, list):
         return ", ".join(map(fact_text, value))
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return without_latex(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+FONT = r"\\(?:text\w*|math\w*|mbox|emph|operatorname|underline|boxed|fbox)\s*(?=\{)"
+LATEX = [  # (pattern, replacement), in this order
+    (r"(?<=\d)\\,(?=\d{3})", ""),  # 10\,000
+    (r"\\(?:[\\,;: ]|q?quad\b)|(?<!\\)~", " "),  # \text{New}\ \text{York}
+    (r"\^\s*(?:\\circ|\{\s*\\circ\s*\})", "°"),  # 60^\circ
+    (r"\\([`'^\"~])\s*(?:\{\\?(\w)\}|(\w))", lambda match: (match[2] or match[3]) + ACCENTS[match[1]]),  # M\'elanie
+    (r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2"),
+    (rf"{FONT}|(?<!\\)[{{}}$]|\\[()\[\]]", ""),  # \text{Paris}, $\mathbf{yes}$
+    (r"\\(?=[a-zA-Z]|[^\w\s])", ""),  # A\$AP, Steely \& Clevie, \alpha
+]
+ACCENTS = dict(zip("`'^\"~", "\u0300\u0301\u0302\u0308\u0303", strict=True))  # combining characters
+
+
+def without_latex(text):
+    r"""A fact in plain text: \text{A\$AP Rocky} is A$AP Rocky. A text without LaTeX stays as it is."""
+    if "\\" in text:
+        for pattern, replacement in LATEX:
+            text = re.sub(pattern, replacement, text)
+    return unicodedata.normalize("NFC", text)
+
+
+# The sign and the decimal point of a number, and what else stands between two digits, are no punctuation; "1,000" is.
+IN_NUMBERS = r"(?<![^\s(])-(?=\$?\.?\d)|(?<!\w)\.(?=\d)|(?<=\d)(?:[^\w\s,]|,(?!\d{3}(?!\d)))(?=\d)"
+PUNCTUATION = re.compile(f"({IN_NUMBERS})|[{re.escape(string.punctuation)}]")
+QUOTES = str.maketrans("‘’´“”–—−", "\u0027\u0027\u0027" + '""---')
 
 
 def normalise_fact(value):
-    """Lower case, no punctuation, no articles, single spaces (SQuAD 1.1)."""
-    text = "".join(c for c in fact_text(value).lower() if c not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+    """Lower case, no punctuation, no articles, single spaces (SQuAD 1.1), but 3.5 is not 35 and -5 is not 5.
+
+    Where nothing is left ("A", "!!!"), articles and then punctuation stay.
+    """
+    original = fact_text(value).translate(QUOTES).lower().strip()
+    text = PUNCTUATION.sub(r"\1", original)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split()) or text.strip() or original
 
 
 def exact_match(prediction, answers):
@@ -100,35 +136,53 @@ def exact_match(prediction, answers):
 
 
 def boxed_answer(text):
-    r"""The content of the last complete \boxed{...} or \fbox{...} (also `\boxed 5`), or None."""
+    r"""The content of the last complete \boxed{...} or \fbox{...} (also `\boxed 5`) that is not empty, or None."""
     for match in reversed(list(re.finditer(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*", text))):
         rest = text[match.end() :]
+        content = ""
         if not rest.startswith("{"):
             if token := re.match(r"\\?[^\s$\\{}]+", rest):
-                return token[0].rstrip(".,;")
-            continue
+                content = token[0].rstrip(".,;")
         depth = 0
-        for brace in re.finditer(r"\\.|[{}]", rest, re.DOTALL):  # \{ and \} are characters of the answer
+        for brace in re.finditer(r"\\.|[{}]", rest if rest.startswith("{") else "", re.DOTALL):  # \{ is no bracket
             depth += {"{": 1, "}": -1}.get(brace[0], 0)
             if depth == 0 and brace[0] == "}":
-                return rest[1 : brace.start()].strip()
+                content = rest[1 : brace.start()].strip()
+                break
+        if not NO_ANSWER.fullmatch(content):
+            return content
     return None
 
 
+# What a box holds where a reply repeats its instructions: \boxed{}, \boxed{...}, \boxed{\text{answer}}
+NO_ANSWER = re.compile(r"(?i)(?:\\text)?[\s{}.…_]*(?:\\[lc]?dots|(?:(?:your|the|final)\s+)*answer)?[\s{}.…_]*")
+
+# How a reply states its answer without a box. What follows the sign is the answer, up to the end of the sentence.
 STATED = re.compile(
-    r"(?im)(?:\bfinal\ answer(?:\s+is\b|\s*[:=*\n])|\b(?:the|my)\ answer\ is\b|^\W*answer\W*?:|^\s*\#{4}(?!\#))"
-    r"[\s:=*]*(.*\w.*)"
+    r"""(?imx)
+    (?: ^\W* (?:(?:the|my|our)\s+)? (?:(?:final|correct|right)\s+)? answer \W*? [:=\n]  # **Answer:** 9, ### Answer\n9
+      | \b (?:the|my|our|final|correct|right)\ answer \W*? [:=\n]                       # Step 3: the final answer: 9
+      | \b answer (?:\ to\ [^.\n]{1,80}?)? \s+ (?:is|would\ be|should\ be|must\ be)\b(?!\s+not\b)   # so the answer is 9
+      | ^\s*\#{4}(?!\#)                                                                 # #### 9
+    )
+    (?:[\s:=*] | (?:\$\$|\\\[)\s*\n)* (.*\w.*)"""
+)
+# An abbreviation's point ends no sentence, unless a word follows that can only begin one.
+SENTENCE_END = re.compile(
+    r"(?<!\b[A-Z])(?<!\b(?:St|Mt|Ft|Dr|Mr|Ms|Jr|Sr|Lt|No|vs|Co))(?<!\b(?:Mrs|Inc|Ltd|Gen|Col|Rev|Sgt|Gov|Sen|Rep))\.\s+[A-Z]"
+    r"|[.!?]\s+(?:It|This|That|These|He|She|They|We|I|The|There|Therefore|So|Because|Since|Note)\b"
+    r"|,?\s+(?:because|since)\s|,\s+(?:which|who|as)\s"
 )
 
 
 def cot_answer(text):
     """The boxed answer; else what the last "Final answer: ...", "The answer is ...", "Answer: ..." or "#### ..."
-    states, up to the end of its line; else None."""
+    states, up to the end of its sentence; else None."""
     boxed = boxed_answer(text)
     if boxed is not None:
         return boxed
     stated = STATED.findall(text)
-    return stated[-1].strip(" *").removesuffix(".").rstrip(" *") if stated else None
+    return SENTENCE_END.split(stated[-1])[0].strip(" *").removesuffix(".").rstrip(" *") if stated else None
 
 
 # ------------- Math: the structure of an answer; a node is a Value or a Group
@@ -136,8 +190,12 @@ def cot_answer(text):
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """kind: the brackets "()", "(]", "{}", ..., "" for a bare list, "json" for a Python list, "∪" for a union; "=" for
-    an equation (two items, the left side as a text)."""
+    """Several nodes, or texts for "_" and the name of "=".
+
+    kind: the brackets "()", "(]", "{}", ...; "" for a bare list, "json" for a Python list, "names" for equations with
+    different names, "∪" for a union, ":" for a ratio, "_" for digits and their base; "=" for an equation (its left side
+    and its right side).
+    """
 
     kind: str
     items: tuple
@@ -147,42 +205,123 @@ def read(value):
     """The node of a JSON value or a text. Raises Unreadable."""
     if isinstance(value, list):
         return group("json", map(read, value))
+    if isinstance(value, dict):
+        return group("{}", [Group("=", (str(name), read(item))) for name, item in value.items()])
     text = clean(str(value))
     if not 0 <= min(depths(text)) <= max(depths(text)) <= MAX_DEPTH:
         raise Unreadable("brackets")
     return read_text(text)
 
 
+# How sympy and numpy write sets and rows: the brackets that they stand for
+CONTAINERS = {"Interval": "[]interval", "Interval.open": "()", "Interval.Lopen": "(]", "Interval.Ropen": "[)"}
+CONTAINERS |= {"Union": "∪", "FiniteSet": "{}", "Tuple": "()", "Point2D": "()"}
+CONTAINERS |= dict.fromkeys(["array", "Matrix", "ImmutableDenseMatrix", "list", "tuple", "set", "frozenset"], "json")
+NAME = r"[a-zA-Z](?:_\w+)?(?:\^\{-1\})?(?:\([a-z]\))?"  # x, x_1, f(x)
+# What may stand before "=" and be left out: also (x, y), P(A), AB, Area
+LEFT_OUT = re.compile(
+    rf"{NAME}|\({NAME}(?:, ?{NAME})+\)|[A-Z]+\([^()]*\)|\|?[A-Z][A-Za-z]+\|?|(?:m ?)?\\(?:angle|overline) ?\{{?[A-Z]+\}}?|"
+    r"\\text ?\{[^{}]*\}|\\[a-z]+"
+)
+RELATIONS = "<>≤≥≠"
+
+
 def read_text(text):
     """The node of a cleaned text: first what binds loosest (commas), at last an expression."""
+    if cuts(text, RELATIONS) and " and " in text:
+        raise Unreadable(text)
+    if len(pieces := text.split(" or ")) > 1 and re.search(f"[{RELATIONS}]", text):
+        return group("∪", map(read_text, pieces))  # x < 2 or x > 3
     text = re.sub(r"\b(and|or)\b", ",", text)
-    if len(split(text, ",;±")) > 1:
+    if len(split(text, ",;")) > 1 or ("±" in text and "," not in text):
         return group("", read_items(text))
-    if len(sides := split(text, "=")) == 2:
-        return Group("=", (sides[0], read_text(sides[1])))
+    if cuts(text, RELATIONS):
+        return read_inequality(text)
+    if len(sides := split(text, "=")) > 1:
+        *values, last = map(read_text, sides[1:])
+        if not all(same_node(value, last) for value in values):  # x = 10/4 = 5/2
+            raise Unreadable(text)
+        if re.fullmatch(r"(\\[a-z]+|[^a-zA-Z])+", sides[0]) and same_node(read_text(sides[0]), last):  # 2 + 3 = 5
+            return last
+        return Group("=", (sides[0], last))
+    if len(pieces := split(text, ":")) > 1:
+        return Group(":", tuple(map(read_value, pieces)))
     if len(pieces := split(text, "∪")) > 1:
         return group("∪", map(read_text, pieces))
-    if text[:1] in ("(", "[", "{") and text[-1] in ")]}" and min(depths(text[:-1])[1:]) > 0:
-        items = read_items(text[1:-1])
-        return items[0] if len(items) == 1 and text[0] == "(" else group(text[0] + text[-1], items)
+    if digits := re.fullmatch(r"(-?(?:\d[\dA-Z]*|[A-Z]\d[\dA-Z]*))_(\d+)", text.replace("- ", "-")):
+        return Group("_", digits.groups())
+    name = re.match(r"[\w.]*", text)[0]
+    inside = text[len(name) :]
+    if (not name or name in CONTAINERS) and inside[:1] in ("(", "[", "{") and inside[-1] in ")]}":
+        if min(depths(inside[:-1])[1:]) > 0:
+            return read_brackets(name, inside)
     return read_value(text)
+
+
+def read_brackets(name, text):
+    """The node of "(1, 2]" or, with a name of CONTAINERS, of "Interval(1, 2)"."""
+    items = read_items(text[1:-1]) if text[1:-1].strip() else []
+    if (name or text[0] == "(") and len(items) == 1:
+        inner = items[0]
+        return group("json", inner.items) if is_group(inner, "[]") or (name and is_group(inner, "{}")) else inner
+    return group(CONTAINERS[name] if name else text[0] + text[-1], items)
 
 
 def read_items(text):
     """The nodes of the texts between commas; one with \\pm gives two."""
     pieces = split(text, ",;")
+    if len(pieces) > 1 and not pieces[-1]:
+        pieces.pop()  # (5,)
     return [read_text(piece.replace("±", sign)) for piece in pieces for sign in ("+-" if "±" in piece else "+")]
 
 
+def read_inequality(text):
+    """The equation of x with an interval that x < 2, 1 < x < 2 or x ≠ 2 stands for. Other inequalities are Unreadable."""
+    sides = split(text, RELATIONS)
+    signs = [text[i] for i in cuts(text, RELATIONS)]
+    if signs[0] in ">≥":
+        sides = sides[::-1]
+        signs = [sign.translate(str.maketrans("<≤>≥", ">≥<≤")) for sign in signs[::-1]]
+    names = [bool(re.fullmatch(NAME, side)) for side in sides]
+    if signs == ["≠"] and names[0]:
+        return Group("=", (sides[0], read_text(rf"(-\infty,{sides[1]})∪({sides[1]},\infty)")))
+    if names == [True, False]:
+        sides, signs, names = [r"-\infty", *sides], ["<", *signs], [False, *names]
+    elif names == [False, True]:
+        sides, signs, names = [*sides, r"\infty"], [*signs, "<"], [*names, False]
+    if not set(signs) <= set("<≤") or names != [False, True, False]:
+        raise Unreadable(text)
+    kind = ("(" if signs[0] == "<" else "[") + (")" if signs[1] == "<" else "]")
+    return Group("=", (sides[1], group(kind + "interval" * (kind == "[]"), map(read_text, sides[::2]))))
+
+
 def group(kind, items):
-    """A Group; a single item stands for itself, unless it is a row of numbers."""
+    """A Group; a single item stands for itself, unless it is a row of numbers. x=1, x=2 becomes x = (1, 2)."""
     items = tuple(items)
-    return items[0] if len(items) == 1 and isinstance(items[0], Value) else Group(kind, items)
+    names = [item.items[0] for item in items if is_group(item, "=")]
+    if len(items) == 1 and (isinstance(items[0], Value) or is_group(items[0], "=", "()", "{}", "names")):
+        return items[0]
+    if len(items) == len(set(names)) > 1:
+        return Group("names", items)
+    if len(set(names)) == 1 and is_group(items[0], "=") and len(names) in (1, len(items)):
+        return Group("=", (names[0], group(kind, [item.items[1] if is_group(item, "=") else item for item in items])))
+    if kind[:1] == "[" and items and items[0] == MINUS_INFINITY:
+        kind = "(" + kind[1:2]
+    if kind[1:2] == "]" and items and items[-1] == INFINITY:
+        kind = kind[0] + ")"
+    return Group(kind, items)
+
+
+def is_group(node, *kinds):
+    return isinstance(node, Group) and node.kind in kinds
 
 
 # ------------- Math: comparison
 
-WORDING = re.compile(r"\\text\s*\{[a-zA-Z ,.()'-]+\}")  # a gold answer that is words or a choice letter: \text{(C)}
+INFINITY = read_value(r"\infty")
+MINUS_INFINITY = read_value(r"-\infty")
+WORDING = re.compile(r"\\text\s*\{[a-zA-Z ,.()'-]+\}|[a-zA-Z]{4,}( [a-zA-Z]+)*")  # words or a letter: \text{(C)}, east
+LABEL = re.compile(r"(?:\\text\s*\{)?\(?([A-Z])[).:]+\s*\}?\s+(\S.*)")  # a choice with its value: \text{(B)} 16
 
 
 def compare(prediction, answer, question=""):
@@ -190,23 +329,35 @@ def compare(prediction, answer, question=""):
 
     why: exact (the same text), text (the same words) or equal (in value); different or unreadable.
     """
-    answer = str(answer)
     try:
-        if max(len(str(prediction)), len(answer)) > MAX_CHARACTERS:
+        if max(len(str(prediction)), len(str(answer))) > MAX_CHARACTERS:
             return Verdict(False, "unreadable")
-        if isinstance(prediction, str) and clean(prediction) == clean(answer):
+        if clean(str(prediction)) == clean(str(answer)):
             return Verdict(True, "exact")
-        if WORDING.fullmatch(clean(answer)):
-            equal = words_of(str(prediction)) == words_of(answer)
+        label = LABEL.fullmatch(clean(prediction)) if isinstance(prediction, str) else None
+        if WORDING.fullmatch(clean(str(answer))):
+            equal = words_of(label[1] if label else str(prediction)) == words_of(str(answer))
             return Verdict(equal, "text" if equal else "different")
         if re.search(r"\bbase\b|binary|octal|hexadecimal", question) and re.fullmatch(r"\s*-?\d+\s*", str(prediction)):
-            answer = re.sub(r"_\s*\{?\d{1,2}\}?$", "", answer)
+            answer = re.sub(r"_\s*\{?\d{1,2}\}?$", "", str(answer))
         if isinstance(prediction, str):
-            prediction = re.split(r"\\approx|≈", prediction)[0]  # x = 2\sqrt{3} \approx 3.46
-        equal = same(read(prediction), read(answer), question.lower())
+            prediction = re.sub(r"^\s*\\text\s*\{([^{}]*)\}\s*$", r"\1", label[2] if label else prediction)
+        readings = [prediction]
+        if re.fullmatch(r"\s*-?\d{1,3}(,\d{3})+\s*", str(prediction)):
+            readings.append(str(prediction).replace(",", ", "))  # 81,256 is a number or two
+        gold = read(exact_part(answer))
+        equal = any(same_node(read(exact_part(reading)), gold, question.lower()) for reading in readings)
         return Verdict(equal, "equal" if equal else "different")
     except (ValueError, ArithmeticError, RecursionError):  # ValueError: also an integer that is too long to print
         return Verdict(False, "unreadable")
+
+
+def exact_part(answer):
+    r"""Without the approximation that follows the value in x = 2\sqrt{3} \approx 3.46; `x \approx 3.46` has no other."""
+    if not isinstance(answer, str):
+        return answer
+    pieces = [piece for piece in re.split(r"\\approx|≈", answer) if not LEFT_OUT.fullmatch(clean(piece) or "x")]
+    return pieces[0] if pieces else answer
 
 
 def words_of(text):
@@ -214,41 +365,66 @@ def words_of(text):
     return re.findall(r"\w+", clean(text).replace(r"\text", " ").lower())
 
 
-NAME = re.compile(r"[a-zA-Z](\([a-z]\))?")  # the x or f(x) of "x = 5" and "f(x) = 2x", which may be left out
-
-
-def same(p, g, question):
+def same_node(prediction, gold, question=""):
     """Whether two nodes mean the same."""
-    p_named, g_named = is_equation(p), is_equation(g)
-    if p_named and g_named and p.items[0] != g.items[0]:
-        left = same(read_text(p.items[0]), read_text(g.items[0]), question)
-        return left and same(p.items[1], g.items[1], question)
-    if p_named and (g_named or NAME.fullmatch(p.items[0])):
-        p = p.items[1]
-    if g_named and (p_named or NAME.fullmatch(g.items[0])):
-        g = g.items[1]
-    if isinstance(p, Value) and isinstance(g, Value):
-        return same_value(p, g, question)
-    return isinstance(p, Group) and isinstance(g, Group) and same_group(p, g, question)
+    p_named, g_named = is_group(prediction, "="), is_group(gold, "=")
+    if p_named and g_named and prediction.items[0] != gold.items[0]:
+        return same_equation(prediction, gold)
+    if p_named and (g_named or LEFT_OUT.fullmatch(prediction.items[0])):
+        prediction = prediction.items[1]
+    if g_named and (p_named or LEFT_OUT.fullmatch(gold.items[0])):
+        gold = gold.items[1]
+    if isinstance(prediction, Value) and isinstance(gold, Value):
+        return same_value(prediction, gold, question)
+    return isinstance(prediction, Group) and isinstance(gold, Group) and same_group(prediction, gold, question)
 
 
-def is_equation(node):
-    return isinstance(node, Group) and node.kind == "="
+def same_equation(prediction, gold):
+    """Whether the differences of their sides are proportional: 2x - 4 = 0 is x = 2."""
+    if not all(isinstance(node.items[1], Value) for node in (prediction, gold)):
+        return False
+    return proportional(*(("-", read_value(node.items[0]).tree, node.items[1].tree) for node in (prediction, gold)))
 
 
 # Which brackets of a prediction may stand for which of a gold answer. A Python list cannot say that an end is open.
-BRACKETS = {"": ("json", "[]", "{}", "()"), "{}": ("json", "[]", ""), "()": ("json",), "[]": ("json",)}
+BRACKETS = {
+    "": ("json", "[]", "{}", "()", "names"),
+    "{}": ("json", "[]", ""),
+    "()": ("json", "names"),
+    "[]": ("json", "[]interval"),
+}
+BRACKETS |= {
+    "json": ("[]", "()", "{}", ""),
+    "names": ("json", "[]", "()", ""),
+    "∪": ("",),
+    "[]interval": ("[]", "json"),
+}
 
 
-def same_group(p, g, question):
-    if (p.kind != g.kind and p.kind not in BRACKETS.get(g.kind, ())) or len(p.items) != len(g.items):
+def same_group(prediction, gold, question):
+    kinds = [prediction.kind, gold.kind]
+    if prediction.kind not in (gold.kind, *BRACKETS.get(gold.kind, ())) or len(prediction.items) != len(gold.items):
         return False
-    names = {item.items[0] for item in p.items if is_equation(item)}
-    ordered = g.kind not in ("", "{}", "∪") or p.kind == "()" or len(names) > 1  # x = 1, y = 2 is not x = 2, y = 1
-    items = list(p.items)
-    for gold in g.items:
-        i = next((i for i, item in enumerate(items) if same(item, gold, question)), None)
+    if gold.kind == "_":
+        return prediction.items == gold.items
+    # x = 1, y = 2 is not 2, 1, but it is y = 2, x = 1
+    letters = {item.items[0][:1] for item in (*prediction.items, *gold.items) if is_group(item, "=")}
+    ordered = (
+        gold.kind not in ("", "{}", "∪", "names") or "()" in kinds or (kinds.count("names") == 1 and len(letters) > 1)
+    )
+    items = list(prediction.items)
+    for item in gold.items:
+        i = next((i for i, other in enumerate(items) if same_node(other, item, question)), None)
         if i is None or (i and ordered):
             return False
         del items[i]
     return True
+
+
+def same(kind, a, b):
+    """Whether two predictions are the same answer, whichever comes first; used by votes. None is no answer."""
+    if a is None or b is None:
+        return False
+    if kind == "fact":
+        return exact_match(a, [b])
+    return compare(a, b).correct or compare(b, a).correct

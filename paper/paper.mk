@@ -241,6 +241,9 @@ $(foreach row,$(PAPER_ROWS),$(if $(filter base.%,$(row)),\
 
 paper-report: paper-evaluate  ## the table and the page, beside the paper's figures
 	@$(RUN) evaluate.py report $(RESULTS)
+	@printf '\nThe paper, averages of the eight tasks in %%, students of 0.5B / 1.5B / 3B / 7B:\n'
+	@printf '%-38s%s\n' 'CoT distilled' '13.64 / 21.28 / 27.72 / 33.54' 'CoT + RAG distilled' '15.90 / 24.64 / 28.53 / 32.16' \
+	  'agent distilled' '19.24 / 28.06 / 33.60 / 39.85' 'agent distilled + prefix + SC-action' '21.90 / 30.55 / 36.60 / 42.68'
 
 # The authors' 1.5B student, an adapter that names its base. It learned search results in their wording. They publish no
 # system prompt, so it gets our short one. training.json says what evaluate.py reads there of students trained here.
