@@ -489,11 +489,18 @@ def run(config):
         for path in report.transcript_files(out):
             if int(path.name.split(".")[1]) % size == rank:  # those of processes that no longer run, too
                 regrade_file(path, judge, config.quiet, current)
-    print(f"{out}: {report.summarise(out)}")
-    rows = report.transcripts(out)
+    return summarise(out)
+
+
+def summarise(folder):
+    """Write results.json and print a line about the run. Returns the exit status: 1 if there is nothing but errors."""
+    print(f"{folder}: {report.summarise(folder)}")
+    rows = report.transcripts(folder)
     errors = collections.Counter(row["error"] for row in rows if row["stop"] == "error")
     if errors:
         print(f"{errors.total()} errors; most often: {errors.most_common(1)[0][0]}", file=sys.stderr)
+    if undecided := sum(row["why"] == "judge: no verdict" for row in rows):
+        print(f"{undecided} answers have no verdict of the judge, and count as wrong", file=sys.stderr)
     return int(errors.total() == len(rows))
 
 
@@ -560,7 +567,8 @@ def regrade(config):
     with open_judge(config, config.folder) as judge:
         pairs = [pair for path in report.transcript_files(config.folder) for pair in regrade_file(path, judge)]
     changed = sum(old["correct"] != new["correct"] for old, new in pairs)
-    print(f"{config.folder}: {changed} grades changed; {report.summarise(config.folder)}")
+    print(f"{changed} grades changed")
+    return summarise(config.folder)
 
 
 # ------------- report, compare, ask
