@@ -73,8 +73,8 @@ class GrowingLayer(DynamicLayer):
 
 
 class SampleNucleus(transformers.LogitsProcessor):
-    """Temperature and top-p sampling among the HEAD likeliest tokens. All scores but that of the drawn token become
-    -inf, so generate is called with do_sample=False.
+    """Temperature and, with top_p < 1, nucleus sampling among the HEAD likeliest tokens. All scores but that of the
+    drawn token become -inf, so generate is called with do_sample=False.
 
     transformers' own top-p sorts the whole vocabulary: 24 instead of 2 ms per token on a CPU with Qwen2.5's 151,936.
     """
@@ -86,7 +86,8 @@ class SampleNucleus(transformers.LogitsProcessor):
         self.top_p = top_p
 
     def __call__(self, input_ids, scores):
-        p, tokens = (scores / self.temperature).softmax(-1).topk(min(self.HEAD, scores.shape[-1]))  # (rows, HEAD)
+        head = min(self.HEAD, scores.shape[-1]) if self.top_p < 1 else scores.shape[-1]
+        p, tokens = (scores / self.temperature).softmax(-1).topk(head)  # (rows, head)
         p = p.masked_fill(p.cumsum(-1) - p >= self.top_p, 0)  # kept: the smallest set that holds top_p
         drawn = tokens.gather(-1, p.multinomial(1))
         return torch.full_like(scores, -torch.inf).scatter_(-1, drawn, 0)

@@ -147,20 +147,20 @@ def test_sampling_is_seeded_and_follows_temperature_and_top_p(model):
     assert sample(top_p=1e-9) == sample(temperature=0) == [text * 4 for text in greedy]
 
 
-def test_first_tokens_follow_the_nucleus_distribution(model):
+@pytest.mark.parametrize("temperature, top_p", [(0.7, 0.6), (50.0, 1.0)])
+def test_first_tokens_follow_the_nucleus_distribution(model, temperature, top_p):
     """2,000 samples of one token against the renormalised probabilities of the nucleus."""
-    student = Student(*model, n=2000, temperature=0.7, top_p=0.6, max_tokens=1)
-    [samples] = student.write([ids_of(model[1], *turns(["Hi"]))])
-    drawn = [sample.ids[0] for sample in samples]
-    p, order = (
-        (model[0](torch.tensor([ids_of(model[1], *turns(["Hi"]))])).logits[0, -1] / 0.7)
-        .softmax(-1)
-        .sort(descending=True)
-    )
-    size = int((p.cumsum(0) < 0.6).sum()) + 1
-    for probability, token in zip((p[:size] / p[:size].sum()).tolist(), order[:size].tolist(), strict=True):
+    student = Student(*model, n=2000, temperature=temperature, top_p=top_p, max_tokens=1)
+    prompt = ids_of(model[1], *turns(["Hi"]))
+    drawn = [sample.ids[0] for sample in student.write([prompt])[0]]
+    p, order = (model[0](torch.tensor([prompt])).logits[0, -1] / temperature).softmax(-1).sort(descending=True)
+    size = min(len(p), int((p.cumsum(0) < top_p).sum()) + 1)
+    expected = dict(zip(order[:size].tolist(), (p[:size] / p[:size].sum()).tolist(), strict=True))
+    assert set(drawn) <= expected.keys()
+    for token, probability in expected.items():
         assert drawn.count(token) / 2000 == pytest.approx(probability, abs=0.05), token
-    assert set(drawn) <= set(order[:size].tolist())
+    if top_p == 1:
+        assert len(set(drawn)) > 400, "the whole vocabulary of 500 is sampled"
 
 
 @pytest.mark.parametrize("n", [1, 3])
