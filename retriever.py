@@ -392,16 +392,17 @@ class SparseIndex(Index):
 
     def _best(self, query, k):
         """Returns (passage numbers, scores) of the k best passages of those with a word of the query."""
-        kind, norm = self.manifest["kind"], 0.0
+        squares = 0.0  # of the query's weights, for TF-IDF
         self.scores.fill(0)
-        for (start, stop), n in Counter(filter(None, map(self.find, query_terms(query)))).items():
-            repeats = n if kind == "bm25" else 1 + math.log(n)
-            values = self.values[start:stop] * np.float32(repeats)
+        for (start, stop), repeats in Counter(filter(None, map(self.find, query_terms(query)))).items():
+            if self.manifest["kind"] == "tfidf":
+                repeats = 1 + math.log(repeats)
+                squares += (repeats * term_idf("tfidf", stop - start, len(self))) ** 2
+            values = self.values[start:stop] if repeats == 1 else self.values[start:stop] * np.float32(repeats)
             np.add.at(self.scores, self.docs[start:stop].astype(np.intp), values)
-            norm += (repeats * term_idf(kind, stop - start, len(self))) ** 2
         docs = np.flatnonzero(self.scores >= max(self._floor(k), 1e-30))
         docs, scores = best_of(docs, self.scores[docs], self.rank, k)
-        return docs, scores / np.float32(1 if kind == "bm25" else math.sqrt(norm) or 1)
+        return docs, scores / np.float32(math.sqrt(squares) or 1)
 
     def _floor(self, k):
         """A lower bound of the k-th best score: the k-th greatest of the maxima of at least 16 k groups of passages."""

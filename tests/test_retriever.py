@@ -646,8 +646,8 @@ def test_remote_index_gives_the_same_hits(served, monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody is there
     monkeypatch.delenv("no_proxy", raising=False)
-    for url in (url, url.replace("127.0.0.1", "localhost"), f"{url}/retrieve/"):
-        assert retriever.load(url).search(queries, 2) == index.search(queries, 2)
+    for local in (url, url.replace("127.0.0.1", "localhost"), f"{url}/retrieve/"):
+        assert retriever.load(local).search(queries, 2) == index.search(queries, 2)
     with pytest.raises(InputError, match="status 400: the number of passages"):
         remote.search(["n7"], 0)
 
