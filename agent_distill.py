@@ -71,7 +71,7 @@ class Prompts:
             if not text.startswith(f"{tool}(") or ")" not in text:
                 raise InputError(f"{path}: describes a tool of --tools, as {tool}(argument: type): what it does")
             described.append(f"- {text}")
-            calls.append(re.sub(r":[^,)]*", "", text[: text.index(")") + 1]))  # without annotations
+            calls.append(re.sub(r":(\[[^\]]*\]|[^,)])*", "", text[: text.index(")") + 1]))  # without annotations
         return self.fill(name, tools="\n".join(described), calls=", ".join(calls), max_steps=max_steps)
 
     def sha256(self, method):
@@ -638,7 +638,7 @@ def filter_trajectories(config):
     if others:
         print(f"note: {others} of {len(kept)} were collected with other prompts than {prompts.folder}", file=sys.stderr)
     if len({tuple(row["tools"]) for row in kept if row["method"] == "agent"}) > 1:
-        print("note: not all trajectories were collected with the same tools", file=sys.stderr)
+        print("note: the trajectories were collected with different tools", file=sys.stderr)
     counts["all"] = sum(counts.values(), collections.Counter())
     print(table(["task", *columns], [[name, *(row[c] for c in columns)] for name, row in counts.items()]))
 

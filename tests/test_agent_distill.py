@@ -147,6 +147,9 @@ def test_every_tool_is_described_to_teacher_and_student(tmp_path):
         assert f"- {name}(" in teacher and f"{name}(" in student
     assert "web_search(query), final_answer(answer)" in student and "{" not in student
     shutil.copytree(Prompts.default, tmp_path / "prompts")
+    (tmp_path / "prompts" / "tools" / "count.txt").write_text("count(words: dict[str, int], n: int = 3) -> str: counts")
+    student = Prompts(tmp_path / "prompts").system("agent_student_system", ["count"])
+    assert "Tools: count(words, n), final_answer(answer)." in student
     for text in ("runs a program", "shell(", "other(x): runs"):
         (tmp_path / "prompts" / "tools" / "shell.txt").write_text(text)
         with pytest.raises(InputError, match="tools/shell.txt: describes a tool of --tools"):
@@ -436,6 +439,21 @@ def test_training_rows_carry_the_students_prompt_and_what_a_weighting_needs(tmp_
     assert first["messages"] == [system, {"role": "user", "content": "x"}]
     assert (first["method"], first["prefix"], second["prefix"]) == ("agent", True, False)
     assert second["steps"] == [{"error_kind": "runtime"}, {"error_kind": None}]
+
+
+def test_filter_says_where_prompts_or_tools_differ(tmp_path, capsys):
+    old, new = {"prompts_sha256": "old"}, {"prompts_sha256": PROMPTS.sha256("agent")}
+    rows = [row(0) | old, row(1) | new, row(2), row(3) | {"tools": ["web_search"]}]
+    assert [kept.get("prompts_sha256") for kept in filtered(tmp_path, rows)] == [
+        "old",
+        new["prompts_sha256"],
+        None,
+        None,
+    ]
+    notes = capsys.readouterr().err
+    assert notes.startswith("note: 1 of 4 were collected with other prompts than") and "different tools" in notes
+    filtered(tmp_path, [row(1) | new, row(2)])
+    assert not capsys.readouterr().err
 
 
 NOT_TRAJECTORIES = {
