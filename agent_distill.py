@@ -508,8 +508,8 @@ def collect(config):
             common.keep_config(f"{config.out}.run.json", config, binding=bool(done), **facts)
             ask = teacher(config, prompts, system, prefixes, client)
             journal.drop(lambda row: row["stop"] == "error")
-            done = len(items) - len(todo)
-            with common.progress(total=len(items), done=done, desc=config.method, quiet=config.quiet) as bar:
+            before = len(items) - len(todo)
+            with common.progress(total=len(items), done=before, desc=config.method, quiet=config.quiet) as bar:
                 for row in in_parallel(ask, todo, config.concurrency):
                     journal.append(row)
                     bar.update()
@@ -531,7 +531,8 @@ def first_thoughts(path, tasks):
     prefixes = {}
     for row in sorted(read_trajectories(path), key=lambda row: row.get("sample", 0)):
         if row["method"] == "cot" and row["stop"] != "error":
-            prefixes.setdefault(question_key(row["question"]), first_step(row["messages"][-1]["content"]))
+            [reply] = row["messages"][-1:] or [{"content": ""}]
+            prefixes.setdefault(question_key(row["question"]), first_step(reply["content"]))
     missing = sum(not prefixes.get(question_key(task["question"])) for task in tasks)
     if missing == len(tasks):
         raise InputError(f"--first-thought {path}: it has a chain of thought for none of the {missing} questions")
