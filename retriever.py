@@ -20,6 +20,7 @@ import functools
 import hashlib
 import math
 import os
+import re
 import shutil
 import threading
 import types
@@ -115,7 +116,7 @@ def _build(config, source, out):
     merge_passages(runs, source, work / "data")
     (merge_vectors if dense else merge_postings)(runs, work / "data", config)
     files = {path.name: path.stat().st_size for path in sorted((work / "data").iterdir())}
-    data = f"data-{int(manifest.get('data', 'data-0')[5:]) + 1}"
+    data = "data-2" if manifest.get("data") == "data-1" else "data-1"
     shutil.rmtree(out / data, ignore_errors=True)
     os.replace(work / "data", out / data)
     common.write_json(out / "index.json", {**plan, **modified, "data": data, "files": files})
@@ -141,8 +142,9 @@ def read_manifest(folder, name="index.json"):
 
 def incomplete_files(folder, manifest):
     """Returns the names of data files that do not have the size that the manifest says."""
-    data = {path.name: path.stat().st_size for path in (folder / manifest["data"]).iterdir()}
-    return [name for name, size in manifest.get("files", {}).items() if data.get(name) != size]
+    sizes = {path: path.stat().st_size for path in folder.glob("data-*/*")}
+    files = manifest.get("files", {}).items()
+    return [name for name, size in files if sizes.get(folder / manifest["data"] / name) != size]
 
 
 def save_array(path, array):
@@ -569,11 +571,9 @@ def search_vectors(vectors, queries, k, rank):
 
 
 def answer_request(index, method, path, body):
-    """Answer POST /retrieve and GET /health from an open index. Returns (HTTP status, JSON value)."""
-    if (method, path) == ("GET", "/health"):
-        return 200, {"passages": len(index), "kind": index.manifest["kind"]}
+    """Answer POST /retrieve from an open index. Returns (HTTP status, JSON value)."""
     if (method, path.rstrip("/")) != ("POST", "/retrieve"):
-        return 404, {"error": "POST /retrieve, or GET /health"}
+        return 404, {"error": "POST /retrieve"}
     found = index.search(body.get("queries"), 3 if body.get("topk") is None else body["topk"])
     hits = [[{"document": {"id": id, "contents": text}, "score": score} for id, score, text in one] for one in found]
     return 200, {"result": hits if body.get("return_scores") else [[hit["document"] for hit in one] for one in hits]}
@@ -585,6 +585,8 @@ class RemoteIndex:
     def __init__(self, url, retries=3):  # about 3 seconds: within the time-out of one code action
         self.url = url.rstrip("/").removesuffix("/retrieve") + "/retrieve"
         self.session = common.http_session(retries)
+        # The environment's proxy is not asked for this machine.
+        self.session.trust_env = not re.match(r"\w+://(localhost|127\.[\d.]+|0\.0\.0\.0|\[::1\])([:/]|$)", url)
 
     def search(self, queries, k=3):
         """As Index.search. Raises InputError in one line if the server is gone or answers anything else."""

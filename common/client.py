@@ -12,6 +12,7 @@ import json
 import os
 import re
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
@@ -384,13 +385,21 @@ class Judge:
             with contextlib.suppress(InputError):  # another process may be writing its last line
                 rows.extend(row for _, row in read_jsonl(path))
         self.verdicts = {row["key"]: row["verdict"] for row in rows}
-        client.probe(temperature=0.0, max_tokens=self.MAX_TOKENS, seed=0)
+        self.lock, self.probed = threading.Lock(), False
+
+    def probe(self):
+        """Ask a short question before the first of all; see Client.probe."""
+        with self.lock:
+            if not self.probed:
+                self.client.probe(temperature=0.0, max_tokens=self.MAX_TOKENS, seed=0)
+            self.probed = True
 
     def __call__(self, question, answers, prediction):
         answers, prediction = (json.dumps(x, ensure_ascii=False) for x in (answers, prediction[: self.CHARACTERS]))
         prompt = self.prompts.fill("judge", question=question or "(not given)", answer=answers, prediction=prediction)
         key = hashlib.sha256(f"{self.client.model}\n{prompt}".encode("utf-8", "replace")).hexdigest()
         if key not in self.verdicts and key not in self.undecided:
+            self.probe()
             if verdict := self._ask([{"role": "user", "content": prompt}]):
                 self.journal.append({"key": key, "verdict": verdict, "model": self.client.model})
                 self.verdicts[key] = verdict

@@ -2,11 +2,11 @@ r"""Mathematical expressions in LaTeX, plain text or Python's notation: one spel
 
     read_value(clean(r"6\frac{1}{6}\text{ feet}"))     # Value(("+", ("number", 6), ("/", ...)), unit="ft")
 
-Nothing is passed to eval: Parser knows a white list of operations. Rational values are exact (Fraction), others have 150
-digits (mpmath). Expressions with variables are compared at six random rational points: two different polynomials of
-degree d agree at one with a probability below d / 10^6 (Schwartz 1980, Zippel 1979). They are real functions: a point
-where neither has a real value does not count, so sqrt(1/n) is 1/sqrt(n), but sqrt(n^2) is not n. Lengths, depths and
-powers are bounded: what exceeds a bound is Unreadable, and never right.
+Nothing is passed to eval: Parser knows a white list of operations. Rational values are exact (Fraction), others have
+150 digits (mpmath). Expressions with variables are compared at six random rational points: two different polynomials
+of degree d agree at one with a probability below d / 10^6 (Schwartz 1980, Zippel 1979). They are real functions: a
+point where neither has a real value does not count, so sqrt(1/n) is 1/sqrt(n), but sqrt(n^2) is not n. Lengths,
+depths and powers are bounded: what exceeds a bound is Unreadable, and never right.
 """
 
 import dataclasses
@@ -181,7 +181,7 @@ def split(text, separators):
 
 # The words after a value: those in \text{...}, others of four letters, and short units. Other letters are variables.
 WORDS = re.compile(
-    r"(?:(?:\s*\\text\s*\{[^{}]*\}|\s+(?!degree|percent|sin|cos|tan|log|sqrt)(?:[a-zA-Z]{4,}|cm|mm|km|kg|in|ft|mph|sq|USD|(?i:[ap]\.?m))\b\.?)"
+    r"(?:(?:\s*\\text\s*\{[^{}]*\}|\s+(?!degree|percent|sin|cos|tan|log|sqrt)(?:[a-zA-Z]{4,}|cm|mm|km|kg|in|ft|mph|sq|USD|(?i:[ap]\.?m))\b\.?(?:/[a-z]+)?)"
     r"(?:\s*\^\s*\{?\d\}?)?)*$"
 )
 NOT_UNITS = re.compile(  # digits, and words that change the value before them: "5 factorial" is not 5 with a unit

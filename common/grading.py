@@ -2,18 +2,25 @@ r"""Is this answer right? Exact match for facts, equality of value for math, and
 
     grade("fact", "The Beatles!", "Beatles")               # Verdict(correct=True, why="exact")
     grade("math", "0.5", r"\frac{1}{2}")                   # Verdict(correct=True, why="equal")
+    same("math", 4, "4.0")                                 # True: one vote
 
 A wrong answer that counts as right is worse than a right answer that is missed: it inflates a result, and as a
 teacher trajectory it trains the student on an error. A text that cannot be read is therefore never right.
 
-Math: an answer (LaTeX, plain text or a JSON value) is split here at its commas, equals signs and brackets; what is left
-are expressions, which common/expressions.py evaluates. Conventions: words after a value may be left out, but two
-different units never agree. 50% is 0.5, and 50 if the gold answer has the sign or the question asks for percent. A
-decimal with a fractional part stands for the numbers that round to it, if they differ by less than one part in a
-million; integers, fractions and 40.0 stand for themselves. "x =" before an answer may be left out. "1, 2" is unordered;
-tuples and vectors are ordered; (a, b] is not [a, b]. 52_8 needs its base unless the question names one. Letters are
-variables, and their case counts. Inequalities, ratios and number bases are not read: they are right only if the texts
-are the same.
+Math: an answer (LaTeX, plain text, Python's or sympy's notation, a JSON value) is split here at its commas, equals
+signs and brackets; what is left are expressions, which common/expressions.py evaluates. Conventions: words after a
+value may be left out, but two different units never agree. 50% is 0.5, and 50 if the gold answer has the sign or the
+question asks for percent. A decimal with a fractional part stands for the numbers that round to it, if they differ by
+no more than one part in a million; integers, fractions and 40.0 stand for themselves. "x =" before an answer may be
+left out; two equations are equal if their differences are proportional. x < 2 is (-oo, 2). "1, 2" is unordered;
+tuples and vectors are ordered; (a, b] is not [a, b], but a Python list may be any of them. 52_8 needs its base unless
+the question names one. Letters are variables, and their case counts; AB and words of four letters are names.
+
+Not read, and right only as the same text: inequalities in two variables and x > 2 and x < 5 in words, set-builder
+notation, unions that touch, set differences; ratios in other terms; products without a sign after a division (1/ab);
+products after a function without brackets (\sin x/2); odd roots of negative numbers; factorials of variables; \max,
+\sum, vectors with arrows; number words (20 million); single letters as units in plain text (5 m); sentences around an
+answer.
 """
 
 import dataclasses
@@ -135,20 +142,26 @@ def exact_match(prediction, answers):
 # ------------- Answers of chain-of-thought replies
 
 
+BOX = re.compile(
+    r"\\(?:boxed|fbox)(?![a-zA-Z])\s*(?:\{|(\\?[^\s$\\{}]*[^\s$\\{}.,;]))|\\.|[{}]", re.DOTALL
+)  # \boxed{, \boxed 5, \{, {
+
+
 def boxed_answer(text):
     r"""The content of the last complete \boxed{...} or \fbox{...} (also `\boxed 5`) that is not empty, or None."""
-    for match in reversed(list(re.finditer(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*", text))):
-        rest = text[match.end() :]
-        content = ""
-        if not rest.startswith("{"):
-            if token := re.match(r"\\?[^\s$\\{}]+", rest):
-                content = token[0].rstrip(".,;")
-        depth = 0
-        for brace in re.finditer(r"\\.|[{}]", rest if rest.startswith("{") else "", re.DOTALL):  # \{ is no bracket
-            depth += {"{": 1, "}": -1}.get(brace[0], 0)
-            if depth == 0 and brace[0] == "}":
-                content = rest[1 : brace.start()].strip()
-                break
+    boxes = []  # (start, end) of the contents
+    opened = []  # (start, whether it is a box) of the braces
+    for match in BOX.finditer(text):
+        if match[1]:
+            boxes.append(match.span(1))
+        elif match[0][-1] == "{" and match[0] != r"\{":
+            opened.append((match.end(), len(match[0]) > 1))
+        elif match[0] == "}" and opened:
+            start, is_box = opened.pop()
+            if is_box:
+                boxes.append((start, match.start()))
+    for start, end in sorted(boxes, reverse=True):
+        content = text[start:end].strip()
         if not NO_ANSWER.fullmatch(content):
             return content
     return None
@@ -160,10 +173,10 @@ NO_ANSWER = re.compile(r"(?i)(?:\\text)?[\s{}.…_]*(?:\\[lc]?dots|(?:(?:your|th
 # How a reply states its answer without a box. What follows the sign is the answer, up to the end of the sentence.
 STATED = re.compile(
     r"""(?imx)
-    (?: ^\W* (?:(?:the|my|our)\s+)? (?:(?:final|correct|right)\s+)? answer \W*? [:=\n]  # **Answer:** 9, ### Answer\n9
-      | \b (?:the|my|our|final|correct|right)\ answer \W*? [:=\n]                       # Step 3: the final answer: 9
-      | \b answer (?:\ to\ [^.\n]{1,80}?)? \s+ (?:is|would\ be|should\ be|must\ be)\b(?!\s+not\b)   # so the answer is 9
-      | ^\s*\#{4}(?!\#)                                                                 # #### 9
+    (?: ^\W{0,20} (?:(?:the|my|our)\s+)? (?:(?:final|correct|right)\s+)? answer \W{0,20}? [:=\n]  # **Answer:** 9
+      | \b (?:the|my|our|final|correct|right)\ answer \W{0,20}? [:=\n]  # Step 3: the final answer: 9
+      | \b answer (?:\ to\ [^.\n]{1,80}?)? \s+ (?:is|would\ be|should\ be|must\ be)\b(?!\s+not\b)  # so the answer is 9
+      | ^[ \t]*\#{4}(?!\#)  # #### 9
     )
     (?:[\s:=*] | (?:\$\$|\\\[)\s*\n)* (.*\w.*)"""
 )
@@ -220,8 +233,8 @@ CONTAINERS |= dict.fromkeys(["array", "Matrix", "ImmutableDenseMatrix", "list", 
 NAME = r"[a-zA-Z](?:_\w+)?(?:\^\{-1\})?(?:\([a-z]\))?"  # x, x_1, f(x)
 # What may stand before "=" and be left out: also (x, y), P(A), AB, Area
 LEFT_OUT = re.compile(
-    rf"{NAME}|\({NAME}(?:, ?{NAME})+\)|[A-Z]+\([^()]*\)|\|?[A-Z][A-Za-z]+\|?|(?:m ?)?\\(?:angle|overline) ?\{{?[A-Z]+\}}?|"
-    r"\\text ?\{[^{}]*\}|\\[a-z]+"
+    rf"{NAME}|\({NAME}(?:, ?{NAME})+\)|[A-Z]+\([^()]*\)|[A-Z][A-Za-z]+|\\text ?\{{[^{{}}]*\}}|\\[a-z]+|"
+    r"(?:m ?)?\\(?:angle|overline) ?\{?[A-Z]+\}?"
 )
 RELATIONS = "<>≤≥≠"
 
@@ -232,7 +245,7 @@ def read_text(text):
         raise Unreadable(text)
     if len(pieces := text.split(" or ")) > 1 and re.search(f"[{RELATIONS}]", text):
         return group("∪", map(read_text, pieces))  # x < 2 or x > 3
-    text = re.sub(r"\b(and|or)\b", ",", text)
+    text = re.sub(r"(, ?)?\b(and|or)\b", ",", text)
     if len(split(text, ",;")) > 1 or ("±" in text and "," not in text):
         return group("", read_items(text))
     if cuts(text, RELATIONS):
@@ -276,7 +289,7 @@ def read_items(text):
 
 
 def read_inequality(text):
-    """The equation of x with an interval that x < 2, 1 < x < 2 or x ≠ 2 stands for. Other inequalities are Unreadable."""
+    """x < 2, 1 < x < 2 or x ≠ 2 as an equation of x with an interval. Other inequalities are Unreadable."""
     sides = split(text, RELATIONS)
     signs = [text[i] for i in cuts(text, RELATIONS)]
     if signs[0] in ">≥":
@@ -299,7 +312,9 @@ def group(kind, items):
     """A Group; a single item stands for itself, unless it is a row of numbers. x=1, x=2 becomes x = (1, 2)."""
     items = tuple(items)
     names = [item.items[0] for item in items if is_group(item, "=")]
-    if len(items) == 1 and (isinstance(items[0], Value) or is_group(items[0], "=", "()", "{}", "names")):
+    if len(items) == 1 and (
+        isinstance(items[0], Value) or (is_group(items[0], "=", "()", "{}", "names") and items[0].items)
+    ):
         return items[0]
     if len(items) == len(set(names)) > 1:
         return Group("names", items)
@@ -321,7 +336,7 @@ def is_group(node, *kinds):
 INFINITY = read_value(r"\infty")
 MINUS_INFINITY = read_value(r"-\infty")
 WORDING = re.compile(r"\\text\s*\{[a-zA-Z ,.()'-]+\}|[a-zA-Z]{4,}( [a-zA-Z]+)*")  # words or a letter: \text{(C)}, east
-LABEL = re.compile(r"(?:\\text\s*\{)?\(?([A-Z])[).:]+\s*\}?\s+(\S.*)")  # a choice with its value: \text{(B)} 16
+LABEL = re.compile(r"(?:\\text\s*\{)?\(?([A-Z])[).:]+\s*\}?\s+(?!.*\b[A-Z]\b)(\S.*)")  # \text{(B)} 16, not (A) or (B)
 
 
 def compare(prediction, answer, question=""):
@@ -340,11 +355,11 @@ def compare(prediction, answer, question=""):
             return Verdict(equal, "text" if equal else "different")
         if re.search(r"\bbase\b|binary|octal|hexadecimal", question) and re.fullmatch(r"\s*-?\d+\s*", str(prediction)):
             answer = re.sub(r"_\s*\{?\d{1,2}\}?$", "", str(answer))
-        if isinstance(prediction, str):
-            prediction = re.sub(r"^\s*\\text\s*\{([^{}]*)\}\s*$", r"\1", label[2] if label else prediction)
         readings = [prediction]
-        if re.fullmatch(r"\s*-?\d{1,3}(,\d{3})+\s*", str(prediction)):
-            readings.append(str(prediction).replace(",", ", "))  # 81,256 is a number or two
+        if isinstance(prediction, str):
+            readings = [re.sub(r"^\\text\s*\{([^{}]*)\}$", r"\1", label[2] if label else clean(prediction))]
+            if re.fullmatch(r"\s*-?\d{1,3}(,\d{3})+\s*", prediction):
+                readings.append(prediction.replace(",", ", "))  # 81,256 is a number or two
         gold = read(exact_part(answer))
         equal = any(same_node(read(exact_part(reading)), gold, question.lower()) for reading in readings)
         return Verdict(equal, "equal" if equal else "different")
@@ -353,7 +368,7 @@ def compare(prediction, answer, question=""):
 
 
 def exact_part(answer):
-    r"""Without the approximation that follows the value in x = 2\sqrt{3} \approx 3.46; `x \approx 3.46` has no other."""
+    r"""Without what follows the value in x = 2\sqrt{3} \approx 3.46; `x \approx 3.46` has no other value."""
     if not isinstance(answer, str):
         return answer
     pieces = [piece for piece in re.split(r"\\approx|≈", answer) if not LEFT_OUT.fullmatch(clean(piece) or "x")]

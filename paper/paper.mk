@@ -9,7 +9,7 @@
 #   make paper TRAJECTORIES=folder QUESTIONS=folder PASSAGES=file.jsonl.gz STUDENT=folder    no network, no question
 
 PAPER ?= runs/paper
-# The Makefile's own defaults of STUDENT, QUESTIONS and TESTS are the miniature's.
+# The Makefile's own defaults of STUDENT, QUESTIONS, TESTS and SC_TESTS are the miniature's.
 given = $(if $(filter file undefined,$(origin $(1))),,$($(1)))
 PAPER_STUDENT := $(patsubst %/,%,$(or $(firstword $(call given,STUDENT)),Qwen/Qwen2.5-0.5B-Instruct))
 # wiki: Wikipedia 2018, BM25 built here; e5: the published vectors; pooled: the paragraphs of the pooled questions; or a
@@ -21,7 +21,7 @@ TRAJECTORIES ?=
 PAPER_QUESTIONS := $(call given,QUESTIONS)
 # The first n questions of each task, and of those n for the rows with SC-action; all without them.
 PAPER_TESTS := $(or $(call given,TESTS),$(if $(filter pooled,$(PASSAGES)),100))
-SC_TESTS ?= $(PAPER_TESTS)
+PAPER_SC_TESTS := $(or $(call given,SC_TESTS),$(PAPER_TESTS))
 # New tokens: of one step of an agent, and of one chain of thought.
 AGENT_TOKENS ?= 1024
 COT_TOKENS ?= 1024
@@ -220,7 +220,7 @@ $(TRAINED)/%/.done: $(COLLECTED)/%.train.jsonl $(STUDENT_DONE)
 
 # 5. Evaluation. The name of a row: what the student learned from, the method, the decoding. The mark of a finished row
 # has the number of questions: with a larger TESTS, the row continues.
-row_tests = $(if $(filter %.sc8,$(1)),$(SC_TESTS),$(PAPER_TESTS))
+row_tests = $(if $(filter %.sc8,$(1)),$(PAPER_SC_TESTS),$(PAPER_TESTS))
 row_done = $(RESULTS)/$(STUDENT_IN_PATHS).$(1)/.done$(addprefix .,$(row_tests))
 row_method = $(or $(filter cot cot-rag,$(wordlist 2,3,$(subst ., ,$(1)))),agent)
 paper-evaluate: $(foreach row,$(PAPER_ROWS),$(call row_done,$(row)))  ## all rows of the table

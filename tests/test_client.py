@@ -369,10 +369,11 @@ def test_the_judge_is_probed_first_and_counts_what_it_did_not_decide(tmp_path):
 
     with serve(behave) as (url, seen), Journal(tmp_path / "judge.jsonl") as journal:
         judge = Judge(Client(url), Prompts(), journal)
+        judge.probe()
         seen.clear()
         asked = [("Where?", ["Rome"], text) for text in ("Roma", "Roma", "Oslo", "Oslo", "too long")]
         assert [judge(*question) for question in asked] == [True, True, None, None, None]
         assert len(judge.undecided) == 2 and len(seen) == 1 + 3 + 1
     with serve(lambda *request: ("status", 400, {}, "closed")) as (url, _):
         with pytest.raises(InputError, match="refuses even a short request .400: closed"):
-            Judge(Client(url), Prompts(), journal)
+            Judge(Client(url), Prompts(), journal)("Where?", ["Rome"], "Athens")

@@ -125,7 +125,7 @@ def test_local_data_needs_no_download_and_must_be_there(tmp_path):
         (tmp_path / file).touch()
     paper = ["-n", "paper", f"PAPER={tmp_path}", *(f"{name}={path}" for name, path in places.items())]
     made = make(*paper)
-    assert made.returncode == 0 and "evaluate.py report" in made.stdout
+    assert made.returncode == 0 and "evaluate.py report" in made.stdout and "--limit" not in made.stdout
     assert not any(word in made.stdout for word in ("hf download", "curl", "Continue?"))
     for name, file in needed.items():
         made = make(*paper, f"{name}={tmp_path}/nowhere")
@@ -147,9 +147,8 @@ def test_tasks_state_what_the_files_do_not(pooled, tmp_path):
     data.make_tasks(data.TasksConfig(**folders, out=str(tmp_path)))
     tests, train = (load_tasks(sorted((tmp_path / split).glob("*.jsonl"))) for split in ("test", "train"))
     counts = {task: sum(row["task"] == task for row in train) for task in ("hotpotqa", "math", "math_medium")}
-    facts = len(rehearse.rows_of(stand_ins / "world/train.jsonl")) - counts["math"]
     assert counts["math_medium"] == counts["math"] - 1
-    assert counts["hotpotqa"] == (facts - facts // 2 if pooled else facts)
+    assert counts["hotpotqa"] == ((41 - counts["math"]) // 2 if pooled else 40 - counts["math"])
     assert not {row["question"] for row in tests} & {row["question"] for row in train}
     assert {row["task"] for row in tests} == set(TASKS) - ({"bamboogle"} if pooled else set())
     assert all((row["kind"], row["domain"]) == (TASKS[row["task"]].kind, TASKS[row["task"]].domain) for row in tests)
@@ -232,10 +231,10 @@ def test_every_stage_on_stand_ins(tmp_path):
     assert {(names[run], run.suffix, about["training"]) for run, about in runs.items()} == {
         ("published.wiki", ".sc8", "distill+prefix"),
         ("published.e5", ".cot-rag", "distill"),
-        ("published.pooled", ".agent", "base"),
+        ("published.pooled", ".agent", "none"),
         ("local", ".sc8", "distill"),
         ("published.wiki", ".greedy", "distill"),  # the authors' student
     }
-    assert all(words in done.stdout for words in ("| agent distill+prefix | sc8 |", "| cot-rag distill | greedy |"))
+    assert all(row in done.stdout for row in ("| agent distilled + prefix + SC-action |", "| CoT + RAG distilled |"))
     again = make("paper-evaluate", f"PAPER={tmp_path}/paper", "TESTS=1", *given[1:])
     assert "Nothing to be done for 'paper-evaluate'" in again.stdout
