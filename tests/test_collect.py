@@ -4,9 +4,11 @@ The teacher is the miniature's script behind a server that misbehaves as told; s
 """
 
 import collections
+import contextlib
 import dataclasses
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -264,6 +266,30 @@ def test_samples_differ_and_each_is_asked_once(world):
     rows = rows_of(out)
     assert len({(row["id"], row["sample"]) for row in rows}) == len(rows) == 60
     assert len({json.dumps([row["id"], row["messages"]]) for row in rows}) > 12
+
+
+def test_changed_code_and_prompts_do_not_continue_a_run(world, tmp_path, monkeypatch):
+    """Only the prompts that are used count."""
+    folder, teacher = world
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_vote.py").write_text("def vote(actions, observations, rng):\n    return 0\n")
+    shutil.copytree(agent_distill.Prompts.default, tmp_path / "prompts")
+    options = {"limit": 2, "choose": "my_vote.vote", "prompts": str(tmp_path / "prompts")}
+    with serve(lambda path, body, number: miniature_teacher.complete(teacher, miniature(body))) as (url, _):
+        collect(folder, url, tmp_path / "out.jsonl", **options)
+    for name, message in (
+        ("judge.txt", None),
+        ("observation.txt", "prompts-sha256"),
+        ("agent_system.txt", "system-prompt"),
+    ):
+        text = (tmp_path / "prompts" / name).read_text()
+        (tmp_path / "prompts" / name).write_text(text + "changed")
+        with pytest.raises(InputError, match=message) if message else contextlib.nullcontext():
+            collect(folder, url, tmp_path / "out.jsonl", **options)
+        (tmp_path / "prompts" / name).write_text(text)
+    (tmp_path / "my_vote.py").write_text("def vote(actions, observations, rng):\n    return -1\n")
+    with pytest.raises(InputError, match="made with choose-sha256"):
+        collect(folder, url, tmp_path / "out.jsonl", **options)
 
 
 def test_a_search_that_fails_ends_the_run_and_the_same_command_continues(world, monkeypatch):
