@@ -41,7 +41,7 @@ import agent_distill
 import common
 from agent_distill import STOP, Prompts, Running, TurnFailed, drive, task_key
 from common import REQUIRED, InputError, grading, models, option, pictures, report, stable_seed
-from common.client import Client, Judge, Served, cut_at_stop, in_parallel
+from common.client import BadRequest, Client, Judge, Served, cut_at_stop, in_parallel
 
 # ------------- The student
 
@@ -253,12 +253,13 @@ class Student:
 
 
 def end_tokens(model, tokenizer):
-    """Returns the ids that end a turn. From then on, generate uses nothing else of the checkpoint's generation_config:
-
-    its repetition_penalty, top_k, ... would change the answers.
+    """Returns the ids that end a turn. From then on, model.generate uses nothing else of the checkpoint's
+    generation_config: its repetition_penalty, top_k, ... would change the answers.
     """
     ends = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    if not ends:
+        raise InputError("neither the tokenizer nor the generation_config names a token that ends a turn")
     padding = min(ends) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     model.generation_config = transformers.GenerationConfig(eos_token_id=sorted(ends), pad_token_id=padding)
     return ends | {padding}
@@ -424,14 +425,19 @@ class Solver:
             return run_lockstep(episodes, self.student, self.stop, self.config.concurrency)
         return in_parallel(self._ask_server, episodes, self.config.concurrency)
 
-    def _ask_server(self, item):
-        (key, episode), usage, steps = item, collections.Counter(), itertools.count()
-
-        def answer(turn):
-            seed = stable_seed(self.config.seed, *key, next(steps))
+    def candidates(self, turn, usage, seed=None):
+        """The texts of one turn alone. Raises BadRequest if no model can answer it."""
+        if isinstance(self.student, Served):
             return self.student.answer(turn, usage, n=self.config.sc, seed=seed)
+        [answer] = self.student.answer([turn], self.stop)
+        if answer is None:
+            raise BadRequest(TOO_LONG)
+        return answer.texts
 
-        return key, drive(episode, answer), usage
+    def _ask_server(self, item):
+        (key, episode), usage = item, collections.Counter()
+        seeds = (stable_seed(self.config.seed, *key, step) for step in itertools.count())
+        return key, drive(episode, lambda turn: self.candidates(turn, usage, next(seeds))), usage
 
 
 # ------------- run, regrade
@@ -486,11 +492,18 @@ def run(config):
         for path in report.transcript_files(out):
             if int(path.name.split(".")[1]) % size == rank:  # those of processes that no longer run, too
                 regrade_file(path, judge, config.quiet, current)
-    print(f"{out}: {report.summarise(out)}")
-    rows = report.transcripts(out)
+    return summarise(out)
+
+
+def summarise(folder):
+    """Write results.json and print a line about the run. Returns the exit status: 1 if there is nothing but errors."""
+    print(f"{folder}: {report.summarise(folder)}")
+    rows = report.transcripts(folder)
     errors = collections.Counter(row["error"] for row in rows if row["stop"] == "error")
     if errors:
         print(f"{errors.total()} errors; most often: {errors.most_common(1)[0][0]}", file=sys.stderr)
+    if undecided := sum(row["why"] == "judge: no verdict" for row in rows):
+        print(f"{undecided} answers have no verdict of the judge, and count as wrong", file=sys.stderr)
     return int(errors.total() == len(rows))
 
 
@@ -557,7 +570,8 @@ def regrade(config):
     with open_judge(config, config.folder) as judge:
         pairs = [pair for path in report.transcript_files(config.folder) for pair in regrade_file(path, judge)]
     changed = sum(old["correct"] != new["correct"] for old, new in pairs)
-    print(f"{config.folder}: {changed} grades changed; {report.summarise(config.folder)}")
+    print(f"{changed} grades changed")
+    return summarise(config.folder)
 
 
 # ------------- report, compare, ask
@@ -609,25 +623,25 @@ def ask(config):
     questions = [config.question] if config.question else iter(lambda: input("question: ").strip(), "")
     with contextlib.suppress(EOFError):
         for question in questions:
-            for _, episode, _ in solver.answer([(("ask", question), _print_steps(solver.episode(question)))]):
-                print(f"Answer: {episode.prediction!r} ({episode.error or episode.stop})")
+            _ask_one(solver, question)
 
 
-def _print_steps(episode):
-    """The same episode; its messages are printed as they come, but for the system prompt and the question."""
-    running, shown = Running(episode), 2
-    while True:
-        messages = (running.turn or running.result).messages
-        for message in messages[shown:]:
+def _ask_one(solver, question):
+    printed = 2  # not the system prompt and the question
+
+    def show(messages):
+        nonlocal printed
+        for message in messages[printed:]:
             print(message["content"], end="\n\n", flush=True)
-        shown = len(messages)
-        if running.turn is None:
-            return running.result
-        try:
-            candidates = yield running.turn
-        except TurnFailed as failure:
-            candidates = failure
-        running.advance(candidates)
+        printed = len(messages)
+
+    def answer(turn):
+        show(turn.messages)
+        return solver.candidates(turn, collections.Counter())
+
+    episode = drive(solver.episode(question), answer)
+    show(episode.messages)
+    print(f"Answer: {episode.prediction!r} ({episode.error or episode.stop})")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import evaluate
 import retriever
 from agent_distill import Prompts, Turn, agent_episode
 from bench.gpu import GIB, Allocator, evaluation_memory
-from common import InputError, load_tasks, models, report
+from common import InputError, check_numbers, load_tasks, models, report
 from conftest import make_model, write_jsonl
 from evaluate import Answer, Student, run_lockstep
 from miniature import teacher, world
@@ -602,7 +602,8 @@ def test_the_judge_is_asked_once_over_all_processes_and_its_grades_stay(place, m
         shutil.copytree(Prompts.default, again.prompts)
         (place / "judge-prompts" / "judge.txt").write_text("Another judge. {question} {answer} {prediction}")
         evaluate.regrade(again)  # another prompt: asked anew
-    assert f"{len(rows)} grades changed" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert f"{len(rows)} grades changed" in shown.out and f"{len(rows)} answers have no verdict" in shown.err
     assert {row["why"] for row in rows_of(place, "judged")} == {"judge: no verdict"}
     evaluate.regrade(evaluate.RegradeConfig(folder=str(place / "judged")))
     assert {row["why"] for row in rows_of(place, "judged")} <= {"different", "exact", "alias", "no answer"}
@@ -635,11 +636,10 @@ def test_bad_options_are_refused_in_one_line_before_anything_is_loaded(place, ch
     assert "\n" not in str(caught.value) and not (place / "bad").exists()
 
 
-@pytest.mark.parametrize("options", [["--temperature", "-1"], ["--top-p", "1.5"], ["--sc", "0"]])
-def test_numbers_outside_their_limits_are_refused(options):
-    command = [sys.executable, "evaluate.py", "tasks.jsonl", "--out", "out", "--model", "m", *options]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert process.returncode == 2 and process.stderr.startswith(f"error: {options[0]}"), process.stderr
+@pytest.mark.parametrize("change", [{"temperature": -1.0}, {"top_p": 1.5}, {"top_p": math.nan}, {"sc": 0}])
+def test_numbers_outside_their_limits_are_refused(place, change):
+    with pytest.raises(InputError, match=f"--{next(iter(change)).replace('_', '-')} .*: must be"):
+        check_numbers(run_config(place, "bad", **change))
 
 
 @pytest.mark.parametrize("change, message", [({"search": "nowhere"}, "nowhere"), ({"model": "nowhere"}, "nowhere")])
