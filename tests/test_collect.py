@@ -19,7 +19,6 @@ from pathlib import Path
 import pytest
 
 import agent_distill
-import common
 import retriever
 from common import InputError, load_tasks, read_jsonl, stable_seed
 from miniature import teacher as miniature_teacher
@@ -110,7 +109,7 @@ def test_collect_writes_whole_trajectories(world):
 @pytest.mark.parametrize("method, limit", [("cot", None), ("agent", 12)])
 def test_a_server_full_of_faults_gives_the_same_file(world, method, limit, monkeypatch):
     """Each request fails 0 to 3 times, in ways drawn from its content. Nothing is lost, there or asked twice."""
-    monkeypatch.setattr(common, "BACKOFF", 0.01)
+    monkeypatch.setattr("common.client.BACKOFF", 0.01)
     folder, teacher = world
     quiet, stormy, lock = folder / f"{method}.quiet.jsonl", folder / f"{method}.stormy.jsonl", threading.Lock()
     options = {"method": method, "limit": limit}
@@ -294,7 +293,7 @@ def test_changed_code_and_prompts_do_not_continue_a_run(world, tmp_path, monkeyp
 
 def test_a_search_that_fails_ends_the_run_and_the_same_command_continues(world, monkeypatch):
     """What the teacher would read about a broken index must not become training data."""
-    monkeypatch.setattr(common, "BACKOFF", 0.01)
+    monkeypatch.setattr("common.client.BACKOFF", 0.01)
     folder, teacher = world
     out, index, broken = folder / "no-search.jsonl", retriever.load(str(folder / "index")), [True]
 
