@@ -473,6 +473,7 @@ class CollectConfig(EpisodeConfig):
         "continue", "how the server continues a prefix: continue_final_message (vLLM), or the text of the whole chat"
     )
     tokenizer: str | None = option(None, "whose chat template --prefix-mode completions renders (default: --model)")
+    chat_template_kwargs: str | None = option(None, """JSON for its template, such as '{"enable_thinking": false}'""")
     concurrency: int = option(16, "episodes at once", above=0, changes_results=False)
     seed: int = option(0, "seeds every request")
     quiet: bool = option(False, "no progress bar", changes_results=False)
@@ -546,7 +547,10 @@ def teacher(config, prompts, system, prefixes, client):
     tools = open_tools(config, prompts) if config.method == "agent" else {}
     sampling = {"temperature": config.temperature, "top_p": config.top_p, "max_tokens": config.max_tokens}
     sampling["stop"] = STOP if config.method == "agent" else None
-    served = Served(client, config.prefix_mode, config.tokenizer or client.model, **sampling)
+    template = config.chat_template_kwargs and common.parse_object(
+        config.chat_template_kwargs, "--chat-template-kwargs"
+    )
+    served = Served(client, config.prefix_mode, config.tokenizer or client.model, template, **sampling)
     served.probe(opening=bool(prefixes))
     facts = {"model": client.model, "tools": list(tools), "prompts_sha256": prompts.sha256(config.method)}
 
