@@ -68,10 +68,10 @@ class Prompts:
         for tool in (*tools, "final_answer"):
             path = self.folder / "tools" / f"{tool}.txt"
             text = read_text(path) if path.exists() else ""
-            if not (signature := re.match(rf"{re.escape(tool)}\(.*?\)", text)):
+            if not text.startswith(f"{tool}(") or ")" not in text:
                 raise InputError(f"{path}: describes a tool of --tools, as {tool}(argument: type): what it does")
             described.append(f"- {text}")
-            calls.append(re.sub(r":[^,)]*", "", signature[0]))  # without annotations
+            calls.append(re.sub(r":(\[[^\]]*\]|[^,)])*", "", text[: text.index(")") + 1]))  # without annotations
         return self.fill(name, tools="\n".join(described), calls=", ".join(calls), max_steps=max_steps)
 
     def sha256(self, method):
@@ -326,10 +326,7 @@ def observe(sandbox, actions, codes, prompts, same):
 
 
 def _step(actions, observations, chosen, vote, prompts):
-    """The step as it is stored: the chosen candidate, and all candidates if there were several.
-
-    The observation o_t is there as the model reads it.
-    """
+    """The step as it is stored: the chosen candidate, and all candidates if there were several."""
     # Another vote than `choose` is stored as one vote, for the candidate that it chose.
     votes = votes_of(observations) if vote is choose else [0 if i == chosen else None for i in range(len(actions))]
     candidates = []
@@ -476,6 +473,7 @@ class CollectConfig(EpisodeConfig):
         "continue", "how the server continues a prefix: continue_final_message (vLLM), or the text of the whole chat"
     )
     tokenizer: str | None = option(None, "whose chat template --prefix-mode completions renders (default: --model)")
+    chat_template_kwargs: str | None = option(None, """JSON for its template, such as '{"enable_thinking": false}'""")
     concurrency: int = option(16, "episodes at once", above=0, changes_results=False)
     seed: int = option(0, "seeds every request")
     quiet: bool = option(False, "no progress bar", changes_results=False)
@@ -500,7 +498,7 @@ def collect(config):
     facts["system_prompt_sha256"] = hashlib.sha256(system.encode()).hexdigest()
     prefixes = first_thoughts(config.first_thought, tasks) if config.first_thought else {}
     items = {(*task_key(task), sample): (task, sample) for task in tasks for sample in range(config.samples)}
-    with common.Journal(config.out, ("task", "id", "question", "answer", "sample", "stop")) as journal:
+    with common.Journal(config.out, ("task", "id", "question", "answer", "sample", "stop", "model")) as journal:
         done = {(*task_key(row), row["sample"]) for row in journal.rows if row["stop"] != "error"}
         todo = [item for key, item in items.items() if key not in done]
         facts["model"] = config.model or (journal.rows[0]["model"] if done else None)
@@ -511,8 +509,8 @@ def collect(config):
             common.keep_config(f"{config.out}.run.json", config, binding=bool(done), **facts)
             ask = teacher(config, prompts, system, prefixes, client)
             journal.drop(lambda row: row["stop"] == "error")
-            done = len(items) - len(todo)
-            with common.progress(total=len(items), done=done, desc=config.method, quiet=config.quiet) as bar:
+            before = len(items) - len(todo)
+            with common.progress(total=len(items), done=before, desc=config.method, quiet=config.quiet) as bar:
                 for row in in_parallel(ask, todo, config.concurrency):
                     journal.append(row)
                     bar.update()
@@ -534,7 +532,8 @@ def first_thoughts(path, tasks):
     prefixes = {}
     for row in sorted(read_trajectories(path), key=lambda row: row.get("sample", 0)):
         if row["method"] == "cot" and row["stop"] != "error":
-            prefixes.setdefault(question_key(row["question"]), first_step(row["messages"][-1]["content"]))
+            [reply] = row["messages"][-1:] or [{"content": ""}]
+            prefixes.setdefault(question_key(row["question"]), first_step(reply["content"]))
     missing = sum(not prefixes.get(question_key(task["question"])) for task in tasks)
     if missing == len(tasks):
         raise InputError(f"--first-thought {path}: it has a chain of thought for none of the {missing} questions")
@@ -548,7 +547,10 @@ def teacher(config, prompts, system, prefixes, client):
     tools = open_tools(config, prompts) if config.method == "agent" else {}
     sampling = {"temperature": config.temperature, "top_p": config.top_p, "max_tokens": config.max_tokens}
     sampling["stop"] = STOP if config.method == "agent" else None
-    served = Served(client, config.prefix_mode, config.tokenizer or client.model, **sampling)
+    template = config.chat_template_kwargs and common.parse_object(
+        config.chat_template_kwargs, "--chat-template-kwargs"
+    )
+    served = Served(client, config.prefix_mode, config.tokenizer or client.model, template, **sampling)
     served.probe(opening=bool(prefixes))
     facts = {"model": client.model, "tools": list(tools), "prompts_sha256": prompts.sha256(config.method)}
 
@@ -606,9 +608,10 @@ def read_trajectories(path):
         for field in ("id", "task", "kind", "question", "messages", "steps", "correct", "stop", "method"):
             if field not in row:
                 raise InputError(f"{path}:{number}: not a trajectory: the field {field!r} is missing")
-        for field, part in (("messages", "content"), ("steps", "error_kind")):
-            if not isinstance(row[field], list) or not all(isinstance(x, dict) and part in x for x in row[field]):
-                raise InputError(f"{path}:{number}: not a trajectory: {field} must be a list of objects with {part!r}")
+        for field, names in (("messages", ["role", "content"]), ("steps", ["error_kind"])):
+            objects = row[field] if isinstance(row[field], list) else [row[field]]
+            if not all(isinstance(x, dict) and x.keys() >= set(names) for x in objects):
+                raise InputError(f"{path}:{number}: not a trajectory: {field} must be a list of objects with {names}")
         if row["method"] == "agent" and not isinstance(row.get("tools"), list):
             raise InputError(f'{path}:{number}: the tools are not stated: add a list, as "tools": ["web_search"]')
         rows.append(row)
@@ -640,7 +643,7 @@ def filter_trajectories(config):
     if others:
         print(f"note: {others} of {len(kept)} were collected with other prompts than {prompts.folder}", file=sys.stderr)
     if len({tuple(row["tools"]) for row in kept if row["method"] == "agent"}) > 1:
-        print("note: not all trajectories were collected with the same tools", file=sys.stderr)
+        print("note: the trajectories were collected with different tools", file=sys.stderr)
     counts["all"] = sum(counts.values(), collections.Counter())
     print(table(["task", *columns], [[name, *(row[c] for c in columns)] for name, row in counts.items()]))
 

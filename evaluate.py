@@ -359,6 +359,9 @@ def check(config, kinds=()):
     facts = agent_distill.check_options(config, prompts, kinds)
     system = choose_system_prompt(config, prompts, facts.get("tool_names", []))
     facts["system_prompt_sha256"] = hashlib.sha256(system.encode()).hexdigest()
+    collected_with = models.training_record(config.model).get("prompts_sha256") if config.model else None
+    if collected_with not in (None, facts["prompts_sha256"]) and config.method == "agent":
+        print(f"note: {config.model} learned from trajectories with other prompts than --prompts has", file=sys.stderr)
     if not config.url:
         bf16 = models.uses_bf16(config.precision, models.choose_device(config.device))
         facts["precision"] = "bf16" if bf16 else "fp32"

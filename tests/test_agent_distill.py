@@ -146,8 +146,15 @@ def test_every_tool_is_described_to_teacher_and_student(tmp_path):
     for name in (*tools, "final_answer"):
         assert f"- {name}(" in teacher and f"{name}(" in student
     assert "web_search(query), final_answer(answer)" in student and "{" not in student
-    with pytest.raises(InputError, match="tools/shell.txt"):
-        PROMPTS.system("agent_system", ["shell"])
+    shutil.copytree(Prompts.default, tmp_path / "prompts")
+    (tmp_path / "prompts" / "tools" / "count.txt").write_text("count(words: dict[str, int], n: int = 3) -> str: counts")
+    student = Prompts(tmp_path / "prompts").system("agent_student_system", ["count"])
+    assert "Tools: count(words, n), final_answer(answer)." in student
+    for text in ("runs a program", "shell(", "other(x): runs"):
+        (tmp_path / "prompts" / "tools" / "shell.txt").write_text(text)
+        with pytest.raises(InputError, match="tools/shell.txt: describes a tool of --tools"):
+            Prompts(tmp_path / "prompts").system("agent_system", ["shell"])
+    assert "in steps, 3 at the most" in PROMPTS.system("agent_system", [], max_steps=3)
 
 
 def test_the_hash_covers_the_prompts_that_are_used(tmp_path):
@@ -189,13 +196,6 @@ def test_wrong_options(message):
     kinds = options.pop("kinds", ())
     with pytest.raises(InputError, match=re.escape(message)):
         agent_distill.check_options(agent_distill.CollectConfig(**options), PROMPTS, kinds)
-
-
-def test_a_description_without_a_signature_is_refused(tmp_path):
-    shutil.copytree(Prompts.default, tmp_path / "prompts")
-    (tmp_path / "prompts" / "tools" / "shell.txt").write_text("runs a program")
-    with pytest.raises(InputError, match="tools/shell.txt: describes a tool"):
-        Prompts(tmp_path / "prompts").system("agent_system", ["shell"])
 
 
 # The episode --------------------------------------------------------------------------------------
@@ -441,10 +441,25 @@ def test_training_rows_carry_the_students_prompt_and_what_a_weighting_needs(tmp_
     assert second["steps"] == [{"error_kind": "runtime"}, {"error_kind": None}]
 
 
+def test_filter_says_where_prompts_or_tools_differ(tmp_path, capsys):
+    old, new = {"prompts_sha256": "old"}, {"prompts_sha256": PROMPTS.sha256("agent")}
+    rows = [row(0) | old, row(1) | new, row(2), row(3) | {"tools": ["web_search"]}]
+    assert [kept.get("prompts_sha256") for kept in filtered(tmp_path, rows)] == [
+        "old",
+        new["prompts_sha256"],
+        None,
+        None,
+    ]
+    notes = capsys.readouterr().err
+    assert notes.startswith("note: 1 of 4 were collected with other prompts than") and "different tools" in notes
+    filtered(tmp_path, [row(1) | new, row(2)])
+    assert not capsys.readouterr().err
+
+
 NOT_TRAJECTORIES = {
     "the field 'id' is missing": {"task": "t"},
     "the tools are not stated": {name: value for name, value in row(0).items() if name != "tools"},
-    "messages must be a list": row(0) | {"messages": "x"},
+    "messages must be a list": row(0) | {"messages": [{"content": "x"}]},
     "steps must be a list": row(0) | {"steps": [{}]},
 }
 

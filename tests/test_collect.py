@@ -4,9 +4,11 @@ The teacher is the miniature's script behind a server that misbehaves as told; s
 """
 
 import collections
+import contextlib
 import dataclasses
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +19,6 @@ from pathlib import Path
 import pytest
 
 import agent_distill
-import common
 import retriever
 from common import InputError, load_tasks, read_jsonl, stable_seed
 from miniature import teacher as miniature_teacher
@@ -108,7 +109,7 @@ def test_collect_writes_whole_trajectories(world):
 @pytest.mark.parametrize("method, limit", [("cot", None), ("agent", 12)])
 def test_a_server_full_of_faults_gives_the_same_file(world, method, limit, monkeypatch):
     """Each request fails 0 to 3 times, in ways drawn from its content. Nothing is lost, there or asked twice."""
-    monkeypatch.setattr(common, "BACKOFF", 0.01)
+    monkeypatch.setattr("common.client.BACKOFF", 0.01)
     folder, teacher = world
     quiet, stormy, lock = folder / f"{method}.quiet.jsonl", folder / f"{method}.stormy.jsonl", threading.Lock()
     options = {"method": method, "limit": limit}
@@ -266,9 +267,33 @@ def test_samples_differ_and_each_is_asked_once(world):
     assert len({json.dumps([row["id"], row["messages"]]) for row in rows}) > 12
 
 
+def test_changed_code_and_prompts_do_not_continue_a_run(world, tmp_path, monkeypatch):
+    """Only the prompts that are used count."""
+    folder, teacher = world
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_vote.py").write_text("def vote(actions, observations, rng):\n    return 0\n")
+    shutil.copytree(agent_distill.Prompts.default, tmp_path / "prompts")
+    options = {"limit": 2, "choose": "my_vote.vote", "prompts": str(tmp_path / "prompts")}
+    with serve(lambda path, body, number: miniature_teacher.complete(teacher, miniature(body))) as (url, _):
+        collect(folder, url, tmp_path / "out.jsonl", **options)
+    for name, message in (
+        ("judge.txt", None),
+        ("observation.txt", "prompts-sha256"),
+        ("agent_system.txt", "system-prompt"),
+    ):
+        text = (tmp_path / "prompts" / name).read_text()
+        (tmp_path / "prompts" / name).write_text(text + "changed")
+        with pytest.raises(InputError, match=message) if message else contextlib.nullcontext():
+            collect(folder, url, tmp_path / "out.jsonl", **options)
+        (tmp_path / "prompts" / name).write_text(text)
+    (tmp_path / "my_vote.py").write_text("def vote(actions, observations, rng):\n    return -1\n")
+    with pytest.raises(InputError, match="made with choose-sha256"):
+        collect(folder, url, tmp_path / "out.jsonl", **options)
+
+
 def test_a_search_that_fails_ends_the_run_and_the_same_command_continues(world, monkeypatch):
     """What the teacher would read about a broken index must not become training data."""
-    monkeypatch.setattr(common, "BACKOFF", 0.01)
+    monkeypatch.setattr("common.client.BACKOFF", 0.01)
     folder, teacher = world
     out, index, broken = folder / "no-search.jsonl", retriever.load(str(folder / "index")), [True]
 
