@@ -91,7 +91,7 @@ $(D)/index/.done: $(D)/world/.done
 COLLECT = $(RUN) agent_distill.py collect $(D)/world/train.jsonl --seed $(SEED) --prompts $(PROMPTS) $(COLLECT_OPTIONS)
 FILTER = $(RUN) agent_distill.py filter --prompts $(PROMPTS)
 ifeq ($(TEACHER_URL),)
-ASK = $(RUN) -m miniature.teacher $(D)/world $(TEACHER_OPTIONS) --then "$(COLLECT) --url \$$TEACHER_URL --concurrency 4 $(1)"
+ASK = $(RUN) -m miniature.teacher $(D)/world --prompts $(PROMPTS) $(TEACHER_OPTIONS) --then "$(COLLECT) --url \$$TEACHER_URL --concurrency 4 $(1)"
 else
 ASK = $(COLLECT) --url $(TEACHER_URL) $(TEACHER_MODEL:%=--model %) $(1)
 endif

@@ -35,63 +35,48 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 import torch
 import transformers
 from torch.nn.functional import pad
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import agent_distill
 import common
-from agent_distill import STOP, EpisodeConfig, Prompts, Running, TurnFailed, drive, open_episode, open_tools
-from common import REQUIRED, InputError, grading, option, pictures, report, stable_seed
-from common.client import Client, Judge, Served, cut_at_stop, in_parallel
-from common.models import (
-    TEMPLATE_OPTIONS,
-    choose_device,
-    load_model,
-    lora_layers,
-    render,
-    training_record,
-    uses_bf16,
-)
+from agent_distill import STOP, Prompts, Running, TurnFailed, drive, task_key
+from common import REQUIRED, InputError, grading, models, option, pictures, report, stable_seed
+from common.client import BadRequest, Client, Judge, Served, cut_at_stop, in_parallel
 
 # ------------- The student
 
 
-class GrowingLayer(transformers.cache_utils.DynamicLayer):
-    """The keys and values of one layer, with room for SPARE more tokens.
+class GrowingLayer(DynamicLayer):
+    """The keys and values of one layer, with room for more tokens.
 
-    DynamicLayer copies itself for every new token; on a CPU, that takes half of the time of SC-action.
+    DynamicLayer copies itself for every new token, which takes half of SC-action's time on a CPU.
     """
 
     SPARE = 64  # tokens
 
-    def __init__(self):
-        super().__init__()
-        self.room = {}  # "keys", "values" -> (rows, heads, tokens and spare room, size)
-
     def update(self, keys, values, *args, **kwargs):
         start = self.get_seq_length()
         end = start + keys.shape[-2]
-        for name, new in (("keys", keys), ("values", values)):
-            if start == 0 or self.room[name].shape[-2] < end:
-                self.room[name] = new.new_empty(*new.shape[:2], end + self.SPARE, new.shape[-1])
-                if start:
-                    self.room[name][..., :start, :] = getattr(self, name)
-            self.room[name][..., start:end, :] = new
-            setattr(self, name, self.room[name][..., :end, :])
+        if start == 0 or self.rooms[0].shape[-2] < end:
+            self.rooms = [new.new_empty(*new.shape[:2], end + self.SPARE, new.shape[-1]) for new in (keys, values)]
+            if start:
+                self.rooms[0][..., :start, :], self.rooms[1][..., :start, :] = self.keys, self.values
+        self.rooms[0][..., start:end, :], self.rooms[1][..., start:end, :] = keys, values
+        self.keys, self.values = (room[..., :end, :] for room in self.rooms)  # (rows, heads, tokens, size)
         self.is_initialized = True
         return self.keys, self.values
 
     def batch_select_indices(self, indices):
-        length = self.get_seq_length()
-        self.room = {name: room[indices] for name, room in self.room.items()}
-        self.keys, self.values = (self.room[name][..., :length, :] for name in ("keys", "values"))
+        end = self.get_seq_length()
+        self.rooms = [room[indices] for room in self.rooms]
+        self.keys, self.values = (room[..., :end, :] for room in self.rooms)
 
 
 class SampleNucleus(transformers.LogitsProcessor):
-    """Temperature and nucleus (top-p) sampling among the HEAD likeliest tokens. All scores but that of the drawn token
-    become -inf, so generate is called with do_sample=False.
+    """Temperature and top-p sampling among the HEAD likeliest tokens. All scores but that of the drawn token become
+    -inf, so generate is called with do_sample=False.
 
-    transformers' top-p sorts the whole vocabulary for every token: 24 instead of 2 ms per sample and token on a CPU
-    with Qwen2.5's 151,936 tokens. For a model that is unsure of its words, whose HEAD likeliest tokens hold less than
-    top_p, this is top-k sampling.
+    transformers' own top-p sorts the whole vocabulary: 24 instead of 2 ms per token on a CPU with Qwen2.5's 151,936.
     """
 
     HEAD = 256
@@ -108,6 +93,20 @@ class SampleNucleus(transformers.LogitsProcessor):
 
 
 @dataclasses.dataclass
+class Sample:
+    """One text while it is written. ids: its tokens, at most `limit`, with the end-of-turn token.
+
+    thinks: the text with which the prompt opens the thinking. ended: None, "end of turn", "stop string" or "limit".
+    """
+
+    limit: int
+    thinks: str = ""
+    ids: list = dataclasses.field(default_factory=list)
+    text: str = ""
+    ended: str | None = None
+
+
+@dataclasses.dataclass
 class Answer:
     """n candidate texts for one turn. completion_tokens: of all texts. truncated: texts cut at the token limit."""
 
@@ -117,60 +116,13 @@ class Answer:
     truncated: int
 
 
-@dataclasses.dataclass
-class Sample:
-    """One text while it is written.
-
-    limit: of its tokens. ids: its tokens so far, with the end-of-turn token; up to a stop string if one ended it.
-    ended: None, "end of turn", "stop string" or "limit".
-    """
-
-    limit: int
-    ids: list = dataclasses.field(default_factory=list)
-    text: str = ""
-    ended: str | None = None
-
-
-class BatchSize:
-    """How many turns are answered at once: half as many when memory runs out, and twice as many some calls later."""
-
-    PATIENCE = 8  # calls
-
-    def __init__(self, largest):
-        self.largest = largest
-        self.now = largest
-        self.calls = 0
-
-    def shrink(self, tried):
-        self.now = tried // 2
-        self.calls = 0
-
-    def grow(self):
-        self.calls += 1
-        if self.calls > self.PATIENCE:
-            self.now = min(self.largest, 2 * self.now)
-            self.calls = 0
-
-
-def end_tokens(model, tokenizer):
-    """Returns the ids that end a turn, and makes generate use nothing else of the checkpoint's generation_config.json.
-
-    Its repetition_penalty, top_k, ... would change what is sampled, and greedy answers too.
-    """
-    ends = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    pad = min(ends) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    model.generation_config = transformers.GenerationConfig(eos_token_id=sorted(ends), pad_token_id=pad)
-    return ends
-
-
 class Student:
     """A Hugging Face model that answers the turns of many episodes, n candidates each.
 
     model, tokenizer: as from load_model. temperature: 0 is greedy; otherwise candidates are sampled, with top_p.
-    largest_batch: turns in one generate call; by default what fits. It is halved when memory runs out, and grows again
-    later. on_tokens: called with the number of new tokens while they are generated.
-    Raises InputError for a model that cannot be asked in batches.
+    batch: turns in one generate call; by default what fits. It is halved when memory runs out, and grows again by one
+    turn with each call. on_tokens: called with the number of new tokens while they are generated.
+    Raises InputError for a model whose answers would depend on the other rows of the batch.
     """
 
     def __init__(
@@ -183,86 +135,67 @@ class Student:
         self.seed = seed
         self.on_tokens = on_tokens or (lambda tokens: None)
         self.processors = [SampleNucleus(temperature, top_p)] if temperature > 0 else []
-        self.ends = end_tokens(model, tokenizer)
-        self.pad = model.generation_config.pad_token_id
-        self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
         # Tokens per generate call. After each, the rows that have ended leave the batch: on a CPU, SC-action was 1.2
         # times as fast with 4 as with 16. On a GPU, where rows cost little, longer segments are faster.
         self.segment = 4 if model.device.type == "cpu" else 16
-        self.layers, self.one_by_one = check_architecture(model.config.get_text_config())
-        self.size = BatchSize(batch or batch_that_fits(model, n, max_tokens))
-        self.drawn = 0  # generations so far
-
-    @property
-    def batch(self):
-        return self.size.now
+        self.ends = end_tokens(model, tokenizer)
+        config = model.config.get_text_config()
+        self.context = getattr(config, "max_position_embeddings", None) or 10**9
+        layers, ropes = transformers.DynamicCache(config=config).layers, models.rope_types(config)
+        odd = {type(layer).__name__ for layer in layers} - {DynamicLayer.__name__, DynamicSlidingWindowLayer.__name__}
+        odd |= {f"{kind} rope" for kind in ropes if "dynamic" in kind}
+        if odd:
+            raise InputError(f"{', '.join(odd)} is not supported: serve the model and give its --url")
+        self.layers = len(layers)
+        self.one_by_one = "longrope" in ropes  # its factors depend on the longest sequence of the batch
+        self.largest_batch = batch or batch_that_fits(model, n, max_tokens)
+        self.batch = self.largest_batch
+        self.calls = 0  # of write
 
     def answer(self, turns, stop=()):
         """Returns an Answer for each turn, or None for a turn that is too long for the model's context.
 
         Raises InputError if a single turn does not fit the memory.
         """
-        texts = [render(self.tokenizer, turn.messages, reply=True) + turn.opening for turn in turns]
+        texts = [models.render(self.tokenizer, turn.messages, reply=True) + turn.opening for turn in turns]
         prompts = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         todo = sorted((i for i, ids in enumerate(prompts) if len(ids) < self.context), key=lambda i: len(prompts[i]))
         answers = [None] * len(turns)
-        self.size.grow()
+        self.batch = min(self.largest_batch, self.batch + 1)
         while todo:
-            chunk = todo[: 1 if self.one_by_one else self.batch]
-            groups = None
+            chunk, groups = todo[: 1 if self.one_by_one else self.batch], None
             with contextlib.suppress(torch.OutOfMemoryError):
                 groups = self.write([prompts[i] for i in chunk], stop)
-            if groups is None:  # out of memory; the tensors of the attempt are freed only now
+            if groups is None:  # the tensors of the attempt are freed only now
                 if len(chunk) == 1:
                     tokens = f"{len(prompts[chunk[0]]):,} + {self.max_tokens:,} tokens, {self.n} times"
                     raise InputError(f"{tokens}, do not fit into the memory of {self.model.device}")
-                self.size.shrink(len(chunk))
+                self.batch = len(chunk) // 2
                 gc.collect()
                 torch.cuda.empty_cache()
                 continue
             for i, samples in zip(chunk, groups, strict=True):
-                written = sum(len(sample.ids) for sample in samples)
-                truncated = sum(sample.ended == "limit" for sample in samples)
-                answers[i] = Answer([sample.text for sample in samples], len(prompts[i]), written, truncated)
+                counts = sum(len(s.ids) for s in samples), sum(s.ended == "limit" for s in samples)
+                answers[i] = Answer([s.text for s in samples], len(prompts[i]), *counts)
             todo = todo[len(chunk) :]
         return answers
-
-    def _read(self, prompt):
-        """Returns the cache of a prompt without its last token. It is read alone: nothing depends on its neighbours."""
-        cache = transformers.Cache(layers=[transformers.cache_utils.DynamicLayer() for _ in range(self.layers)])
-        ids = torch.tensor([prompt[:-1]], device=self.model.device)
-        self.model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
-        return cache
-
-    def _join(self, caches):
-        """Returns one cache with n rows for each of these, padded on the left. The given ones are emptied."""
-        longest = max(cache.get_seq_length() for cache in caches)
-        joined = transformers.Cache(layers=[GrowingLayer() for _ in range(self.layers)])
-        for layer in joined.layers:
-            alone = [cache.layers.pop(0) for cache in caches]
-            sides = []
-            for name in ("keys", "values"):
-                rows = [getattr(one, name) for one in alone]  # (1, heads, tokens, size) each
-                rows = [pad(row, (0, 0, longest - row.shape[-2], 0)) for row in rows]
-                sides.append(torch.cat(rows).repeat_interleave(self.n, 0))  # (prompts * n, heads, longest, size)
-            layer.update(*sides)
-        return joined
 
     @torch.inference_mode()
     def write(self, prompts, stop=()):
         """Returns n Samples for each prompt. prompts: lists of at least two token ids."""
-        cache = self._join([self._read(prompt) for prompt in prompts])  # generate begins with the last tokens
         longest, device = max(map(len, prompts)), self.model.device
+        cache = self._join([self._read(prompt) for prompt in prompts])  # without the last tokens: generate begins there
         samples, ids, mask = [], [], []
         for prompt in prompts:
             padding = longest - len(prompt)
+            thinks = "<think>" if self.tokenizer.decode(prompt[-16:]).rstrip().endswith("<think>") else ""
             # The limit depends on the prompt alone, not on longer ones beside it.
-            samples += [Sample(min(self.max_tokens, self.context - len(prompt))) for _ in range(self.n)]
-            ids += [[self.pad] * padding + prompt] * self.n
+            samples += [Sample(min(self.max_tokens, self.context - len(prompt)), thinks) for _ in range(self.n)]
+            ids += [[min(self.ends)] * padding + prompt] * self.n
             mask += [[0] * padding + [1] * len(prompt)] * self.n
         ids, mask = torch.tensor(ids, device=device), torch.tensor(mask, device=device)  # (prompts * n, longest)
-        self.drawn += 1
-        torch.manual_seed(stable_seed(self.seed, self.drawn))  # a turn that is asked again gets other samples
+        self.calls += 1
+        torch.manual_seed(stable_seed(self.seed, self.calls))  # a turn that is asked again gets other samples
         going = samples
         while going:
             segment = min(self.segment, *(sample.limit - len(sample.ids) for sample in going))
@@ -284,10 +217,30 @@ class Student:
             going = [going[row] for row in rows]
         return [samples[i : i + self.n] for i in range(0, len(samples), self.n)]
 
+    def _read(self, prompt):
+        """Returns the cache of a prompt without its last token. It is read alone: nothing depends on its neighbours."""
+        cache = transformers.Cache(layers=[DynamicLayer() for _ in range(self.layers)])
+        ids = torch.tensor([prompt[:-1]], device=self.model.device)
+        self.model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+        return cache
+
+    def _join(self, caches):
+        """Returns one cache with n rows for each of these, padded on the left. The given ones are emptied."""
+        longest = max(cache.get_seq_length() for cache in caches)
+        joined = transformers.Cache(layers=[GrowingLayer() for _ in range(self.layers)])
+        for layer in joined.layers:
+            alone = [cache.layers.pop(0) for cache in caches]
+            sides = []
+            for name in ("keys", "values"):  # of (1, heads, tokens, size)
+                rows = [pad(one, (0, 0, longest - one.shape[-2], 0)) for one in (getattr(a, name) for a in alone)]
+                sides.append(torch.cat(rows).repeat_interleave(self.n, 0))  # (prompts * n, heads, longest, size)
+            layer.update(*sides)
+        return joined
+
     def _extend(self, sample, tokens, stop):
-        """Add the new tokens to a sample, and see whether they end it."""
+        """Add new tokens to a sample, and see whether they end it."""
         end = next((i for i, token in enumerate(tokens) if token in self.ends), None)
-        text = self.tokenizer.decode(sample.ids + tokens[:end], skip_special_tokens=True)
+        text = sample.thinks + self.tokenizer.decode(sample.ids + tokens[:end], skip_special_tokens=True)
         sample.ids += tokens if end is None else tokens[: end + 1]
         sample.text = cut_at_stop(text, stop)
         if sample.text != text:
@@ -299,41 +252,36 @@ class Student:
             sample.ended = "limit"
 
 
-def check_architecture(config):
-    """Returns (layers, whether prompts must be answered one by one). config: of the text model.
-
-    Raises InputError for a model whose answers would depend on the other rows of its batch.
+def end_tokens(model, tokenizer):
+    """Returns the ids that end a turn. From then on, model.generate uses nothing else of the checkpoint's
+    generation_config: its repetition_penalty, top_k, ... would change the answers.
     """
-    layers = transformers.DynamicCache(config=config).layers
-    cached = (transformers.cache_utils.DynamicLayer, transformers.cache_utils.DynamicSlidingWindowLayer)
-    rope = getattr(config, "rope_parameters", None) or {}  # of the model, or {type of layer: rope parameters}
-    kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
-    odd = {type(layer).__name__ for layer in layers if type(layer) not in cached}
-    odd |= {f"rope type {kind}" for kind in kinds if kind and "dynamic" in kind}
-    if odd:
-        raise InputError(f"{', '.join(sorted(odd))}: not supported; serve the model and give its --url")
-    return len(layers), "longrope" in kinds  # longrope's factors depend on the longest sequence of a batch
-
-
-def bytes_per_token(model):
-    """Returns the bytes of the keys and values of one token."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize
+    ends = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    if not ends:
+        raise InputError("neither the tokenizer nor the generation_config names a token that ends a turn")
+    padding = min(ends) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    model.generation_config = transformers.GenerationConfig(eos_token_id=sorted(ends), pad_token_id=padding)
+    return ends | {padding}
 
 
 def batch_that_fits(model, n, max_tokens, prompt=4096):
     """Returns how many turns with prompts of 4,096 tokens fit the memory, at most 256; on a CPU, 64 samples."""
     if model.device.type == "cpu":
         return max(1, 64 // n)
-    logits = 24 * model.config.get_text_config().vocab_size  # bytes: sampling makes float32 copies
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token = 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize  # bytes of its keys and values
+    logits = 24 * config.vocab_size  # bytes: sampling makes float32 copies
     torch.cuda.empty_cache()
     free = 0.9 * torch.cuda.mem_get_info(model.device)[0]
-    return max(1, min(256, int(free / (n * ((prompt + max_tokens) * bytes_per_token(model) + logits)))))
+    return max(1, min(256, int(free / (n * ((prompt + max_tokens) * token + logits)))))
 
 
 # ------------- Episodes in lockstep
+
+TOO_LONG = "the conversation is longer than the model's context"
 
 
 def run_lockstep(episodes, student, stop=(), workers=16):
@@ -354,7 +302,7 @@ def run_lockstep(episodes, student, stop=(), workers=16):
             answers = student.answer([running.turn for running in opened], stop)
             for (_, usage), answer in zip(waiting.values(), answers, strict=True):
                 if answer is None:
-                    candidates.append(TurnFailed("the conversation is longer than the model's context"))
+                    candidates.append(TurnFailed(TOO_LONG))
                 else:
                     counts = dataclasses.asdict(answer)
                     candidates.append(counts.pop("texts"))
@@ -373,84 +321,103 @@ def run_lockstep(episodes, student, stop=(), workers=16):
 
 
 @dataclasses.dataclass(kw_only=True)
-class SpeakConfig(EpisodeConfig):
+class SolverConfig(agent_distill.EpisodeConfig):
     """Who answers and how: what `run` and `ask` have in common. Defaults are the paper's."""
 
     model: str | None = option(None, "Hugging Face name or folder, or an adapter; with --url, the server's name for it")
-    url: str | None = option(
-        None, "evaluate a served model: an OpenAI-compatible server's address, ending in /v1", changes_results=False
-    )
+    url: str | None = option(None, "address of a served model, ending in /v1", changes_results=False)
     method: Literal["agent", "cot", "cot-rag"] = option("agent", "agent, chain of thought, or CoT with passages")
     sc: int = option(1, "candidates per step; 1: greedy; 8: the paper's SC-action (cot: self-consistency)", above=0)
-    sample: bool = option(False, "sample a single candidate, too (default: greedy, as in the paper)")
-    temperature: float = option(0.4, "of sampled candidates (paper: 0.4)")
-    top_p: float = option(0.8, "of sampled candidates (paper: 0.8)", above=0)
-    system_prompt: str | None = option(
-        None, "file with a system prompt (default: that of the student's training)", changes_results=False
-    )
+    sample: bool = option(False, "with --sc 1, sample instead of greedy")
+    temperature: float = option(0.4, "of sampled candidates (paper: 0.4)", at_least=0)
+    top_p: float = option(0.8, "of sampled candidates (paper: 0.8)", above=0, at_most=1)
+    system_prompt: str | None = option(None, "file (default: the prompt of the training)", changes_results=False)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...", changes_results=False)
     precision: Literal["auto", "bf16", "fp32"] = option("auto", "of weights; auto: bf16 where the hardware has it")
-    batch: int | None = option(
-        None, "episodes at once (default: 64 on a CPU; what fits on a GPU)", above=0, changes_results=False
-    )
-    concurrency: int = option(
-        16, "sandboxes that run at once; against a server, episodes at once", above=0, changes_results=False
-    )
+    batch: int | None = option(None, "episodes at once (default: what fits)", above=0, changes_results=False)
+    concurrency: int = option(16, "sandboxes or requests to a server at once", above=0, changes_results=False)
     seed: int = option(0, "seeds the sampling")
 
 
-class Speaker:
-    """What run and ask share: prompts, tools, the system prompt, and a student that answers episodes.
+def check(config, kinds=()):
+    """Check the options, and what they name, before anything is loaded. kinds: of the tasks.
 
-    kinds: of the tasks. system: the system prompt's text. about: what model.json says.
+    Returns (prompts, the system prompt, facts): what results depend on besides the options, for common.keep_config.
+    """
+    if not (config.model or config.url):
+        raise InputError("no student: name a model with --model, or a server with --url")
+    sampled = config.sc > 1 or config.sample
+    if sampled and config.temperature == 0:
+        raise InputError("--temperature 0 samples equal candidates: leave out --sc and --sample for greedy answers")
+    used = {"temperature": sampled, "top_p": sampled, "batch": not config.url, "precision": not config.url}
+    for field in dataclasses.fields(config):
+        if not used.get(field.name, True) and getattr(config, field.name) != field.default:
+            others = "--url" if field.name in ("batch", "precision") else "greedy answers (add --sample or --sc)"
+            raise InputError(f"--{field.name.replace('_', '-')} {getattr(config, field.name)}: not used with {others}")
+    prompts = Prompts(config.prompts)
+    facts = agent_distill.check_options(config, prompts, kinds)
+    system = choose_system_prompt(config, prompts, facts.get("tool_names", []))
+    facts["system_prompt_sha256"] = hashlib.sha256(system.encode()).hexdigest()
+    collected_with = models.training_record(config.model).get("prompts_sha256") if config.model else None
+    if collected_with not in (None, facts["prompts_sha256"]) and config.method == "agent":
+        print(f"note: {config.model} learned from trajectories with other prompts than --prompts has", file=sys.stderr)
+    if not config.url:
+        bf16 = models.uses_bf16(config.precision, models.choose_device(config.device))
+        facts["precision"] = "bf16" if bf16 else "fp32"
+    return prompts, system, facts
+
+
+def choose_system_prompt(config, prompts, tools):
+    """The text of --system-prompt, or of the training, or for an untrained model the long one with examples."""
+    record = models.training_record(config.model) if config.model else {}
+    same = record.get("method") == config.method.split("-")[0]
+    trained, usual = record.get("system_prompt") if same else None, prompts.cot_system
+    if config.method == "agent":
+        usual = prompts.system("agent_student_system" if same else "agent_system", tools, config.max_steps)
+    text = common.read_text(config.system_prompt) if config.system_prompt else trained or usual
+    if trained not in (None, text):
+        print(f"note: {config.model} was trained with another system prompt: {trained!r}", file=sys.stderr)
+    elif trained not in (None, usual):
+        print(f"note: {config.model} keeps the system prompt of its training; --prompts has another", file=sys.stderr)
+    if unnamed := [tool for tool in tools if f"{tool}(" not in text]:
+        print(f"note: the system prompt does not name the tools {', '.join(unnamed)}", file=sys.stderr)
+    return text
+
+
+class Solver:
+    """A student with its prompts and tools, ready to answer questions.
+
+    prompts, system: as from check. client: of --url. on_tokens: see Student. about: what model.json says.
     """
 
-    def __init__(self, config, kinds=()):
-        self.config, self.prompts, device = config, Prompts(config.prompts), choose_device(config.device)
-        if not (config.model or config.url):
-            raise InputError("no student: name a model with --model, or a server with --url")
-        if not config.search and (config.method == "cot-rag" or (config.method == "agent" and "fact" in kinds)):
-            raise InputError(f"--method {config.method} needs passages: name an index or a /retrieve URL with --search")
-        self.tools = open_tools(config, self.prompts, device)  # before the student takes the memory
-        record = training_record(config.model) if config.model else {}
-        self.system, self.device = self._system_prompt(record), device
+    def __init__(self, config, prompts, system, client=None, on_tokens=None):
+        self.config = config
+        self.prompts = prompts
+        self.system = system
+        self.stop = STOP if config.method == "agent" else []
+        device = models.choose_device(config.device)
+        self.tools = agent_distill.open_tools(config, prompts, device)  # before the student takes the memory
+        record = models.training_record(config.model) if config.model else {}
         self.about = {"model": config.model, "parameters": None, "training": record.get("training") or "none"}
-
-    def _system_prompt(self, record):
-        """The text of --system-prompt, or of the training, or for an untrained model the long one with examples."""
-        config, prompts, same = self.config, self.prompts, record.get("method") == self.config.method.split("-")[0]
-        trained = record.get("system_prompt") if same else None
-        if config.system_prompt:
-            text = common.read_text(config.system_prompt)
-            if trained not in (None, text):
-                print(f"note: {config.model} was trained with another system prompt: {trained!r}", file=sys.stderr)
-            return text
-        if trained is None and config.method == "agent":
-            return prompts.system("agent_student_system" if same else "agent_system", self.tools)
-        return prompts.cot_system if trained is None else trained
-
-    def load(self, on_tokens=None):
-        """Load the student, or connect to its server. on_tokens: see Student."""
-        config, self.stop = self.config, STOP if self.config.method == "agent" else []
         sampled = config.sc > 1 or config.sample
         sampling = {"temperature": config.temperature, "top_p": config.top_p} if sampled else {"temperature": 0.0}
-        if config.url:
-            client = Client(config.url, config.model, config.api_key_env)
-            sampling |= {"max_tokens": config.max_tokens, "stop": self.stop or None}
-            self.student = Served(client, template_options=TEMPLATE_OPTIONS, **sampling)
+        sampling["max_tokens"] = config.max_tokens
+        if client:
+            options = {"template_options": models.TEMPLATE_OPTIONS, "stop": self.stop or None}
+            self.student = Served(client, **options, **sampling)
             self.student.probe(config.sc)
             self.about["model"] = client.model
         else:
-            dtype = torch.bfloat16 if uses_bf16(config.precision, self.device) else torch.float32
-            model, tokenizer = load_model(config.model, self.device, dtype)
-            sampling |= {"n": config.sc, "max_tokens": config.max_tokens, "batch": config.batch, "seed": config.seed}
-            self.student = Student(model, tokenizer, on_tokens=on_tokens, **sampling)
-            adapters = {id(p) for _, layer in lora_layers(model) for p in (layer.a, layer.b)}
+            dtype = torch.bfloat16 if models.uses_bf16(config.precision, device) else torch.float32
+            model, tokenizer = models.load_model(config.model, device, dtype)
+            options = {"n": config.sc, "batch": config.batch, "seed": config.seed, "on_tokens": on_tokens}
+            self.student = Student(model, tokenizer, **options, **sampling)
+            adapters = {id(p) for _, layer in models.lora_layers(model) for p in (layer.a, layer.b)}
             self.about["parameters"] = sum(p.numel() for p in model.parameters() if id(p) not in adapters)
 
-    def episode(self, question, key=()):
-        options = {"system": self.system, "rng": random.Random(stable_seed(self.config.seed, *key))}
-        return open_episode(self.config, question, self.prompts, self.tools, **options)
+    def episode(self, question, kind=None, key=()):
+        options = {"system": self.system, "kind": kind, "rng": random.Random(stable_seed(self.config.seed, *key))}
+        return agent_distill.open_episode(self.config, question, self.prompts, self.tools, **options)
 
     def answer(self, episodes):
         """Drive (key, generator) pairs to their ends. Yields (key, Episode, usage) as they finish."""
@@ -458,14 +425,19 @@ class Speaker:
             return run_lockstep(episodes, self.student, self.stop, self.config.concurrency)
         return in_parallel(self._ask_server, episodes, self.config.concurrency)
 
-    def _ask_server(self, item):
-        (key, episode), usage, steps = item, collections.Counter(), itertools.count()
-
-        def answer(turn):
-            seed = stable_seed(self.config.seed, *key, next(steps))
+    def candidates(self, turn, usage, seed=None):
+        """The texts of one turn alone. Raises BadRequest if no model can answer it."""
+        if isinstance(self.student, Served):
             return self.student.answer(turn, usage, n=self.config.sc, seed=seed)
+        [answer] = self.student.answer([turn], self.stop)
+        if answer is None:
+            raise BadRequest(TOO_LONG)
+        return answer.texts
 
-        return key, drive(episode, answer), usage
+    def _ask_server(self, item):
+        (key, episode), usage = item, collections.Counter()
+        seeds = (stable_seed(self.config.seed, *key, step) for step in itertools.count())
+        return key, drive(episode, lambda turn: self.candidates(turn, usage, next(seeds))), usage
 
 
 # ------------- run, regrade
@@ -473,26 +445,16 @@ class Speaker:
 
 @dataclasses.dataclass(kw_only=True)
 class JudgeConfig:
-    judge_url: str | None = option(
-        None, "LLM judge of factual answers (default: exact match alone)", changes_results=False
-    )
-    judge_model: str = option(
-        "gpt-4o-mini", "the judge's name at its server (paper: gpt-4o-mini)", changes_results=False
-    )
-    api_key_env: str = option(
-        "OPENAI_API_KEY", "environment variable that holds the servers' key", changes_results=False
-    )
+    judge_url: str | None = option(None, "LLM judge of facts (default: exact match alone)", changes_results=False)
+    judge_model: str = option("gpt-4o-mini", "its name at the server (paper: gpt-4o-mini)", changes_results=False)
+    judge_key_env: str = option("OPENAI_API_KEY", "environment variable with the judge's key", changes_results=False)
     prompts: str = option(str(Prompts.default), "folder of prompts", changes_results=False)
 
 
 @dataclasses.dataclass(kw_only=True)
-class RunConfig(JudgeConfig, SpeakConfig):
-    tasks: list[str] = option(
-        REQUIRED, "task files: JSONL, or JSON with a list of examples", positional=True, changes_results=False
-    )
-    out: str = option(
-        REQUIRED, "run folder; the same command continues there after an interruption", changes_results=False
-    )
+class RunConfig(JudgeConfig, SolverConfig):
+    tasks: list[str] = option(REQUIRED, 'JSONL or {"examples": [...]}', positional=True, changes_results=False)
+    out: str = option(REQUIRED, "run folder; the same command continues there", changes_results=False)
     name: str | None = option(None, "the student's name in tables (default: --model)", changes_results=False)
     kind: Literal["fact", "math"] | None = option(None, "kind of the tasks, for files that do not state it")
     limit: int | None = option(None, "only the first n questions of each file", above=0, changes_results=False)
@@ -500,44 +462,65 @@ class RunConfig(JudgeConfig, SpeakConfig):
 
 
 def run(config):
-    """Answer every question of the task files, grade the answers, write transcripts and results.json."""
+    """Answer every question of the task files, grade the answers, write transcripts and results.json.
+
+    Questions that ended in an error are asked again by the next run. The status is 1 if there is nothing but errors.
+    """
+    if not (config.name or "").isprintable():
+        raise InputError(f"--name {config.name!r}: one line of text was expected")
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
     tasks, out = common.load_tasks(config.tasks, config.kind, config.limit), Path(config.out)
     for task in tasks:
         task.setdefault("domain", report.TASKS[task["task"]].domain if task["task"] in report.TASKS else "out")
-    speaker = Speaker(config, {task["kind"] for task in tasks})
-    notes = {"questions": collections.Counter(task["task"] for task in tasks)}
-    facts = {
-        "prompts_sha256": speaker.prompts.sha256,
-        "system_prompt_sha256": hashlib.sha256(speaker.system.encode()).hexdigest(),
-    }
-    path, mine = out / f"transcripts.{rank}.jsonl", {(task["task"], task["id"]): task for task in tasks[rank::size]}
-    with common.Journal(path) as journal:
-        done = {(row["task"], row["id"]) for row in report.transcripts(out)}
-        common.keep_config(out / "run.json", config, binding=bool(done), notes=notes, **facts)
+    prompts, system, facts = check(config, {task["kind"] for task in tasks})
+    mine = {task_key(task): task for task in tasks[rank::size]}
+    with common.Journal(out / f"transcripts.{rank}.jsonl", fields=("task", "id", "question", "stop")) as journal:
+        rows = [row for path in report.transcript_files(out) for row in report.transcripts(path)]
+        done = {task_key(row) for row in rows if row["stop"] != "error" or row["error"] == TOO_LONG}
         todo = {key: task for key, task in mine.items() if key not in done}
+        client = Client(config.url, config.model, config.api_key_env) if config.url and todo else None
+        if config.url and not config.model:
+            about = out / "model.json"
+            known = common.parse_object(common.read_text(about), about)["model"] if about.exists() else None
+            facts["model"] = client.model if client else known
+        notes = {"questions": collections.Counter(task["task"] for task in tasks)}
+        common.keep_config(out / "run.json", config, binding=bool(done), notes=notes, **facts)
         if todo:
-            _answer_all(speaker, todo, len(mine), journal)
+            _answer_all(config, (prompts, system, client), todo, len(mine), journal)
+    current = {key[:2]: key for key in map(task_key, tasks)}
     with open_judge(config, out, rank) as judge:  # asked at the end: it must not hold up the generation
-        regrade_file(path, judge, config.quiet)
-    print(f"{out}: {report.summarise(out)}")
+        for path in report.transcript_files(out):
+            if int(path.name.split(".")[1]) % size == rank:  # those of processes that no longer run, too
+                regrade_file(path, judge, config.quiet, current)
+    return summarise(out)
 
 
-def _answer_all(speaker, todo, total, journal):
-    config, counts = speaker.config, collections.Counter()
+def summarise(folder):
+    """Write results.json and print a line about the run. Returns the exit status: 1 if there is nothing but errors."""
+    print(f"{folder}: {report.summarise(folder)}")
+    rows = report.transcripts(folder)
+    errors = collections.Counter(row["error"] for row in rows if row["stop"] == "error")
+    if errors:
+        print(f"{errors.total()} errors; most often: {errors.most_common(1)[0][0]}", file=sys.stderr)
+    if undecided := sum(row["why"] == "judge: no verdict" for row in rows):
+        print(f"{undecided} answers have no verdict of the judge, and count as wrong", file=sys.stderr)
+    return int(errors.total() == len(rows))
+
+
+def _answer_all(config, parts, todo, total, journal):
+    counts = collections.Counter()
     with common.progress(total=total, done=total - len(todo), desc=Path(config.out).name, quiet=config.quiet) as bar:
 
         def show(questions=0, **new):
-            counts.update(new, questions=questions)
-            names = ("right", "steps", "tokens")
-            bar.set_postfix_str(", ".join(f"{counts[name]:,} {name}" for name in names), refresh=False)
+            counts.update(new)
+            bar.set_postfix_str(", ".join(f"{count:,} {name}" for name, count in counts.items()), refresh=False)
             bar.miniters = 0  # redraw when it is time to, also without a new question
             bar.update(questions)
 
-        speaker.load(on_tokens=lambda tokens: show(tokens=tokens))
-        common.write_json(Path(config.out) / "model.json", speaker.about)
-        episodes = ((key, speaker.episode(task["question"], key)) for key, task in todo.items())
-        for key, episode, usage in speaker.answer(episodes):
+        solver = Solver(config, *parts, on_tokens=lambda tokens: show(tokens=tokens))
+        common.write_json(Path(config.out) / "model.json", solver.about)
+        episodes = ((key, solver.episode(task["question"], task["kind"], key[:2])) for key, task in todo.items())
+        for key, episode, usage in solver.answer(episodes):
             journal.append(agent_distill.trajectory_row(todo[key], config.method, episode, usage))
             show(questions=1, right=journal.rows[-1]["correct"], steps=len(episode.steps))
 
@@ -548,26 +531,33 @@ def open_judge(config, folder, rank=0):
     if not config.judge_url:
         yield None
         return
-    client = Client(config.judge_url, config.judge_model, config.api_key_env, timeout=120.0)
+    client = Client(config.judge_url, config.judge_model, config.judge_key_env, timeout=120.0)
     caches = sorted(Path(folder).glob("judge.*.jsonl"))
-    with common.Journal(Path(folder) / f"judge.{rank}.jsonl") as journal:
+    with common.Journal(Path(folder) / f"judge.{rank}.jsonl", fields=("key", "verdict")) as journal:
         yield Judge(client, Prompts(config.prompts), journal, caches)
 
 
-def regrade_file(path, judge, quiet=False):
-    """Grade the rows of a transcript file again. Returns how many grades changed."""
+def regrade_file(path, judge, quiet=False, current=None):
+    """Grade the rows of a transcript file again. Returns pairs of the old row and the new one.
+
+    current: {(task, id): task_key} of a run. Rows that answer another question than these are dropped, and without a
+    judge, the grades of an earlier judge are kept.
+    """
 
     def grade(row):
-        answer = row["answer"], row.get("aliases", ()), row["question"]
+        if current and not judge and row["why"].startswith("judge"):
+            return row
+        answer = row["answer"], row.get("aliases") or (), row["question"]
         verdict = grading.grade(row["kind"], row["prediction"], *answer, judge)
         return row | {"correct": verdict.correct, "why": verdict.why}
 
     with common.Journal(path) as journal, concurrent.futures.ThreadPoolExecutor(8 if judge else 1) as pool:
-        old = journal.rows
+        keys = current or {}
+        old = [row for row in report.transcripts(path) if keys.get(task_key(row)[:2]) in (None, task_key(row))]
         new = list(common.progress(pool.map(grade, old), total=len(old), desc="grade", unit="answer", quiet=quiet))
-        if new != old:
+        if new != journal.rows:
             common.write_jsonl(path, new)  # the lock is held until the file is replaced
-    return sum(a["correct"] != b["correct"] for a, b in zip(old, new, strict=True))
+    return list(zip(old, new, strict=True))
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -576,10 +566,12 @@ class RegradeConfig(JudgeConfig):
 
 
 def regrade(config):
-    """Grade the saved transcripts of a run again, without generating anything."""
+    """Grade the saved transcripts of a run again, without generating anything. Without a judge: by exact match."""
     with open_judge(config, config.folder) as judge:
-        changed = sum(regrade_file(path, judge) for path in report.transcript_files(config.folder))
-    print(f"{config.folder}: {changed} grades changed; {report.summarise(config.folder)}")
+        pairs = [pair for path in report.transcript_files(config.folder) for pair in regrade_file(path, judge)]
+    changed = sum(old["correct"] != new["correct"] for old, new in pairs)
+    print(f"{changed} grades changed")
+    return summarise(config.folder)
 
 
 # ------------- report, compare, ask
@@ -588,14 +580,13 @@ def regrade(config):
 @dataclasses.dataclass(kw_only=True)
 class ReportConfig:
     folder: str = option(REQUIRED, "folder with run folders in it", positional=True)
-    episodes: int = option(10, "episodes of each task and run that the page can show")
 
 
 def write_report(config):
     """Print the tables of all runs below a folder, and write report.md, report.html and the pictures there."""
     text = report.markdown(config.folder)
-    files = {"report.md": text, "report.html": report.html(config.folder, config.episodes)}
-    for name, content in (files | pictures.pictures(config.folder)).items():
+    files = {"report.md": text, "report.html": report.html(config.folder)} | pictures.pictures(config.folder)
+    for name, content in files.items():
         with common.replace_file(Path(config.folder) / name) as file:
             file.write(content)
     print(text)
@@ -609,49 +600,48 @@ class CompareConfig:
 
 def compare(config):
     """Two runs question by question: what only one of them got right, and McNemar's test of the difference."""
-    sides = []
-    for path in (config.first, config.second):
-        rows = [row for _, row in common.read_jsonl(path)] if Path(path).is_file() else report.transcripts(path)
-        try:
-            sides.append({(row["task"], row["id"], row.get("sample", 0)): row["correct"] for row in rows})
-        except KeyError as error:
-            raise InputError(f"{path}: not trajectories: the field {error} is missing") from None
+    sides, paths = [], [config.first, config.second]
+    for path in paths:
+        rows = report.transcripts(path, {"task": str, "id": str, "question": str, "correct": bool})
         if not rows:
             raise InputError(f"{path}: neither a run folder with transcripts in it nor a file of trajectories")
-    print(report.paired_table(*sides, (Path(config.first).name, Path(config.second).name)))
+        sides.append({(row["task"], row["id"], row["question"], row.get("sample", 0)): row["correct"] for row in rows})
+    names = [Path(path).name for path in paths]
+    print(report.paired_table(*sides, paths if names[0] == names[1] else names))
 
 
 @dataclasses.dataclass(kw_only=True)
-class AskConfig(SpeakConfig):
+class AskConfig(SolverConfig):
     question: str | None = option(None, "the question (default: questions are read from the terminal)", positional=True)
 
 
 def ask(config):
     """Ask a student one question and print the steps as they come."""
-    speaker = Speaker(config)
-    speaker.load()
+    prompts, system, _ = check(config)
+    client = Client(config.url, config.model, config.api_key_env) if config.url else None
+    solver = Solver(config, prompts, system, client)
     questions = [config.question] if config.question else iter(lambda: input("question: ").strip(), "")
     with contextlib.suppress(EOFError):
         for question in questions:
-            for _, episode, _ in speaker.answer([(("ask", question), _print_steps(speaker.episode(question)))]):
-                print(f"Answer: {episode.prediction!r} ({episode.error or episode.stop})")
+            _ask_one(solver, question)
 
 
-def _print_steps(episode):
-    """The same episode; its messages are printed as they come, but for the system prompt and the question."""
-    running, shown = Running(episode), 2
-    while True:
-        messages = (running.turn or running.result).messages
-        for message in messages[shown:]:
+def _ask_one(solver, question):
+    printed = 2  # not the system prompt and the question
+
+    def show(messages):
+        nonlocal printed
+        for message in messages[printed:]:
             print(message["content"], end="\n\n", flush=True)
-        shown = len(messages)
-        if running.turn is None:
-            return running.result
-        try:
-            candidates = yield running.turn
-        except TurnFailed as failure:
-            candidates = failure
-        running.advance(candidates)
+        printed = len(messages)
+
+    def answer(turn):
+        show(turn.messages)
+        return solver.candidates(turn, collections.Counter())
+
+    episode = drive(solver.episode(question), answer)
+    show(episode.messages)
+    print(f"Answer: {episode.prediction!r} ({episode.error or episode.stop})")
 
 
 if __name__ == "__main__":

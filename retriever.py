@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import requests
 
 import common
 from common import REQUIRED, InputError, option
+from common.client import BadRequest, Connection
 from common.passages import STOP_WORDS, WORD_BYTES, Hit, invert, parse_passage, query_terms, read_passages, valid_text
 
 
@@ -115,7 +115,7 @@ def _build(config, source, out):
     merge_passages(runs, source, work / "data")
     (merge_vectors if dense else merge_postings)(runs, work / "data", config)
     files = {path.name: path.stat().st_size for path in sorted((work / "data").iterdir())}
-    data = f"data-{int(manifest.get('data', 'data-0')[5:]) + 1}"
+    data = "data-2" if manifest.get("data") == "data-1" else "data-1"
     shutil.rmtree(out / data, ignore_errors=True)
     os.replace(work / "data", out / data)
     common.write_json(out / "index.json", {**plan, **modified, "data": data, "files": files})
@@ -141,8 +141,9 @@ def read_manifest(folder, name="index.json"):
 
 def incomplete_files(folder, manifest):
     """Returns the names of data files that do not have the size that the manifest says."""
-    data = {path.name: path.stat().st_size for path in (folder / manifest["data"]).iterdir()}
-    return [name for name, size in manifest.get("files", {}).items() if data.get(name) != size]
+    sizes = {path: path.stat().st_size for path in folder.glob("data-*/*")}
+    files = manifest.get("files", {}).items()
+    return [name for name, size in files if sizes.get(folder / manifest["data"] / name) != size]
 
 
 def save_array(path, array):
@@ -390,16 +391,17 @@ class SparseIndex(Index):
 
     def _best(self, query, k):
         """Returns (passage numbers, scores) of the k best passages of those with a word of the query."""
-        kind, norm = self.manifest["kind"], 0.0
+        squares = 0.0  # of the query's weights, for TF-IDF
         self.scores.fill(0)
-        for (start, stop), n in Counter(filter(None, map(self.find, query_terms(query)))).items():
-            repeats = n if kind == "bm25" else 1 + math.log(n)
-            values = self.values[start:stop] * np.float32(repeats)
+        for (start, stop), repeats in Counter(filter(None, map(self.find, query_terms(query)))).items():
+            if self.manifest["kind"] == "tfidf":
+                repeats = 1 + math.log(repeats)
+                squares += (repeats * term_idf("tfidf", stop - start, len(self))) ** 2
+            values = self.values[start:stop] if repeats == 1 else self.values[start:stop] * np.float32(repeats)
             np.add.at(self.scores, self.docs[start:stop].astype(np.intp), values)
-            norm += (repeats * term_idf(kind, stop - start, len(self))) ** 2
         docs = np.flatnonzero(self.scores >= max(self._floor(k), 1e-30))
         docs, scores = best_of(docs, self.scores[docs], self.rank, k)
-        return docs, scores / np.float32(1 if kind == "bm25" else math.sqrt(norm) or 1)
+        return docs, scores / np.float32(math.sqrt(squares) or 1)
 
     def _floor(self, k):
         """A lower bound of the k-th best score: the k-th greatest of the maxima of at least 16 k groups of passages."""
@@ -569,42 +571,33 @@ def search_vectors(vectors, queries, k, rank):
 
 
 def answer_request(index, method, path, body):
-    """Answer POST /retrieve and GET /health from an open index. Returns (HTTP status, JSON value)."""
-    if (method, path) == ("GET", "/health"):
-        return 200, {"passages": len(index), "kind": index.manifest["kind"]}
+    """Answer POST /retrieve from an open index. Returns (HTTP status, JSON value)."""
     if (method, path.rstrip("/")) != ("POST", "/retrieve"):
-        return 404, {"error": "POST /retrieve, or GET /health"}
+        return 404, {"error": "POST /retrieve"}
     found = index.search(body.get("queries"), 3 if body.get("topk") is None else body["topk"])
     hits = [[{"document": {"id": id, "contents": text}, "score": score} for id, score, text in one] for one in found]
     return 200, {"result": hits if body.get("return_scores") else [[hit["document"] for hit in one] for one in hits]}
 
 
-class RemoteIndex:
+class RemoteIndex(Connection):
     """An index behind `retriever.py serve`, or any other server with Search-R1's /retrieve. Threads may share it."""
 
-    def __init__(self, url, retries=3):  # about 3 seconds: within the time-out of one code action
-        self.url = url.rstrip("/").removesuffix("/retrieve") + "/retrieve"
-        self.session = common.http_session(retries)
+    def __init__(self, url):  # 4 attempts take about 3 seconds: within the time-out of one code action
+        super().__init__(url.rstrip("/").removesuffix("/retrieve"), timeout=300, retries=3)
 
     def search(self, queries, k=3):
-        """As Index.search. Raises InputError in one line if the server is gone or answers anything else."""
-        body = {"queries": queries, "topk": k, "return_scores": True}
-        try:
-            response = self.session.post(self.url, json=body, timeout=(10, 300))
-        except requests.RequestException as error:
-            reason = str(error).rpartition(": ")[2].strip("')\"")  # the innermost of several nested errors
-            raise InputError(f"{self.url}: no answer: {reason}; start it: python retriever.py serve INDEX") from None
-        try:
-            answer = response.json()
-            if response.status_code != 200:
-                raise ValueError(f"status {response.status_code}: {answer.get('error')}")
+        """As Index.search. Raises what Connection.request raises if the server is gone or answers anything else."""
+
+        def read(answer):
             if len(answer["result"]) != len(queries):
-                raise ValueError(f"{len(answer['result'])} results for {len(queries)} queries")
+                raise ValueError("another number of results than of queries")
             found = [[(hit["document"], float(hit["score"])) for hit in hits] for hits in answer["result"]]
             return [[Hit(str(row["id"]), score, valid_text(row["contents"])) for row, score in one] for one in found]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            reason = " ".join(str(error).split())[:500]
-            raise InputError(f"{self.url}: no answer in the format of Search-R1's /retrieve: {reason}") from None
+
+        try:
+            return self.request("/retrieve", {"queries": queries, "topk": k, "return_scores": True}, read)[0]
+        except BadRequest as error:  # a caller would take it for one of the model's server
+            raise InputError(f"{self.url}: {error}") from None
 
 
 def run_build(config):

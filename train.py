@@ -165,7 +165,8 @@ def read_conversations(tokenizer, config, weigh=None, quiet=True):
     """
     weigh = weigh or (common.resolve(config.weigh, turn_weight, "--weigh") if config.weigh else turn_weight)
     system_prompt = common.read_text(config.system_prompt) if config.system_prompt else None
-    conversations, methods, prompts, prefix = [], set(), set(), False
+    conversations, prefix = [], False
+    seen = {name: set() for name in ("method", "system_prompt", "prompts_sha256", "tools")}
     counts = {f"dropped_{reason}": 0 for reason in ("too_long", "zero_weight", "special_token")}
     counts["split_into_turns"] = 0
     for path in config.data:
@@ -178,9 +179,10 @@ def read_conversations(tokenizer, config, weigh=None, quiet=True):
                 continue
             except InputError as error:
                 raise InputError(f"{path}:{line}: {error}") from None
-            methods.add(row.get("method"))
-            prompts.add(next((message["content"] for message in messages if message["role"] == "system"), None))
             prefix = prefix or bool(row.get("prefix"))
+            row |= {"system_prompt": next((m["content"] for m in messages if m["role"] == "system"), None)}
+            for name, values in seen.items():
+                values.add(json.dumps(row.get(name)))
             counts["split_into_turns"] += len(encoded) > 1
             examples = []
             for ids, weights in encoded:
@@ -197,11 +199,9 @@ def read_conversations(tokenizer, config, weigh=None, quiet=True):
     counts |= {"conversations": len(conversations), "examples": len(examples)}
     counts["tokens"] = sum(len(example.ids) for example in examples)
     counts["trained_tokens"] = sum(int(example.weights.count_nonzero()) for example in examples)
-    record = {
-        "method": methods.pop() if len(methods) == 1 else None,
-        "training": "distill+prefix" if prefix else "distill",
-        "system_prompt": prompts.pop() if len(prompts) == 1 else None,
-    }
+    # What all rows agree in; evaluate.py says where its own prompts and tools differ.
+    record = {name: json.loads(values.pop()) if len(values) == 1 else None for name, values in seen.items()}
+    record["training"] = "distill+prefix" if prefix else "distill"
     return conversations, record, counts
 
 

@@ -1,15 +1,14 @@
 """Questions per hour: evaluate.py beside the way of the authors' code, with one model, in one run.
 
     python bench/evaluate.py                                            # 6 layers of 256, random weights
+    python bench/evaluate.py --sc 1                                     # greedy, beside one plain generate per step
     python bench/evaluate.py --model runs/miniature/SmolLM2-135M-Instruct    # a real model, as in `make reproduce`
-    python bench/evaluate.py count                                      # kernels and waits for the device per token
 
 The authors' way (a fork of smolagents): one question at a time; the N samples of a step by num_return_sequences; the
 code of the candidates runs one after the other in an interpreter in this process, where all share one state, and the
-winner's code once more. It is written anew here, around the same episode, prompts, search and limits, with smolagents'
-LocalPythonExecutor (or `exec`, which is faster, where that is not installed). The random numbers differ, and so do the
-texts. A model of random weights writes no code: each of its steps takes all its tokens. The two take turns, and the
-ratio is that of the medians.
+winner's code once more. It is written anew here, around the same episode, prompts, search and limits, with `exec`,
+which is faster than smolagents' interpreter. The random numbers differ, and so do the texts. A model of random weights
+writes no code: each of its steps takes all its tokens. The two take turns, and the ratio is that of the medians.
 """
 
 import contextlib
@@ -26,11 +25,10 @@ from typing import Literal
 import tokenizers
 import torch
 import transformers
-from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import retriever
-from agent_distill import STOP, EpisodeConfig, Prompts, Running, Turn, agent_episode, open_tools
+from agent_distill import STOP, EpisodeConfig, Prompts, Running, agent_episode, open_tools
 from common import load_tasks, option, run_command_line
 from common.client import cut_at_stop
 from common.models import load_model, render, uses_bf16
@@ -86,17 +84,10 @@ def make_model(config, folder):
 
 
 class InProcess:
-    """Where the authors' way runs code: one interpreter in this process, which the candidates share."""
+    """Where the authors' way runs code: one namespace in this process, which the candidates share."""
 
     def __init__(self, tools):
-        self.tools = tools | {"final_answer": self.final_answer}
-        try:
-            from smolagents.local_python_executor import LocalPythonExecutor
-        except ImportError:
-            self.executor, self.names = None, dict(self.tools)
-        else:
-            self.executor = LocalPythonExecutor(additional_authorized_imports=["math", "numpy", "sympy"])
-            self.executor.send_tools(self.tools)
+        self.names = tools | {"final_answer": self.final_answer}
 
     def __enter__(self):
         return self
@@ -106,23 +97,15 @@ class InProcess:
 
     def final_answer(self, answer):
         self.final = [answer]
-        return answer
 
     def run(self, code):
-        self.final = None
+        self.final = []
         try:
-            if self.executor:
-                output = self.executor(code)
-                printed, result = output.logs, output.output
-            else:
-                with contextlib.redirect_stdout(io.StringIO()) as stdout:
-                    exec(code, self.names)
-                printed, result = stdout.getvalue(), None
+            with contextlib.redirect_stdout(io.StringIO()) as stdout:
+                exec(code, self.names)
         except BaseException as error:
             return Observation(error=str(error), error_kind="runtime")
-        if self.final is not None:
-            return Observation(printed, is_final=True, final_answer=self.final[0])
-        return Observation(printed, None if result is None else str(result))
+        return Observation(stdout.getvalue(), is_final=bool(self.final), final_answer=(self.final or [None])[0])
 
     def run_candidates(self, codes):
         self.codes = codes
@@ -134,8 +117,9 @@ class InProcess:
 
 def one_by_one(config, model, tokenizer, episodes):
     """The authors' way: each episode to its end, n samples by num_return_sequences. Returns the tokens written."""
-    model.set_attn_implementation("sdpa")
-    written = 0
+    written, sampling = 0, {"do_sample": config.sc > 1, "num_return_sequences": config.sc}
+    if config.sc > 1:
+        sampling |= {"temperature": 0.4, "top_p": 0.8, "top_k": 0}
     for _, episode in episodes:
         running = Running(episode)
         while running.turn:
@@ -143,8 +127,7 @@ def one_by_one(config, model, tokenizer, episodes):
             ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
             length = ids["input_ids"].shape[1]
             out = model.generate(
-                **ids, do_sample=True, temperature=0.4, top_p=0.8, top_k=0, num_return_sequences=config.sc,
-                max_new_tokens=config.max_tokens, stop_strings=STOP, tokenizer=tokenizer,
+                **ids, **sampling, max_new_tokens=config.max_tokens, stop_strings=STOP, tokenizer=tokenizer,
                 pad_token_id=tokenizer.pad_token_id,
             )[:, length:]  # fmt: skip
             texts = [cut_at_stop(text, STOP) for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
@@ -155,7 +138,7 @@ def one_by_one(config, model, tokenizer, episodes):
 
 def lockstep(config, model, tokenizer, episodes):
     """The way of evaluate.py. Returns the tokens written."""
-    student = Student(model, tokenizer, n=config.sc, temperature=0.4, max_tokens=config.max_tokens)
+    student = Student(model, tokenizer, n=config.sc, temperature=0.4 * (config.sc > 1), max_tokens=config.max_tokens)
     return sum(usage["completion_tokens"] for _, _, usage in run_lockstep(episodes, student, STOP))
 
 
@@ -182,9 +165,8 @@ def bench(config):
                 seconds = time.perf_counter() - started
                 rates[way].append((3600 * count / seconds, tokens / seconds))
     size = sum(p.numel() for p in model.parameters()) / 1e6
-    print(
-        f"{config.model or config.shape}: {size:.1f} M parameters, {model.dtype}, {model.device}, {config.sc} samples"
-    )
+    about = f"{size:.1f} M parameters, {model.dtype}, {model.device}, {config.sc} samples"
+    print(f"{config.model or config.shape}: {about}")
     medians = {way: [statistics.median(values) for values in zip(*rates[way], strict=True)] for way in rates}
     for way, label in ((one_by_one, "the authors' way"), (lockstep, "evaluate.py")):
         print(f"{label:>16} {medians[way][0]:9,.0f} questions per hour {medians[way][1]:9,.0f} tokens per second")
@@ -192,35 +174,5 @@ def bench(config):
     print(f"evaluate.py: {questions:.1f} times the questions, {tokens:.1f} times the tokens")
 
 
-class Counter(TorchDispatchMode):
-    """Counts operations that launch a kernel on a GPU, and those for whose result the host waits."""
-
-    WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero")
-    kernels = waits = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        wait = function.name().split(".")[0] in self.WAITS
-        self.waits += wait
-        self.kernels += not (function.is_view or wait or "empty" in function.name())
-        return function(*args, **(kwargs or {}))
-
-
-def count(config):
-    """Print kernels and waits per generated token, greedy and with the samples of --sc."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        world.write(world.Config(out=f"{folder}/world", train_questions=2, test_questions=2))
-        model, tokenizer = make_model(config, Path(folder))
-    turns = [Turn([{"role": "user", "content": f"Question {i}"}]) for i in range(4)]
-    for n in (1, config.sc):
-        counters = []
-        for tokens in (16, 48):  # the difference leaves out what happens once
-            with Counter() as counter:
-                Student(model, tokenizer, n=n, temperature=0.4 * (n > 1), max_tokens=tokens).answer(turns)
-            counters.append(counter)
-        kernels, waits = ((getattr(counters[1], x) - getattr(counters[0], x)) / 32 for x in ("kernels", "waits"))
-        layers = model.config.num_hidden_layers
-        print(f"{n} samples: {kernels:.0f} kernels per token ({kernels / layers:.0f} per layer), {waits:.2f} waits")
-
-
 if __name__ == "__main__":
-    run_command_line(__doc__, {"bench": (Config, bench), "count": (Config, count)}, default="bench")
+    run_command_line(__doc__, {"bench": (Config, bench)}, default="bench")

@@ -324,7 +324,8 @@ def measure_generation(config, shape, device, n, bandwidth):
         return tokens / taken, student, count, sum(p.nbytes for p in student.model.parameters())
 
     (rate, student, count, weights), peak = peak_of(device, run)
-    token = evaluate.bytes_per_token(student.model)
+    _, layers, heads, groups, *_ = SHAPES[shape]
+    token = 4 * layers * groups * SHAPES[shape][0] // heads  # bytes of its keys and values, in bf16
     reads = weights + count * token * (config.prompt + n * config.new / 2)  # for one token of every sample
     label = f"generation, N = {n}, {count} turns"
     return [label, shape, rate, count * n * bandwidth / reads, peak / GIB, math.nan]

@@ -10,6 +10,7 @@ reading of the gold answer, so that they do not depend on our own parser.
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import random
@@ -47,76 +48,61 @@ def load(folder, names):
     return rows
 
 
-# Pairs
-
-
 def rewritings(gold, expression):
-    """Yield (name, text) of answers equal to the LaTeX text `gold`; expression: its sympy object, or None."""
-    yield "same", gold
-    yield "dollars", f"${gold}$"
-    yield "wide", re.sub(r"\s*([-+=]|(?<!\\),(?!\d{3}|\\))\s*", r" \1 ", gold)
-    yield "dfrac", gold.replace(r"\frac", r"\dfrac")
-    yield "left right", re.sub(r"(?<!left)\((.*)(?<!right)\)$", r"\\left(\1\\right)", gold)
+    """Answers equal to the LaTeX text `gold`; expression: its sympy object, or None."""
+    texts = [gold, f"${gold}$", re.sub(r"\s*([-+=]|(?<!\\),(?!\d{3}|\\))\s*", r" \1 ", gold)]
+    texts.append(re.sub(r"(?<!left)\((.*)(?<!right)\)$", r"\\left(\1\\right)", gold.replace(r"\frac", r"\dfrac")))
     if not re.search(r"=|\\in|\\text|\\mbox|,", gold):
-        yield "named", f"x = {gold}"
+        texts.append(f"x = {gold}")
     if re.fullmatch(r"-?\d{4,}", gold):
-        yield "thousands", f"{int(gold):,}"
+        texts.append(f"{int(gold):,}")
     if "," in gold and not re.search(r"[\[({]|\d,\d{3}|\\!|text", gold):
-        yield "reversed", ", ".join(reversed(gold.split(",")))
-    if expression is None:
-        return
-    yield "sympy", str(expression)
-    yield "sympy latex", sympy.latex(expression)
+        texts.append(", ".join(reversed(gold.split(","))))
+    if expression is not None:
+        texts += [str(expression), sympy.latex(expression)]
     if isinstance(expression, sympy.Expr) and not expression.has(sympy.oo):
-        for name, function in [("expand", sympy.expand), ("factor", sympy.factor), ("together", sympy.together)]:
-            yield name, str(function(expression))
+        texts += [str(function(expression)) for function in (sympy.expand, sympy.factor, sympy.together)]
         if not expression.free_symbols:
-            yield "radsimp", sympy.latex(sympy.radsimp(expression))
+            texts.append(sympy.latex(sympy.radsimp(expression)))
             if expression.is_real and abs(expression) < 10**15:
-                yield "float", repr(float(expression))
+                texts.append(repr(float(expression)))
             if expression.is_Rational:
-                yield "unreduced", rf"\frac{{{3 * expression.p}}}{{{3 * expression.q}}}"
-                yield "slash", f"{expression.p}/{expression.q}"
+                texts.append(rf"\frac{{{3 * expression.p}}}{{{3 * expression.q}}}")
+    return texts
 
 
 def mutations(gold, expression, generator):
-    """Yield (name, text) of answers that differ from gold in value."""
+    """Answers that differ from gold in value."""
+    texts = []
     digits = [match.start() for match in re.finditer(r"\d", gold)][:11]  # a double may be wrong after the 12th or so
     for at in generator.sample(digits, min(3, len(digits))):
-        yield "digit", gold[:at] + str((int(gold[at]) + 1) % 10) + gold[at + 1 :]
+        texts.append(gold[:at] + str((int(gold[at]) + 1) % 10) + gold[at + 1 :])
     signs = [match.start() for match in re.finditer(r"(?<=[\w})\s])[-+](?=[\s\w\\])", gold)]
     for at in generator.sample(signs, min(2, len(signs))):
-        yield "sign", gold[:at] + ("-" if gold[at] == "+" else "+") + gold[at + 1 :]
+        texts.append(gold[:at] + ("-" if gold[at] == "+" else "+") + gold[at + 1 :])
     if re.match(r"[1-9\\]", gold) and not re.search(r"text|mbox|begin|left|[,_:=\[\\]in|\{[A-Z]|\$|pm", gold):
-        yield "negated", f"-{gold}"
+        texts.append(f"-{gold}")
     if "infty" in gold or "cup" in gold or "[" in gold:
         for bracket, other in [("(", "["), ("[", "("), (")", "]"), ("]", ")")]:
             at = gold.find(bracket)
             if at >= 0 and "infty" not in gold[max(at - 8, 0) : at + 8]:
-                yield "bracket", gold[:at] + other + gold[at + 1 :]
+                texts.append(gold[:at] + other + gold[at + 1 :])
     flat = re.fullmatch(r"\(([^()]*)\)", gold)
     if flat and len(parts := [part.strip() for part in flat[1].split(",")]) > 1:
-        yield "dropped", f"({', '.join(parts[:-1])})"
+        texts.append(f"({', '.join(parts[:-1])})")
         if parts[0] != parts[-1]:
-            yield "order", f"({', '.join(parts[::-1])})"
-    if "," in gold and not re.search(r"[\[({]|\d,\d{3}|\\!", gold):
-        yield "dropped", gold.rpartition(",")[0]
-    if re.search(r"(?<![a-zA-Z\\])x(?![a-zA-Z])", gold) and "=" not in gold and r"\in" not in gold:
-        yield "variable", re.sub(r"(?<![a-zA-Z\\])x(?![a-zA-Z])", "q", gold)
+            texts.append(f"({', '.join(parts[::-1])})")
     if not isinstance(expression, sympy.Expr) or expression.has(sympy.oo, sympy.nan) or "%" in gold:
-        return
-    changed = [("plus one", expression + 1), ("doubled", 2 * expression), ("squared", expression**2)]
-    changed += [("times ten", 10 * expression), ("halved", expression / 2), ("inverse", 1 / (expression or 1))]
-    for name, other in changed:
+        return texts
+    for other in (expression + 1, 2 * expression, expression**2, 1 / (expression or 1)):
         if sympy.N(other - expression, 30) != 0:
-            yield name, str(other)
+            texts.append(str(other))
     if expression.is_real and not expression.free_symbols and 1e-9 < abs(expression) < 1e15:
         value = float(expression)
-        yield "off by 1e-5", repr(value * (1 + 1e-5))
-        if not expression.is_integer:
-            for figures in (3, 5):
-                if abs(float(f"{value:.{figures}g}") - value) > 2e-6 * abs(value):
-                    yield "rounded", f"{value:.{figures}g}"
+        texts.append(repr(value * (1 + 1e-5)))
+        if not expression.is_integer and abs(float(f"{value:.5g}") - value) > 2e-6 * abs(value):
+            texts.append(f"{value:.5g}")
+    return texts
 
 
 class MathVerify:
@@ -126,78 +112,60 @@ class MathVerify:
         import math_verify
 
         logging.getLogger("math_verify").setLevel(logging.CRITICAL)
-        self.parse, self.verify = math_verify.parse, math_verify.verify
+        self.parse = functools.partial(math_verify.parse, raise_on_error=False)
+        self.verify = functools.partial(math_verify.verify, raise_on_error=False)
 
     def expression(self, gold):
         """The sympy object that math-verify reads in a gold answer; None if there is none, or if it misreads it."""
-        if MISREAD.search(gold):
-            return None
-        found = [item for item in self.parse(f"${gold}$", raise_on_error=False) if not isinstance(item, str)]
-        return found[0] if found else None
+        found = [item for item in self.parse(f"${gold}$") if not isinstance(item, str)]
+        return found[0] if found and not MISREAD.search(gold) else None
 
     def equal(self, prediction, gold):
-        gold = self.parse(f"${gold}$", raise_on_error=False)
-        return any(
-            self.verify(gold, self.parse(text, raise_on_error=False), raise_on_error=False)
-            for text in (f"${prediction}$", prediction)
-        )
+        gold = self.parse(f"${gold}$")
+        return any(self.verify(gold, self.parse(text)) for text in (f"${prediction}$", prediction))
 
 
 def make_pairs(answers, peer, seed=0):
-    """Yield (truth, how, prediction, gold) for each gold answer."""
+    """Yield (truth, prediction, gold) for each gold answer."""
     generator = random.Random(seed)
     for i, gold in enumerate(answers):
         expression = peer.expression(gold)
-        pairs = [(True, *pair) for pair in rewritings(gold, expression)]
-        pairs += [(False, *pair) for pair in mutations(gold, expression, generator)]
-        pairs.append((False, "next answer", answers[(i + 1) % len(answers)]))
-        for truth, how, prediction in dict.fromkeys(pairs):
-            if truth or prediction != gold:
-                yield truth, how, prediction, gold
+        pairs = [(True, text) for text in rewritings(gold, expression)]
+        different = [*mutations(gold, expression, generator), answers[(i + 1) % len(answers)]]
+        pairs += [(False, text) for text in different if text != gold]
+        for truth, prediction in dict.fromkeys(pairs):
+            yield truth, prediction, gold
 
 
 @dataclasses.dataclass(kw_only=True)
-class Speed:
+class Config:
     data: str = option(REQUIRED, "folder with the test sets")
     math: list[str] = option(MATH, "first letters of the names of the math files")
-
-
-@dataclasses.dataclass(kw_only=True)
-class Agree(Speed):
-    limit: int = option(0, "use this many distinct gold answers, chosen at random; 0: all")
-    seed: int = option(0, "for that choice and for the mutations")
+    limit: int = option(0, "agree: use this many distinct gold answers, chosen at random; 0: all")
+    seed: int = option(0, "agree: for that choice and for the mutations")
 
 
 def agree(config):
-    """Compare our verdicts with math-verify's and with the truth by construction; list every disagreement."""
+    """Compare our verdicts and math-verify's with the truth by construction; print every pair that we got wrong."""
     peer = MathVerify()
     answers = sorted({str(answer) for kind, _, answer, _ in load(config.data, config.math) if kind == "math"})
     answers = random.Random(config.seed).sample(answers, config.limit or len(answers))
-    pairs = list(make_pairs(answers, peer, config.seed))
-    counts, rows, seconds = Counter(), [], [0.0, 0.0]
-    for truth, how, prediction, gold in progress(pairs, desc="pairs", unit="pair"):
-        start = time.perf_counter()
-        ours = compare(prediction, gold).correct
-        middle = time.perf_counter()
-        theirs = peer.equal(prediction, gold)
-        seconds[0] += middle - start
-        seconds[1] += time.perf_counter() - middle
-        counts[truth, ours, theirs] += 1
-        if not truth == ours == theirs:
-            rows.append((ours == truth, truth, how, ours, theirs, gold, prediction))
-    for _, truth, how, ours, theirs, gold, prediction in sorted(rows):
-        print(f"{truth!s:5} ours {ours!s:5} math-verify {theirs!s:5} {how:12} {gold!r}  |  {prediction!r}")
-    print(f"\n{len(answers)} gold answers, {len(pairs)} pairs")
-    print("| pairs | n | ours: equal | math-verify: equal | both agree |\n|---|---|---|---|---|")
-    for truth, name in ((True, "equal"), (False, "unequal")):
-        part = [(ours, theirs, n) for (t, ours, theirs), n in counts.items() if t == truth]
-        total = sum(n for *_, n in part)
-        ours = sum(n for ours, _, n in part if ours)
-        theirs = sum(n for _, theirs, n in part if theirs)
-        both = sum(n for ours, theirs, n in part if ours == theirs)
-        shares = f"{ours} ({ours / total:.2%}) | {theirs} ({theirs / total:.2%}) | {both} ({both / total:.2%})"
-        print(f"| {name} by construction | {total} | {shares} |")
-    print(f"ours {seconds[0]:.1f} s, math-verify {seconds[1]:.1f} s")
+    graders = {"ours": lambda prediction, gold: compare(prediction, gold).correct, "math-verify": peer.equal}
+    counts = Counter()
+    for truth, prediction, gold in progress(list(make_pairs(answers, peer, config.seed)), desc="pairs", unit="pair"):
+        for name, equal in graders.items():
+            start = time.perf_counter()
+            verdict = equal(prediction, gold)
+            counts[name, "seconds"] += time.perf_counter() - start
+            counts[name, truth, verdict] += 1
+            if name == "ours" and verdict != truth:
+                print(f"{'missed' if truth else 'WRONG'}: {prediction!r} for {gold!r}")
+    print("| grader | equal pairs called equal | unequal pairs called equal | seconds |\n|---|---|---|---|")
+    for name in graders:
+        equal, unequal = (
+            f"{counts[name, t, True]} of {counts[name, t, True] + counts[name, t, False]}" for t in (True, False)
+        )
+        print(f"| {name} | {equal} | {unequal} | {counts[name, 'seconds']:.1f} |")
 
 
 def speed(config):
@@ -207,14 +175,9 @@ def speed(config):
     for name, predictions in (("own answer", own), ("next answer", own[1:] + own[:1])):
         start = time.perf_counter()
         pairs = zip(predictions, rows, strict=True)
-        verdicts = [grade(kind, text, answer, aliases, question) for text, (kind, question, answer, aliases) in pairs]
-        seconds = time.perf_counter() - start
-        right = sum(verdict.correct for verdict in verdicts)
-        print(f"{name}: {len(rows)} answers, {right} right, {seconds:.2f} s")
-        for prediction, answer, verdict in zip(predictions, own, verdicts, strict=True):
-            if verdict.correct != (str(prediction) == str(answer)):
-                print(f"  {prediction!r} for {answer!r}: {'right' if verdict.correct else 'wrong'} ({verdict.why})")
+        right = sum(grade(kind, text, gold, names, question).correct for text, (kind, question, gold, names) in pairs)
+        print(f"{name}: {len(rows)} answers, {right} right, {time.perf_counter() - start:.2f} s")
 
 
 if __name__ == "__main__":
-    run_command_line(__doc__, {"agree": (Agree, agree), "speed": (Speed, speed)})
+    run_command_line(__doc__, {"agree": (Config, agree), "speed": (Config, speed)})

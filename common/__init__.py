@@ -17,8 +17,6 @@ import traceback
 import typing
 from pathlib import Path
 
-import requests
-import urllib3
 from tqdm import tqdm
 
 
@@ -332,6 +330,16 @@ class Journal(contextlib.AbstractContextManager):
                 raise InputError(f"{self.path}: cannot write ({error.strerror}); earlier rows are intact") from None
             self.rows.append(row)
 
+    def drop(self, unwanted):
+        """Remove the rows that the function `unwanted` picks: the file is replaced by one without them."""
+        rows = [row for row in self.rows if not unwanted(row)]
+        if len(rows) < len(self.rows):
+            write_jsonl(self.path, rows)
+            self.rows = rows
+            self._replaced = self._file  # stays open and locked: who opened it before must not write to it
+            self._file = open(self.path, "ab", buffering=0)
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
     def close(self, *exception):
         self._file.close()
 
@@ -356,29 +364,7 @@ def keep_config(path, config, *, binding=True, notes=None, **facts):
     write_json(path, settings | (notes or {}))
 
 
-# ------------- HTTP: one retry policy for all clients, one way to serve JSON
-
-BACKOFF = 0.5  # seconds. The waits before the retries are 0, 2, 4, 8, ... times as long, at most 30 s.
-
-
-def http_session(retries=8):
-    """A requests.Session that retries lost connections, 408, 429 and 5xx, with exponential backoff and Retry-After.
-
-    When the retries are used up, the last response is returned, or requests raises a ConnectionError.
-    """
-    retry = urllib3.util.Retry(
-        retries,
-        backoff_factor=BACKOFF,
-        backoff_max=30,
-        status_forcelist=[408, 429, 500, 502, 503, 504],
-        allowed_methods=None,  # POST too: a repeated question harms nothing
-        raise_on_status=False,
-        retry_after_max=120,
-    )
-    session = requests.Session()
-    for scheme in ("http://", "https://"):
-        session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retry, pool_maxsize=64))
-    return session
+# ------------- HTTP: one way to serve JSON; the clients are in common/client.py
 
 
 def serve_json(answer, host="127.0.0.1", port=0):

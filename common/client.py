@@ -19,9 +19,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 import requests
 import urllib3
 
-import common
 from common import InputError, read_jsonl
 
+BACKOFF = 0.5  # seconds. The waits before the retries are 0, 2, 4, 8, ... times as long, at most 30 s.
 LOST = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
 # What an answer raises that is not JSON, lacks a field, or has a field of another type.
 UNREADABLE = (LookupError, TypeError, AttributeError, ValueError, RecursionError)
@@ -72,7 +72,7 @@ class Connection:
         if body is not None:  # half of a surrogate pair, which no server can read, becomes a question mark
             options["data"] = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
         for attempt in range(self.retries + 1):
-            wait = min(common.BACKOFF * 2 ** min(attempt, 10), 30.0) if attempt else 0
+            wait = min(BACKOFF * 2 ** min(attempt, 10), 30.0) if attempt else 0
             try:
                 response = self.session.request("GET" if body is None else "POST", url, **options)
                 self.reached, status = True, response.status_code

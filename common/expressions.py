@@ -1,15 +1,16 @@
 r"""Mathematical expressions in LaTeX, plain text or Python's notation: one spelling, a tree, a value. For grading.py.
 
-    read_value(clean(r"6\frac{1}{6}\text{ feet}"))     # Value(("+", ("number", 6), ("/", ...)), unit="foot")
+    read_value(clean(r"6\frac{1}{6}\text{ feet}"))     # Value(("+", ("number", 6), ("/", ...)), unit="ft")
 
-Nothing is passed to eval: Parser knows a white list of operations. Rational values are exact (Fraction), others have 150
-digits (mpmath). Expressions with variables are compared at six random rational points: two different polynomials of
-degree d agree there with a probability below (d / 10^6)^6 (Schwartz 1980, Zippel 1979). They are real functions: where
-both have no real value, they need not agree, so sqrt(1/n) is 1/sqrt(n), but sqrt(n^2) is not n. Lengths, depths and powers
-are bounded: what exceeds a bound is Unreadable, and never right.
+Nothing is passed to eval: Parser knows a white list of operations. Rational values are exact (Fraction), others have
+150 digits (mpmath). Expressions with variables are compared at six random rational points: two different polynomials
+of degree d agree at one with a probability below d / 10^6 (Schwartz 1980, Zippel 1979). They are real functions: a
+point where neither has a real value does not count, so sqrt(1/n) is 1/sqrt(n), but sqrt(n^2) is not n. Lengths,
+depths and powers are bounded: what exceeds a bound is Unreadable, and never right.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import operator
@@ -20,8 +21,7 @@ from fractions import Fraction
 
 import mpmath
 
-MAX_NODES = 400  # of one expression: operations, numbers and names
-MAX_DEPTH = 40  # nested brackets, signs and powers
+MAX_TOKENS = 800  # of one expression
 MAX_BITS = 20_000  # of an exact numerator or denominator; 2^{4181} is a gold answer of MATH
 MAX_FACTORIAL = 1000
 mp = mpmath.MPContext()  # a context of its own: the precision that others chose for mpmath stays as it is
@@ -69,10 +69,10 @@ EXACT |= {"negative": operator.neg, "abs": abs, "Abs": abs, "Fraction": lambda a
 EXACT |= {"!": lambda n: Fraction(math.factorial(*natural(n)))}
 EXACT |= {"binomial": lambda n, k: Fraction(math.comb(*natural(n, k)))}
 FUNCTIONS = {name: getattr(mp, name) for name in "sqrt cbrt sin cos tan cot sec csc exp log asin acos atan".split()}
-FUNCTIONS |= {"arcsin": mp.asin, "arccos": mp.acos, "arctan": mp.atan, "ln": mp.log, "floor": mp.floor, "ceil": mp.ceil}
+FUNCTIONS |= {"arcsin": mp.asin, "arccos": mp.acos, "arctan": mp.atan, "ln": mp.log}
 OPERATIONS = EXACT | FUNCTIONS
 CALLS = {name: name for name in OPERATIONS if name.isalpha() and name != "negative"}
-CALLS |= {"Rational": "Fraction", "comb": "binomial", "factorial": "!"}
+CALLS |= {"frac": "/", "binom": "binomial", "Rational": "Fraction", "comb": "binomial", "factorial": "!"}
 CONSTANTS = {"pi": +mp.pi, "e": +mp.e, "E": +mp.e, "i": mp.mpc(0, 1), "I": mp.mpc(0, 1), "infty": mp.inf}
 MARKS = {"percent": Fraction(1, 100), "degree": mp.pi / 180}
 GREEK = "alpha beta gamma delta epsilon theta lambda mu phi varphi omega rho sigma tau".split()
@@ -80,71 +80,59 @@ GREEK = "alpha beta gamma delta epsilon theta lambda mu phi varphi omega rho sig
 # ------------- One spelling for each thing
 
 SPELLINGS = {  # ours: what others write; a spelling that ends in a letter ends a word
-    **{
-        "*": r"\cdot \times × · ⋅",
-        "/": r"\div ÷",
-        "-": "− – \u2212",
-        "^": "**",
-        "^2": "²",
-        "^3": "³",
-        "=": r"== \in ∈",
-    },
+    **{"*": r"\cdot \times × · ⋅", "/": r"\div ÷", "-": "− –", "^": "**", "^2": "²", "^3": "³", "=": r"== \in ∈"},
     **{"≤": r"\le \leq \leqslant <=", "≥": r"\ge \geq \geqslant >=", "≠": r"\ne \neq !=", "<": r"\lt", ">": r"\gt"},
-    **{"≈": r"\approx", "∪": r"\cup", "±": r"\pm", " or ": r"\lor \vee ∨", " and ": r"\land \wedge ∧"},
+    **{"≈": r"\approx", "∪": r"\cup", "±": r"\pm", " or ": r"\lor \vee ∨", "|": r"\vert \lvert \rvert \mid"},
     **{r"\infty ": "∞ oo inf infinity Infinity", r"\pi ": "π", r"\sqrt ": "√", r"\frac": r"\dfrac \tfrac \cfrac"},
     **{"$": r"\$", "{": r"\{ \lbrace", "}": r"\} \rbrace", "{}": r"\emptyset \varnothing ∅ EmptySet set()"},
-    **{" degree ": r"^\circ ^{\circ} ° degrees deg", " percent ": r"\% %", "|": r"\vert \lvert \rvert \mid"},
-    **{
-        "floor(": r"\lfloor ⌊",
-        "ceil(": r"\lceil ⌈",
-        "(": r"\langle ⟨",
-        ")": r"\rfloor \rceil \rangle ⌋ ⌉ ⟩",
-        r"\binom": r"\dbinom \tbinom",
-    },
-    **{r"\text": r"\textbf \textit \textrm \textnormal \mbox \mathrm \mathbf \operatorname \textsf", "\\\\": "\\\\"},
-    **{" ": r"\left \right \boxed \displaystyle \quad \qquad \, \; \: \! ~ \( \) \[ \] \big \Big \bigl \bigr"},
+    **{" degree ": r"^\circ ^{\circ} ° degrees deg", " percent ": r"\% %", "(": r"\langle ⟨", ")": r"\rangle ⟩"},
+    **{r"\text": r"\textbf \textit \textrm \textnormal \mbox \mathrm \mathbf \operatorname", "\\\\": "\\\\"},
+    **{" ": r"\left \right \boxed \displaystyle \quad \qquad \, \; \: \! ~ \( \) \[ \]", r"\binom": r"\dbinom \tbinom"},
 }
 SPELLINGS = {old: new for new, spellings in SPELLINGS.items() for old in spellings.split()} | {"\\ ": " "}
+WORD_START, WORD_END = r"(?<![a-zA-Z\\])", r"(?![a-zA-Z])"
 SPELLING = re.compile(
     "|".join(
-        r"(?<![a-zA-Z\\])" * s[0].isalpha() + re.escape(s) + r"(?![a-zA-Z])" * s[-1].isalpha()
-        for s in sorted(SPELLINGS, key=len)[::-1]
+        WORD_START * old[0].isalpha() + re.escape(old) + WORD_END * old[-1].isalpha()
+        for old in sorted(SPELLINGS, key=len, reverse=True)
     )
 )
 SCALARS = "u?int|float|complex|str|bool|Integer|Float|Decimal|mpf|mpc"
-DIGIT = r"\{?(\d+)\}?"
-CLEANING = [  # (pattern, replacement), in this order
-    (r"^\$+((?:\\\$|[^$])+)\$+$", r"\1"),  # $5$
-    (r"(?<!\\)\$(?=\S)((?:\\\$|[^$])*?(?<=\S))\$(?!\d)", r"\1"),  # $x=5$ or $x=6$; not $5 and $6 (Pandoc's rule)
-    (r"(?<=\d)(?:,\\!\s*|\{,\}|\\,|\\ )(?=\d{3}(?!\d))", ""),  # 10,\!080
-    (r"\\\\\s*\[-?[\d.]+\s*[a-z]{2}\]", r"\\\\"),  # the end of a row: \\[6pt]
-    (r"(?<!\w)(['\"])([^'\"]*)\1", r"\2"),  # ['A', 'B']
-    (r"\b(?:np|numpy|sympy|math|cmath|mpmath|fractions|decimal|collections)\.(?=[a-zA-Z])", ""),  # np.array
-    (rf"\b(?:{SCALARS})\d*_?(?=\()|,\s*dtype=[^()]*(?=\))", ""),  # [int64(1), Decimal('0.5')]
-    (r"[₀-₉]+", lambda match: "_" + "".join(str(ord(digit) - ord("₀")) for digit in match[0])),  # 52₈
-    (r"\s*\(?(?:\bbase|\\text\s*\{\s*base\s*\})\s*(\d+)\)?$|_\s*\{(\w+)\}", r"_\1\2"),  # 52 (base 8), 52_{8}
-    (r"\\text\s*\{([^{}]*)\}(?=_)", r"\1"),  # \text{A5}_{11}
-    (SPELLING, lambda match: SPELLINGS[match[0]]),
-    (r"(\d*)\.(\d*)\\(?:overline|bar)\s*\{?\s*(\d+)\}?", lambda match: repeating(*match.groups())),  # 0.\overline{3}
-    (rf"\\text\s*\{{\s*({'|'.join([*CALLS, *MARKS])})\s*\}}", r" \1 "),  # \text{percent}
-    (r"\\text\s*\{([^{}a-zA-Z]*(?:and|or)?[^{}a-zA-Z]*)\}", r" \1 "),  # \text{5 or 6}
-    (r"\bEq\(([^,()]*),([^()]*)\)", r"\1=\2"),
+MATRIX = r"\[?\s*\\begin\s*\{([pbB]?matrix|array)\}(?:\s*\{[lcr|]*\})?(.*?)\\end\s*\{\1\}\s*\]?"
+MIXED_NUMBER = r"(?<![\w.^})/*!])(?<![a-z] )(\d+)(?: ?\\frac ?\{?(\d+)\}? ?\{?(\d+)\}?| (\d+)/(\d+))(?!\d)"
+CLEANING = [  # (pattern, replacement, example, what becomes of it), in this order
+    (r"^\$+((?:\\\$|[^$])+)\$+$", r"\1", "$5$", "5"),
+    # Pandoc's rule: a closing $ follows no space, and no digit follows it
+    (r"(?<!\\)\$(?=\S)((?:\\\$|[^$])*?(?<=\S))\$(?!\d)", r"\1", "$x=5$ or $x=6$", "x=5 or x=6"),
+    (r"(?<=\d)(?:,\\!\s*|\{,\}|\\,|\\ )(?=\d{3}(?!\d))", "", r"10,\!080", "10080"),
+    (r"\\\\\s*\[-?[\d.]+\s*[a-z]{2}\]", r"\\\\", r"1 \\[6pt] 2", r"1 \\ 2"),
+    (r"(?<!\w)(['\"])([^'\"]*)\1", r"\2", "['A', 'B']", "[A, B]"),
+    (r"\b(?:np|numpy|sympy|math|mpmath|fractions|decimal)\.(?=[a-zA-Z])", "", "np.array([1])", "array([1])"),
+    (rf"\b(?:{SCALARS})\d*_?(?=\()|,\s*dtype=[^()]*(?=\))", "", "[int64(1), Decimal('0.5')]", "[(1), ('0.5')]"),
+    (r"[₀-₉]+", lambda found: "_" + "".join(str(ord(digit) - ord("₀")) for digit in found[0]), "52₈", "52_8"),
+    (r"\s*\(?(?:\bbase|\\text\s*\{\s*base\s*\})\s*(\d+)\)?$", r"_\1", "52 (base 8)", "52_8"),
+    (r"_\s*\{(\w+)\}", r"_\1", "52_{8}", "52_8"),
+    (r"\\text\s*\{([^{}]*)\}(?=_)", r"\1", r"\text{A5}_11", "A5_11"),
+    (SPELLING, lambda found: SPELLINGS[found[0]], r"2 \times \dfrac12", r"2 * \frac12"),
+    (r"(\d*)\.(\d*)\\(?:overline|bar)\s*\{?(\d+)\}?", lambda found: repeating(*found.groups()), r".\bar{3}", "(3/9)"),
+    (rf"\\text\s*\{{\s*({'|'.join([*CALLS, *MARKS])})\s*\}}", r" \1 ", r"5\text{ percent}", "5 percent "),
+    (r"\\text\s*\{([^{}a-zA-Z]*(?:and|or)?[^{}a-zA-Z]*)\}", r" \1 ", r"\text{5 or 6}", " 5 or 6 "),
+    (r"\bEq\(([^,()]*),([^()]*)\)", r"\1=\2", "Eq(x, 5)", "x= 5"),
+    (r"(?<=\))\s*\|\s*(?=\()", " or ", "(x < 2) | (3 < x)", "(x < 2) or (3 < x)"),
+    (r"\|([^|]+)\|", r"abs(\1)", "2|x|", "2abs(x)"),
+    (MATRIX, lambda found: rows(found[2]), r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", "[[1,2],[3,4]]"),
+    (r"\(([^()<>≤≥]+[<≤]) (\w)\) & \(\2 ([<≤][^()<>≤≥]+)\)", r"\1 \2 \3", "(2 ≤ x) & (x < 5)", "2 ≤ x < 5"),
+    (r"(?<=[)\]}])\s*U\s*(?=[(\[{])", "∪", "(1, 2) U (3, 4)", "(1, 2)∪(3, 4)"),
+    (r"(?<=[{,])\s*([a-zA-Z]\w*): ", r"\1=", "{x: -2, y: 3}", "{x=-2,y=3}"),
+    (r"\s+", " ", "1\n +  2", "1 + 2"),
+    (MIXED_NUMBER, r"(\1+\2\4/\3\5)", r"1\frac45, 2 1/2", "(1+4/5), (2+1/2)"),
     (
-        r"\[?\s*\\begin\s*\{([pbB]?matrix|array)\}(?:\s*\{[lcr|]*\})?(.*?)\\end\s*\{\1\}\s*\]?",
-        lambda match: rows(match[2]),
+        r"^\[[][\d .eE+-]*\]$",
+        lambda found: re.sub(r"(?<=[\d.\]]) (?=-?[\d.\[])", ",", found[0]),
+        "[1. -2.]",
+        "[1.,-2.]",
     ),
-    (r"(?<=\))\s*\|\s*(?=\()", " or "),  # (x < 2) | (3 < x)
-    (r"(?<=\))\s*&\s*(?=\()", " and "),
-    (r"(?<=[)\]}])\s*U\s*(?=[(\[{])", "∪"),
-    (r"(?<=[{,])\s*([a-zA-Z]\w*): ", r"\1="),  # {x: -2, y: 3}
-    (r"\(([^()<>≤≥]+[<≤]) (\w)\) and \(\2 ([<≤][^()<>≤≥]+)\)", r"\1 \2 \3"),  # (2 <= x) & (x < 5)
-    (r"\s+", " "),
-    (
-        rf"(?<![\w.^}})/*!])(?<![a-z] )(\d+)(?: ?\\frac ?{DIGIT} ?{DIGIT}| (\d+)/(\d+))(?!\d)",
-        r"(\1+\2\4/\3\5)",
-    ),  # 1\frac45
-    (r"^\[[][\d .eE+-]*\]$", lambda match: re.sub(r"(?<=[\d.\]]) (?=-?[\d.\[])", ",", match[0])),  # [1. 2.] of numpy
-    (r"^[^a-df-ik-zA-Z]*$", lambda match: re.sub(r"(?<=[\d.])j", "i", match[0])),  # 6-5j, if j is the only letter
+    (r"^[^a-df-ik-zA-Z]*$", lambda found: re.sub(r"(?<=[\d.])j", "i", found[0]), "(6-5j)", "(6-5i)"),
 ]
 
 
@@ -158,13 +146,14 @@ def rows(text):
     return "[" + ",".join(f"[{row.replace('&', ',')}]" for row in text.split("\\\\") if row.strip()) + "]"
 
 
+@functools.lru_cache(1000)
 def clean(text):
     """The text without delimiters, closing points and thousands separators, and with one spelling per symbol.
 
     A matrix becomes [[a,b],[c,d]], as sympy prints it.
     """
     text = text.strip().rstrip(" .")
-    for pattern, replacement in CLEANING:
+    for pattern, replacement, *_ in CLEANING:
         text = re.sub(pattern, replacement, text).strip()
     text = text.rstrip(" .")
     if not re.search(r"[(\[]|(?<!\\text)\{", text):  # between brackets, a comma separates two numbers
@@ -192,7 +181,7 @@ def split(text, separators):
 
 # The words after a value: those in \text{...}, others of four letters, and short units. Other letters are variables.
 WORDS = re.compile(
-    r"(?:(?:\s*\\text\s*\{[^{}]*\}|\s+(?!degree|percent|sin|cos|tan|log|sqrt)(?:[a-zA-Z]{4,}|cm|mm|km|kg|in|ft|mph|sq|USD|(?i:[ap]\.?m))\b\.?)"
+    r"(?:(?:\s*\\text\s*\{[^{}]*\}|\s+(?!degree|percent|sin|cos|tan|log|sqrt)(?:[a-zA-Z]{4,}|cm|mm|km|kg|in|ft|mph|sq|USD|(?i:[ap]\.?m))\b\.?(?:/[a-z]+)?)"
     r"(?:\s*\^\s*\{?\d\}?)?)*$"
 )
 NOT_UNITS = re.compile(  # digits, and words that change the value before them: "5 factorial" is not 5 with a unit
@@ -229,52 +218,41 @@ TOKEN = re.compile(
 CLOSING = {"(": ")", "[": "]", "{": "}"}
 
 
-class Parser:
-    r"""Recursive descent. Products may be written without a sign: 2xy, 3\sqrt{2}, (a+5)(b+2).
+def names_in(run):
+    r"""The tokens of a run of letters: xy is a product, AB and \theta are names, sin is a function."""
+    name = run.lstrip("\\")
+    if name in CALLS:
+        return [("function", name)]
+    if name in CONSTANTS or name in MARKS or name in GREEK:
+        return [("name", name)]
+    if name != run or name in ("nan", "zoo") or (len(name) > 3 and not name.isupper()):
+        raise Unreadable(f"the word {run!r}")
+    return [("name", name)] if name.isupper() else [("name", letter) for letter in name]
 
-    What may mean two things is Unreadable: 1/ab, \sin x/2, 2\frac{3}{2}, 5!!.
+
+class Parser:
+    r"""Recursive descent from a text to a tree. Products may be written without a sign: 2xy, 3\sqrt{2}, (a+5)(b+2).
+
+    What may mean two things is Unreadable: 1/ab, \sin x/2, 5!!.
     """
 
     def __init__(self, text):
         self.text = text
         self.at = 0
-        self.nodes = 0
-        self.bars = 0  # open bars of |x|
-        self.tokens = []  # of (kind, text): kinds "number", "name", "call", "command" and "sign"
+        self.tokens = []  # of (kind, text), kind: "number", "name", "function", "sign"
         for match in TOKEN.finditer(text):
-            self.tokens += (
-                self.split_names(match[0].strip()) if match["name"] else [(match.lastgroup, match[0].strip())]
-            )
-
-    def split_names(self, name):
-        """The tokens of a run of letters: xy is a product, AB and \\theta are names, sin is a function."""
-        plain = name.lstrip("\\")
-        if plain in CALLS:
-            return [("call", plain)]
-        if plain in ("frac", "binom"):
-            return [("command", plain)]
-        if plain in CONSTANTS or plain in MARKS or plain in GREEK:
-            return [("name", plain)]
-        if name != plain or plain in ("nan", "zoo") or (len(plain) > 3 and not plain.isupper()):
-            raise Unreadable(f"the word {name!r}")
-        return [("name", name) for name in ([plain] if plain.isupper() else plain)]
+            token = match[0].strip()
+            self.tokens += names_in(token) if match["name"] else [(match.lastgroup, token)]
+        if len(self.tokens) > MAX_TOKENS:
+            raise Unreadable("too long an expression")
+        self.tokens.append(("end", ""))
 
     def fail(self):
         raise Unreadable(f"{self.text[:80]!r} at token {self.at}")
 
-    def node(self, *tree):
-        self.nodes += 1
-        if self.nodes > MAX_NODES:
-            raise Unreadable("too long an expression")
-        return tree
-
-    def peek(self, ahead=0):
-        """(kind, text) of a token that is not read yet; ("end", "") after the last."""
-        return self.tokens[self.at + ahead] if self.at + ahead < len(self.tokens) else ("end", "")
-
     def take(self, *texts):
         """Read the next token if it is one of these; returns its text, or None."""
-        text = self.peek()[1]
+        text = self.tokens[self.at][1]
         if text not in texts:
             return None
         self.at += 1
@@ -282,14 +260,12 @@ class Parser:
 
     def parse(self):
         tree = self.sum()
-        if self.at < len(self.tokens):
-            self.fail()
-        return tree
+        return tree if self.tokens[self.at][0] == "end" else self.fail()
 
     def sum(self):
         tree = self.product()
         while sign := self.take("+", "-"):
-            tree = self.node(sign, tree, self.product())
+            tree = (sign, tree, self.product())
         return tree
 
     def product(self):
@@ -297,105 +273,103 @@ class Parser:
         divided = False  # by something other than a number: 1/ab
         while True:
             if sign := self.take("*", "/"):
-                tree = self.node(sign, tree, self.factor())
+                tree = (sign, tree, self.factor())
                 divided = sign == "/" and self.tokens[self.at - 1][0] != "number"
             elif self.starts_factor() and not divided:
-                tree = self.node("*", tree, self.power())
+                tree = ("*", tree, self.power())
             else:
                 return tree
 
     def starts_factor(self):
-        kind, text = self.peek()
-        after_bracket = self.at > 0 and self.tokens[self.at - 1][1] in CLOSING.values()
-        opening = text in CLOSING or (text == "|" and not self.bars)
-        return kind in ("name", "call", "command") or opening or (kind == "number" and after_bracket)
+        kind, text = self.tokens[self.at]
+        after_bracket = self.tokens[self.at - 1][1] in CLOSING.values()
+        return kind in ("name", "function") or text in CLOSING or (kind == "number" and after_bracket)
 
     def factor(self):
         """A power with signs before it."""
         negative = False
         while sign := self.take("+", "-"):
             negative ^= sign == "-"
-        tree = self.power()
-        return self.node("negative", tree) if negative else tree
+        return ("negative", self.power()) if negative else self.power()
 
     def power(self):
         tree = self.operand()
         if self.take("!"):
-            tree = self.node("!", tree)
-        return self.node("^", tree, self.exponent()) if self.take("^") else tree
+            tree = ("!", tree)
+        return ("^", tree, self.exponent()) if self.take("^") else tree
 
     def exponent(self):
         if self.take("-"):
-            return self.node("negative", self.exponent())
+            return ("negative", self.exponent())
         tree = self.operand()
-        return self.node("^", tree, self.exponent()) if self.take("^") else tree
+        return ("^", tree, self.exponent()) if self.take("^") else tree
 
     def operand(self):
-        """A number, a name, a call, a fraction, or a sum in brackets."""
-        kind, text = self.peek()
-        self.at += 1
+        """A number, a name, a function with its arguments, or a sum in brackets."""
+        kind, text = self.tokens[self.at]
+        self.at += kind != "end"
         if kind == "number":
-            return self.node("number", Fraction(text))
+            return ("number", Fraction(text))
         if kind == "name":
-            if self.take("_"):
-                text += "_" + (self.peek()[1] or self.fail())
-                self.at += 1
-            return self.node("name", text)
-        if kind == "command":
-            numbers = self.argument(), self.argument()
-            return self.node("/" if text == "frac" else "binomial", *numbers)
-        if kind == "call":
-            return self.call(text)
-        if text in CLOSING:
-            tree = self.sum()
-            return tree if self.take(CLOSING[text]) else self.fail()
-        if text == "|":
-            self.bars += 1
-            tree = self.sum()
-            self.bars -= 1
-            return self.node("abs", tree) if self.take("|") else self.fail()
-        self.fail()
+            return ("name", text + self.subscript())
+        if kind == "function":
+            return self.function(text)
+        if text not in CLOSING:
+            self.fail()
+        tree = self.sum()
+        return tree if self.take(CLOSING[text]) else self.fail()
 
-    def argument(self):
-        r"""The argument of a LaTeX command: {...}, or one digit as in \frac43, or one name."""
-        kind, text = self.peek()
-        if kind == "number" and len(text) > 1 and text.isdigit():
-            self.tokens[self.at : self.at + 1] = [(kind, text[0]), (kind, text[1:])]
-        return self.operand()
+    def subscript(self):
+        """_1 of x_1, or nothing."""
+        if not self.take("_"):
+            return ""
+        self.at += 1
+        return "_" + (self.tokens[self.at - 1][1] or self.fail())
 
-    def call(self, name):
-        r"""A function after its name: f(x), f^2(x), \sqrt[3]{x}, \log_2 8, \sin 2x."""
+    def function(self, name):
+        r"""The arguments of a function: f(x), f^2(x), \frac43, \sqrt[3]{x}, \log_2 8, \sin 2x."""
+        if name in ("frac", "binom"):
+            return (CALLS[name], self.argument(), self.argument())
         if name == "sqrt" and self.take("["):
             index = self.sum()
-            self.take("]") or self.fail()
-            return self.node("^", self.argument(), self.node("/", ("number", Fraction(1)), index))
+            return ("^", self.operand() if self.take("]") else self.fail(), ("/", ("number", Fraction(1)), index))
         base = [self.operand()] if name == "log" and self.take("_") else []
         exponent = self.exponent() if self.take("^") else None
-        bracket = self.take("(", "{")
-        arguments = [self.sum() if bracket else self.operand() if name == "sqrt" else self.bare_argument()]
-        while bracket and self.take(","):
-            arguments.append(self.sum())
-        if bracket and not self.take(CLOSING[bracket]):
-            self.fail()
+        if bracket := self.take("(", "{"):
+            arguments = [self.sum()]
+            while self.take(","):
+                arguments.append(self.sum())
+            self.take(CLOSING[bracket]) or self.fail()
+        else:
+            arguments = [self.operand() if name == "sqrt" else self.bare_argument()]
         if exponent == ("negative", ("number", 1)):
             name, exponent = f"a{name}", None  # \tan^{-1}
         arguments += base
         if name not in CALLS or len(arguments) not in ARGUMENTS.get(name, (1,)):
             self.fail()
-        tree = self.node(CALLS[name], *arguments)
-        return self.node("^", tree, exponent) if exponent else tree
+        tree = (CALLS[name], *arguments)
+        return ("^", tree, exponent) if exponent else tree
+
+    def argument(self):
+        r"""The argument of a LaTeX command: {...}, one digit as in \frac43, or one name."""
+        kind, text = self.tokens[self.at]
+        if kind == "number" and text.isdigit():
+            self.tokens[self.at : self.at + 1] = [(kind, digit) for digit in text]
+        return self.operand()
 
     def bare_argument(self):
         r"""2x in \sin 2x: a product of numbers, names, fractions and roots."""
-        self.peek()[0] != "call" or self.peek()[1] == "sqrt" or self.fail()
+        if self.tokens[self.at] not in PLAIN and self.tokens[self.at][0] not in ("number", "name"):
+            self.fail()
         tree = self.power()
-        while self.peek()[0] in ("name", "command") or self.peek()[1] == "sqrt":
-            tree = self.node("*", tree, self.power())
-        if self.peek()[1] in ("/", "*", "|", "!", *CLOSING) and self.peek(1)[0] != "call":
+        while self.tokens[self.at] in PLAIN or self.tokens[self.at][0] == "name":
+            tree = ("*", tree, self.power())
+        if self.tokens[self.at][1] in ("/", "*", "!", *CLOSING) and self.tokens[self.at + 1][0] != "function":
             self.fail()
         return tree
 
 
+PLAIN = [("function", "frac"), ("function", "sqrt")]  # what a function's argument without brackets may contain
 ARGUMENTS = {"binomial": (2,), "comb": (2,), "log": (1, 2), "Fraction": (1, 2), "Rational": (1, 2)}  # else one
 
 # ------------- Values
@@ -487,10 +461,8 @@ def tolerance(size, step, gold_step):
     return max(doubles, rounded, gsm_hard)
 
 
-def proportion(prediction, gold):
-    """The constant factor between two trees that have variables; None if there is none: 2x - 4 is 2 times x - 2."""
+def proportional(prediction, gold):
+    """Whether one tree with variables is a constant times the other: 2x - 4 is 2 times x - 2."""
     pairs = list(values_at_points(prediction, gold, CONSTANTS | MARKS))
     (a0, b0), *others = pairs
-    if not others or not a0 or not b0 or not all(close(a * b0, b * a0) for a, b in others):
-        return None
-    return a0 / b0
+    return bool(others and a0 and b0) and all(close(a * b0, b * a0) for a, b in others)

@@ -2,18 +2,25 @@ r"""Is this answer right? Exact match for facts, equality of value for math, and
 
     grade("fact", "The Beatles!", "Beatles")               # Verdict(correct=True, why="exact")
     grade("math", "0.5", r"\frac{1}{2}")                   # Verdict(correct=True, why="equal")
+    same("math", 4, "4.0")                                 # True: one vote
 
 A wrong answer that counts as right is worse than a right answer that is missed: it inflates a result, and as a
 teacher trajectory it trains the student on an error. A text that cannot be read is therefore never right.
 
-Math: an answer (LaTeX, plain text or a JSON value) is split here at its commas, equals signs and brackets; what is left
-are expressions, which common/expressions.py evaluates. Conventions: words after a value may be left out, but two
-different units never agree. 50% is 0.5, and 50 if the gold answer has the sign or the question asks for percent. A
-decimal with a fractional part stands for the numbers that round to it, if they differ by less than one part in a
-million; integers, fractions and 40.0 stand for themselves. "x =" before an answer may be left out. "1, 2" is unordered;
-tuples and vectors are ordered; (a, b] is not [a, b]. 52_8 needs its base unless the question names one. Letters are
-variables, and their case counts. Inequalities, ratios and number bases are not read: they are right only if the texts
-are the same.
+Math: an answer (LaTeX, plain text, Python's or sympy's notation, a JSON value) is split here at its commas, equals
+signs and brackets; what is left are expressions, which common/expressions.py evaluates. Conventions: words after a
+value may be left out, but two different units never agree. 50% is 0.5, and 50 if the gold answer has the sign or the
+question asks for percent. A decimal with a fractional part stands for the numbers that round to it, if they differ by
+no more than one part in a million; integers, fractions and 40.0 stand for themselves. "x =" before an answer may be
+left out; two equations are equal if their differences are proportional. x < 2 is (-oo, 2). "1, 2" is unordered;
+tuples and vectors are ordered; (a, b] is not [a, b], but a Python list may be any of them. 52_8 needs its base unless
+the question names one. Letters are variables, and their case counts; AB and words of four letters are names.
+
+Not read, and right only as the same text: inequalities in two variables and x > 2 and x < 5 in words, set-builder
+notation, unions that touch, set differences; ratios in other terms; products without a sign after a division (1/ab);
+products after a function without brackets (\sin x/2); odd roots of negative numbers; factorials of variables; \max,
+\sum, vectors with arrows; number words (20 million); single letters as units in plain text (5 m); sentences around an
+answer.
 """
 
 import dataclasses
@@ -23,18 +30,7 @@ import string
 import unicodedata
 
 from common import InputError
-from common.expressions import (
-    Unreadable,
-    Value,
-    clean,
-    cuts,
-    depths,
-    is_real,
-    proportion,
-    read_value,
-    same_value,
-    split,
-)
+from common.expressions import Unreadable, Value, clean, cuts, depths, proportional, read_value, same_value, split
 
 MAX_CHARACTERS = 2000  # of one answer; 2^{4181}, a gold answer of MATH, has 1,259 digits
 MAX_DEPTH = 40  # nested brackets
@@ -52,13 +48,16 @@ def grade(kind, prediction, answer, aliases=(), question="", judge=None):
     """Returns the Verdict on one answer.
 
     kind: "fact" or "math". prediction: the JSON value given to final_answer, or the text of a CoT answer; None is no
-    answer. answer, aliases: gold answers, text or numbers; aliases count for facts only. question: read by the judge,
-    and by the math rules for number bases and percentages. judge: callable(question, answers, prediction) ->
-    True, False or None (no verdict), called for facts without an exact match. Raises InputError for another kind.
+    answer. answer: text, number or list. A list of facts holds alternatives, a list in math is one answer in several
+    parts. aliases: further gold answers, for facts only: a list, one text, or None. question: read by the judge, and by
+    the math rules for number bases and percentages. judge: callable(question, answers, prediction) -> True, False or
+    None (no verdict), called for facts without an exact match. Raises InputError for another kind.
     """
     if kind not in ("fact", "math"):
         raise InputError(f"kind {kind!r}: a task is of kind 'fact' or 'math'")
-    if answer is None or not str(answer).strip():
+    answers = answer if isinstance(answer, list) and kind == "fact" else [answer]
+    answers = [gold for gold in answers if gold not in (None, []) and str(gold).strip()]
+    if not answers:
         return Verdict(False, "no gold answer")  # three MATH training rows have none
     if kind == "math":
         if prediction is None or (isinstance(prediction, str) and not prediction.strip()):
@@ -70,13 +69,14 @@ def grade(kind, prediction, answer, aliases=(), question="", judge=None):
         return Verdict(False, "unreadable")
     if not text.strip():
         return Verdict(False, "no answer")
-    if exact_match(text, [answer]):
+    aliases = [aliases] if isinstance(aliases, str) else aliases or []
+    if exact_match(text, answers):
         return Verdict(True, "exact")
     if exact_match(text, aliases):
         return Verdict(True, "alias")
     if judge is None:
         return Verdict(False, "different")
-    verdict = judge(question or "", [fact_text(gold) for gold in (answer, *aliases)], text)
+    verdict = judge(question or "", [fact_text(gold) for gold in (*answers, *aliases)], text)
     words = {True: "correct", False: "incorrect", None: "no verdict"}
     return Verdict(verdict is True, f"judge: {words[verdict]}")
 
@@ -118,10 +118,20 @@ def without_latex(text):
     return unicodedata.normalize("NFC", text)
 
 
+# The sign and the decimal point of a number, and what else stands between two digits, are no punctuation; "1,000" is.
+IN_NUMBERS = r"(?<![^\s(])-(?=\$?\.?\d)|(?<!\w)\.(?=\d)|(?<=\d)(?:[^\w\s,]|,(?!\d{3}(?!\d)))(?=\d)"
+PUNCTUATION = re.compile(f"({IN_NUMBERS})|[{re.escape(string.punctuation)}]")
+QUOTES = str.maketrans("‘’´“”–—−", "\u0027\u0027\u0027" + '""---')
+
+
 def normalise_fact(value):
-    """Lower case, no punctuation, no articles, single spaces (SQuAD 1.1)."""
-    text = "".join(c for c in fact_text(value).lower() if c not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+    """Lower case, no punctuation, no articles, single spaces (SQuAD 1.1), but 3.5 is not 35 and -5 is not 5.
+
+    Where nothing is left ("A", "!!!"), articles and then punctuation stay.
+    """
+    original = fact_text(value).translate(QUOTES).lower().strip()
+    text = PUNCTUATION.sub(r"\1", original)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split()) or text.strip() or original
 
 
 def exact_match(prediction, answers):
@@ -132,20 +142,26 @@ def exact_match(prediction, answers):
 # ------------- Answers of chain-of-thought replies
 
 
+BOX = re.compile(
+    r"\\(?:boxed|fbox)(?![a-zA-Z])\s*(?:\{|(\\?[^\s$\\{}]*[^\s$\\{}.,;]))|\\.|[{}]", re.DOTALL
+)  # \boxed{, \boxed 5, \{, {
+
+
 def boxed_answer(text):
     r"""The content of the last complete \boxed{...} or \fbox{...} (also `\boxed 5`) that is not empty, or None."""
-    for match in reversed(list(re.finditer(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*", text))):
-        rest = text[match.end() :]
-        content = ""
-        if not rest.startswith("{"):
-            if token := re.match(r"\\?[^\s$\\{}]+", rest):
-                content = token[0].rstrip(".,;")
-        depth = 0
-        for brace in re.finditer(r"\\.|[{}]", rest if rest.startswith("{") else "", re.DOTALL):  # \{ is no bracket
-            depth += {"{": 1, "}": -1}.get(brace[0], 0)
-            if depth == 0 and brace[0] == "}":
-                content = rest[1 : brace.start()].strip()
-                break
+    boxes = []  # (start, end) of the contents
+    opened = []  # (start, whether it is a box) of the braces
+    for match in BOX.finditer(text):
+        if match[1]:
+            boxes.append(match.span(1))
+        elif match[0][-1] == "{" and match[0] != r"\{":
+            opened.append((match.end(), len(match[0]) > 1))
+        elif match[0] == "}" and opened:
+            start, is_box = opened.pop()
+            if is_box:
+                boxes.append((start, match.start()))
+    for start, end in sorted(boxes, reverse=True):
+        content = text[start:end].strip()
         if not NO_ANSWER.fullmatch(content):
             return content
     return None
@@ -157,10 +173,10 @@ NO_ANSWER = re.compile(r"(?i)(?:\\text)?[\s{}.…_]*(?:\\[lc]?dots|(?:(?:your|th
 # How a reply states its answer without a box. What follows the sign is the answer, up to the end of the sentence.
 STATED = re.compile(
     r"""(?imx)
-    (?: ^\W* (?:(?:the|my|our)\s+)? (?:(?:final|correct|right)\s+)? answer \W*? [:=\n]  # **Answer:** 9, ### Answer\n9
-      | \b (?:the|my|our|final|correct|right)\ answer \W*? [:=\n]                       # Step 3: the final answer: 9
-      | \b answer (?:\ to\ [^.\n]{1,80}?)? \s+ (?:is|would\ be|should\ be|must\ be)\b(?!\s+not\b)   # so the answer is 9
-      | ^\s*\#{4}(?!\#)                                                                 # #### 9
+    (?: ^\W{0,20} (?:(?:the|my|our)\s+)? (?:(?:final|correct|right)\s+)? answer \W{0,20}? [:=\n]  # **Answer:** 9
+      | \b (?:the|my|our|final|correct|right)\ answer \W{0,20}? [:=\n]  # Step 3: the final answer: 9
+      | \b answer (?:\ to\ [^.\n]{1,80}?)? \s+ (?:is|would\ be|should\ be|must\ be)\b(?!\s+not\b)  # so the answer is 9
+      | ^[ \t]*\#{4}(?!\#)  # #### 9
     )
     (?:[\s:=*] | (?:\$\$|\\\[)\s*\n)* (.*\w.*)"""
 )
@@ -191,7 +207,7 @@ class Group:
 
     kind: the brackets "()", "(]", "{}", ...; "" for a bare list, "json" for a Python list, "names" for equations with
     different names, "∪" for a union, ":" for a ratio, "_" for digits and their base; "=" for an equation (its left side
-    and its right side); "<" or "≤" for an inequality (the left side minus the right side).
+    and its right side).
     """
 
     kind: str
@@ -211,31 +227,25 @@ def read(value):
 
 
 # How sympy and numpy write sets and rows: the brackets that they stand for
-CONTAINERS = {
-    "Interval": "[]interval",
-    "Interval.open": "()",
-    "Interval.Lopen": "(]",
-    "Interval.Ropen": "[)",
-    "Union": "∪",
-}
-CONTAINERS |= {"FiniteSet": "{}", "Tuple": "()", "Point": "()", "Point2D": "()", "Point3D": "()"}
-CONTAINERS |= dict.fromkeys("array Matrix ImmutableDenseMatrix list tuple set frozenset deque".split(), "json")
+CONTAINERS = {"Interval": "[]interval", "Interval.open": "()", "Interval.Lopen": "(]", "Interval.Ropen": "[)"}
+CONTAINERS |= {"Union": "∪", "FiniteSet": "{}", "Tuple": "()", "Point2D": "()"}
+CONTAINERS |= dict.fromkeys(["array", "Matrix", "ImmutableDenseMatrix", "list", "tuple", "set", "frozenset"], "json")
 NAME = r"[a-zA-Z](?:_\w+)?(?:\^\{-1\})?(?:\([a-z]\))?"  # x, x_1, f(x)
 # What may stand before "=" and be left out: also (x, y), P(A), AB, Area
 LEFT_OUT = re.compile(
-    rf"{NAME}|\({NAME}(?:, ?{NAME})+\)|[A-Z]+\([^()]*\)|\|?[A-Z][A-Za-z]+\|?|(?:m ?)?\\(?:angle|overline) ?\{{?[A-Z]+\}}?|"
-    r"\\text ?\{[^{}]*\}|\\[a-z]+"
+    rf"{NAME}|\({NAME}(?:, ?{NAME})+\)|[A-Z]+\([^()]*\)|[A-Z][A-Za-z]+|\\text ?\{{[^{{}}]*\}}|\\[a-z]+|"
+    r"(?:m ?)?\\(?:angle|overline) ?\{?[A-Z]+\}?"
 )
 RELATIONS = "<>≤≥≠"
 
 
 def read_text(text):
     """The node of a cleaned text: first what binds loosest (commas), at last an expression."""
-    if re.search(r"\b(and|or)\b", text) and cuts(text, RELATIONS):
-        if " and " in text:
-            raise Unreadable(text)
-        return group("∪", map(read_text, text.split(" or ")))  # x < 2 or x > 3
-    text = re.sub(r"\b(and|or)\b", ",", text)
+    if cuts(text, RELATIONS) and " and " in text:
+        raise Unreadable(text)
+    if len(pieces := text.split(" or ")) > 1 and re.search(f"[{RELATIONS}]", text):
+        return group("∪", map(read_text, pieces))  # x < 2 or x > 3
+    text = re.sub(r"(, ?)?\b(and|or)\b", ",", text)
     if len(split(text, ",;")) > 1 or ("±" in text and "," not in text):
         return group("", read_items(text))
     if cuts(text, RELATIONS):
@@ -279,7 +289,7 @@ def read_items(text):
 
 
 def read_inequality(text):
-    """x < 2 and 1 < x < 2 are equations of x with an interval; others are differences."""
+    """x < 2, 1 < x < 2 or x ≠ 2 as an equation of x with an interval. Other inequalities are Unreadable."""
     sides = split(text, RELATIONS)
     signs = [text[i] for i in cuts(text, RELATIONS)]
     if signs[0] in ">≥":
@@ -292,10 +302,8 @@ def read_inequality(text):
         sides, signs, names = [r"-\infty", *sides], ["<", *signs], [False, *names]
     elif names == [False, True]:
         sides, signs, names = [*sides, r"\infty"], [*signs, "<"], [*names, False]
-    if not set(signs) <= set("<≤") or (len(sides) > 2 and names != [False, True, False]):
+    if not set(signs) <= set("<≤") or names != [False, True, False]:
         raise Unreadable(text)
-    if len(sides) == 2:
-        return Group(signs[0], (read_value(f"({sides[0]})-({sides[1]})"),))
     kind = ("(" if signs[0] == "<" else "[") + (")" if signs[1] == "<" else "]")
     return Group("=", (sides[1], group(kind + "interval" * (kind == "[]"), map(read_text, sides[::2]))))
 
@@ -304,7 +312,9 @@ def group(kind, items):
     """A Group; a single item stands for itself, unless it is a row of numbers. x=1, x=2 becomes x = (1, 2)."""
     items = tuple(items)
     names = [item.items[0] for item in items if is_group(item, "=")]
-    if len(items) == 1 and (isinstance(items[0], Value) or is_group(items[0], "=", "()", "{}", "names")):
+    if len(items) == 1 and (
+        isinstance(items[0], Value) or (is_group(items[0], "=", "()", "{}", "names") and items[0].items)
+    ):
         return items[0]
     if len(items) == len(set(names)) > 1:
         return Group("names", items)
@@ -326,7 +336,7 @@ def is_group(node, *kinds):
 INFINITY = read_value(r"\infty")
 MINUS_INFINITY = read_value(r"-\infty")
 WORDING = re.compile(r"\\text\s*\{[a-zA-Z ,.()'-]+\}|[a-zA-Z]{4,}( [a-zA-Z]+)*")  # words or a letter: \text{(C)}, east
-LABEL = re.compile(r"(?:\\text\s*\{)?\(?([A-Z])[).:]+\s*\}?\s+(\S.*)")  # a choice with its value: \text{(B)} 16
+LABEL = re.compile(r"(?:\\text\s*\{)?\(?([A-Z])[).:]+\s*\}?\s+(?!.*\b[A-Z]\b)(\S.*)")  # \text{(B)} 16, not (A) or (B)
 
 
 def compare(prediction, answer, question=""):
@@ -337,7 +347,7 @@ def compare(prediction, answer, question=""):
     try:
         if max(len(str(prediction)), len(str(answer))) > MAX_CHARACTERS:
             return Verdict(False, "unreadable")
-        if isinstance(prediction, str) and clean(prediction) == clean(str(answer)):
+        if clean(str(prediction)) == clean(str(answer)):
             return Verdict(True, "exact")
         label = LABEL.fullmatch(clean(prediction)) if isinstance(prediction, str) else None
         if WORDING.fullmatch(clean(str(answer))):
@@ -345,11 +355,11 @@ def compare(prediction, answer, question=""):
             return Verdict(equal, "text" if equal else "different")
         if re.search(r"\bbase\b|binary|octal|hexadecimal", question) and re.fullmatch(r"\s*-?\d+\s*", str(prediction)):
             answer = re.sub(r"_\s*\{?\d{1,2}\}?$", "", str(answer))
-        if isinstance(prediction, str):
-            prediction = re.sub(r"^\s*\\text\s*\{([^{}]*)\}\s*$", r"\1", label[2] if label else prediction)
         readings = [prediction]
-        if re.fullmatch(r"\s*-?\d{1,3}(,\d{3})+\s*", str(prediction)):
-            readings.append(str(prediction).replace(",", ", "))  # 81,256 is a number or two
+        if isinstance(prediction, str):
+            readings = [re.sub(r"^\\text\s*\{([^{}]*)\}$", r"\1", label[2] if label else clean(prediction))]
+            if re.fullmatch(r"\s*-?\d{1,3}(,\d{3})+\s*", prediction):
+                readings.append(prediction.replace(",", ", "))  # 81,256 is a number or two
         gold = read(exact_part(answer))
         equal = any(same_node(read(exact_part(reading)), gold, question.lower()) for reading in readings)
         return Verdict(equal, "equal" if equal else "different")
@@ -358,7 +368,7 @@ def compare(prediction, answer, question=""):
 
 
 def exact_part(answer):
-    r"""Without the approximation that follows the value in x = 2\sqrt{3} \approx 3.46; `x \approx 3.46` has no other."""
+    r"""Without what follows the value in x = 2\sqrt{3} \approx 3.46; `x \approx 3.46` has no other value."""
     if not isinstance(answer, str):
         return answer
     pieces = [piece for piece in re.split(r"\\approx|≈", answer) if not LEFT_OUT.fullmatch(clean(piece) or "x")]
@@ -374,7 +384,7 @@ def same_node(prediction, gold, question=""):
     """Whether two nodes mean the same."""
     p_named, g_named = is_group(prediction, "="), is_group(gold, "=")
     if p_named and g_named and prediction.items[0] != gold.items[0]:
-        return proportional(*(difference(*node.items) for node in (prediction, gold)))
+        return same_equation(prediction, gold)
     if p_named and (g_named or LEFT_OUT.fullmatch(prediction.items[0])):
         prediction = prediction.items[1]
     if g_named and (p_named or LEFT_OUT.fullmatch(gold.items[0])):
@@ -384,15 +394,11 @@ def same_node(prediction, gold, question=""):
     return isinstance(prediction, Group) and isinstance(gold, Group) and same_group(prediction, gold, question)
 
 
-def difference(left, right):
-    """The tree of left side minus right side of an equation, or None."""
-    return ("-", read_value(left).tree, right.tree) if isinstance(right, Value) else None
-
-
-def proportional(prediction, gold, positive=False):
-    """Whether one difference is a constant times the other: 2x - 4 = 0 is x = 2; of an inequality a positive one."""
-    factor = proportion(prediction, gold) if prediction and gold else None
-    return factor is not None and (not positive or (is_real(factor) and factor > 0))
+def same_equation(prediction, gold):
+    """Whether the differences of their sides are proportional: 2x - 4 = 0 is x = 2."""
+    if not all(isinstance(node.items[1], Value) for node in (prediction, gold)):
+        return False
+    return proportional(*(("-", read_value(node.items[0]).tree, node.items[1].tree) for node in (prediction, gold)))
 
 
 # Which brackets of a prediction may stand for which of a gold answer. A Python list cannot say that an end is open.
@@ -416,8 +422,6 @@ def same_group(prediction, gold, question):
         return False
     if gold.kind == "_":
         return prediction.items == gold.items
-    if gold.kind in ("<", "≤"):
-        return proportional(prediction.items[0].tree, gold.items[0].tree, positive=True)
     # x = 1, y = 2 is not 2, 1, but it is y = 2, x = 1
     letters = {item.items[0][:1] for item in (*prediction.items, *gold.items) if is_group(item, "=")}
     ordered = (

@@ -17,7 +17,7 @@ import numpy as np
 from common import InputError
 
 LINE_BYTES = 1 << 24  # a longer line is refused: such a file is no JSON lines
-ID_BYTES = 256  # ids are kept in an array of fixed width
+ID_LENGTH = 256  # ids are kept in an array of fixed width
 
 
 def valid_text(text):
@@ -51,8 +51,8 @@ def parse_passage(line):
         raise ValueError("brackets are nested too deeply") from None
     if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in ("id", "contents")):
         raise ValueError('not {"id": "text", "contents": "text"}')
-    if len(row["id"]) > ID_BYTES // 4:
-        raise ValueError(f"an id of more than {ID_BYTES // 4} characters")
+    if len(row["id"]) > ID_LENGTH:
+        raise ValueError(f"an id of more than {ID_LENGTH} characters")
     return valid_text(row["id"]), valid_text(row["contents"])
 
 

@@ -17,7 +17,7 @@ import shutil
 from pathlib import Path
 
 from agent_distill import Running, TurnFailed, agent_episode, parse_action, votes_of
-from common import load_tasks, option, report, run_command_line, write_jsonl
+from common import load_tasks, option, report, run_command_line, write_json, write_jsonl
 from experiments import Setting, compare, evaluate_student
 
 MOST = 8  # N
@@ -30,9 +30,9 @@ class Config(Setting):
     data: list[str] = option([], "not used: nothing is trained", positional=True)
 
 
-def agreed(sandbox, texts):
+def agreed(sandbox, texts, opening):
     """Whether two of these candidates observe the same, from the sandbox's state, and without an error."""
-    codes = [action.code for action in map(parse_action, texts) if action.code is not None]
+    codes = [action.code for action in (parse_action(text, opening) for text in texts) if action.code is not None]
     votes = collections.Counter(votes_of(sandbox.run_candidates(codes) if codes else []))
     del votes[None]
     return max(votes.values(), default=0) >= 2
@@ -45,7 +45,7 @@ def episode(question, prompts, open_sandbox, **options):
         while inner.turn:
             texts = []
             try:
-                while len(texts) < MOST and not agreed(sandbox, [inner.turn.opening + text for text in texts]):
+                while len(texts) < MOST and not agreed(sandbox, texts, inner.turn.opening):
                     texts += yield inner.turn
             except TurnFailed as failure:
                 texts = failure
@@ -81,7 +81,11 @@ def vote_over_episodes(run, out):
         usage = sum((collections.Counter(row["usage"]) for row in rows), collections.Counter())
         chosen.append(rows[best] | {"id": question, "usage": dict(usage)})
     write_jsonl(Path(out, "transcripts.0.jsonl"), chosen)
-    shutil.copy(Path(run, "run.json"), out)
+    config = json.loads(Path(run, "run.json").read_text())
+    config["questions"] = collections.Counter(row["task"] for row in chosen)  # each was asked several times
+    write_json(Path(out, "run.json"), config)
+    if Path(run, "model.json").exists():
+        shutil.copy(Path(run, "model.json"), out)
 
 
 def run(config):

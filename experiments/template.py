@@ -11,7 +11,7 @@ from pathlib import Path
 
 import agent_distill
 from agent_distill import CODE_OPEN, FilterConfig, Prompts, filter_trajectories
-from common import option, run_command_line
+from common import option, read_jsonl, run_command_line, write_jsonl
 from experiments import Setting, compare, evaluate_student, train_student
 
 
@@ -47,7 +47,9 @@ def run(config):
     for name, text in DESCRIPTIONS.items():
         (prompts / "tools" / f"{name}.txt").write_text(text + "\n")
     data = f"{config.out}/train.jsonl"
-    filter_trajectories(FilterConfig(trajectories=config.data, out=data))
+    rows = [row | {"tools": [*row["tools"], *DESCRIPTIONS]} for path in config.data for _, row in read_jsonl(path)]
+    write_jsonl(f"{config.out}/agent.jsonl", rows)  # the student's system prompt names the tool
+    filter_trajectories(FilterConfig(trajectories=[f"{config.out}/agent.jsonl"], out=data, prompts=str(prompts)))
     student = train_student(config, "student", data, "experiments.template.weigh")
     paper = evaluate_student(config, student, "paper", sc=4)
     forked = {"tools": "experiments.template.tools", "choose": "experiments.template.choose", "prompts": str(prompts)}

@@ -17,6 +17,7 @@ import subprocess
 import threading
 from pathlib import Path
 
+from agent_distill import Prompts
 from common import REQUIRED, InputError, option, read_jsonl, run_command_line, serve_json
 from miniature.world import GOALS, OPPOSITE, need, title
 
@@ -38,6 +39,7 @@ class Config:
     slip_cot: float = option(0.05, "a wrong value in a recalled fact, or a wrong digit in a number worked out")
     from_memory: float = option(0.0, "a fact is answered without a search: rightly about real pages, else by a guess")
     seed: int = option(0, "part of every random draw")
+    prompts: str = option(str(Prompts.default), "folder of the prompts that the agent is shown")
 
 
 class Teacher:
@@ -49,6 +51,7 @@ class Teacher:
 
     def __init__(self, config):
         self.config = config
+        self.failed = Prompts(config.prompts).error.split("{stdout}")[-1].split("{error}")[0]  # marks a failed step
         self.plans = {row["question"]: row for _, row in read_jsonl(Path(config.world) / "plans.jsonl")}
         with open(Path(__file__).with_name("facts.csv"), encoding="utf-8") as file:
             self.real = {name for _, name, *_ in csv.reader(file)}  # the entities that a large model knows
@@ -76,7 +79,7 @@ class Teacher:
             thought, code = self.compute(plan, rng)
         else:
             thought, code = self.look_up(plan, said, seen, rng)
-        if seen and "\nError:\n" in seen[-1]:
+        if seen and self.failed in seen[-1]:
             thought = f"That failed. {thought}"
         else:
             code = self.break_code(code, rng)

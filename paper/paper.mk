@@ -9,9 +9,9 @@
 #   make paper TRAJECTORIES=folder QUESTIONS=folder PASSAGES=file.jsonl.gz STUDENT=folder    no network, no question
 
 PAPER ?= runs/paper
-# The Makefile's own defaults of STUDENT, QUESTIONS and TESTS are the miniature's.
+# The Makefile's own defaults of STUDENT, QUESTIONS, TESTS and SC_TESTS are the miniature's.
 given = $(if $(filter file undefined,$(origin $(1))),,$($(1)))
-PAPER_STUDENT := $(or $(firstword $(call given,STUDENT)),Qwen/Qwen2.5-0.5B-Instruct)
+PAPER_STUDENT := $(patsubst %/,%,$(or $(firstword $(call given,STUDENT)),Qwen/Qwen2.5-0.5B-Instruct))
 # wiki: Wikipedia 2018, BM25 built here; e5: the published vectors; pooled: the paragraphs of the pooled questions; or a
 # JSONL file, also gzipped; or the URL of a /retrieve server.
 PASSAGES ?= wiki
@@ -21,7 +21,7 @@ TRAJECTORIES ?=
 PAPER_QUESTIONS := $(call given,QUESTIONS)
 # The first n questions of each task, and of those n for the rows with SC-action; all without them.
 PAPER_TESTS := $(or $(call given,TESTS),$(if $(filter pooled,$(PASSAGES)),100))
-SC_TESTS ?= $(PAPER_TESTS)
+PAPER_SC_TESTS := $(or $(call given,SC_TESTS),$(PAPER_TESTS))
 # New tokens: of one step of an agent, and of one chain of thought.
 AGENT_TOKENS ?= 1024
 COT_TOKENS ?= 1024
@@ -95,7 +95,7 @@ endif
 	@touch $@
 
 # Run a command. If it fails, its last line of output is the error: no network, no such file, no more disk, ...
-try = @message=$$($(1) 2>&1) || { echo "error: $(2): $$(echo "$$message" | tail -n 1)" >&2; exit 2; }
+try = @message=$$({ $(1); } 2>&1) || { echo "error: $(2): $$(echo "$$message" | tail -n 1)" >&2; exit 2; }
 
 # Downloads: repositories on the Hugging Face Hub, with kind and commit. main: no commit is known, the newest is taken.
 FROM_cot-trajectories := agent-distillation/Qwen2.5-32B-Instruct_cot_trajectories_2k dataset main
@@ -122,11 +122,11 @@ $(DATA_DONE): $(DOWNLOADED)/%.done: | $(AGREED)
 URL_benchmarks ?= https://raw.githubusercontent.com/Nardien/agent-distillation/main/data_processor
 URL_pooled ?= https://raw.githubusercontent.com/OSU-NLP-Group/HippoRAG/$(POOLED_COMMIT)/reproduce/dataset
 POOLED_COMMIT := c617143f01477243992a63b2e2151cc003dd3b21
-FETCH = for file in $$(cut -c 67- $<); do \
+FETCH = for file in $$(cut -c 67- paper/$*.sha256); do \
   curl -fsS --retry 5 --create-dirs -o $(DOWNLOADED)/$*/$$file $(URL_$*)/$$file || exit; done
-$(DOWNLOADED)/benchmarks.done $(DOWNLOADED)/pooled.done: $(DOWNLOADED)/%.done: paper/%.sha256 | $(AGREED)
+$(DOWNLOADED)/benchmarks.done $(DOWNLOADED)/pooled.done: $(DOWNLOADED)/%.done: | $(AGREED)
 	$(call try,$(FETCH),$(URL_$*))
-	cd $(DOWNLOADED)/$* && sha256sum --check --quiet $(CURDIR)/$<
+	cd $(DOWNLOADED)/$* && sha256sum --check --quiet $(CURDIR)/paper/$*.sha256
 	touch $@
 # Models. refs/main names the commit that transformers takes for a model's name.
 MODEL_FOLDER = $(PAPER)/hub/models--$(subst /,--,$*)
@@ -220,7 +220,7 @@ $(TRAINED)/%/.done: $(COLLECTED)/%.train.jsonl $(STUDENT_DONE)
 
 # 5. Evaluation. The name of a row: what the student learned from, the method, the decoding. The mark of a finished row
 # has the number of questions: with a larger TESTS, the row continues.
-row_tests = $(if $(filter %.sc8,$(1)),$(SC_TESTS),$(PAPER_TESTS))
+row_tests = $(if $(filter %.sc8,$(1)),$(PAPER_SC_TESTS),$(PAPER_TESTS))
 row_done = $(RESULTS)/$(STUDENT_IN_PATHS).$(1)/.done$(addprefix .,$(row_tests))
 row_method = $(or $(filter cot cot-rag,$(wordlist 2,3,$(subst ., ,$(1)))),agent)
 paper-evaluate: $(foreach row,$(PAPER_ROWS),$(call row_done,$(row)))  ## all rows of the table
@@ -241,6 +241,9 @@ $(foreach row,$(PAPER_ROWS),$(if $(filter base.%,$(row)),\
 
 paper-report: paper-evaluate  ## the table and the page, beside the paper's figures
 	@$(RUN) evaluate.py report $(RESULTS)
+	@printf '\nThe paper, averages of the eight tasks in %%, students of 0.5B / 1.5B / 3B / 7B:\n'
+	@printf '%-38s%s\n' 'CoT distilled' '13.64 / 21.28 / 27.72 / 33.54' 'CoT + RAG distilled' '15.90 / 24.64 / 28.53 / 32.16' \
+	  'agent distilled' '19.24 / 28.06 / 33.60 / 39.85' 'agent distilled + prefix + SC-action' '21.90 / 30.55 / 36.60 / 42.68'
 
 # The authors' 1.5B student, an adapter that names its base. It learned search results in their wording. They publish no
 # system prompt, so it gets our short one. training.json says what evaluate.py reads there of students trained here.

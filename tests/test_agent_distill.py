@@ -8,6 +8,7 @@ Code runs in the real sandbox; the model's side is a list of texts.
 import functools
 import json
 import random
+import re
 import shutil
 import time
 
@@ -59,6 +60,7 @@ SHAPES = {
     "form of the answer first": "add.\n```\nx: number\n```\nCode:\n```\nx = 1 + 1\nprint(x)\n```",
     "words before an unmarked fence": "add.\nCode:\nLike this:\n```\nx = 1 + 1\nprint(x)\n```",
     "<code>": "Thought: add.\n<code>\nx = 1 + 1\nprint(x)\n</code>",
+    "label and <code>": "Thought: add.\nCode:\n<code>\nx = 1 + 1\nprint(x)\n</code>",
     "<code> that never closes": "Thought: add.\n<code>\nx = 1 + 1\nprint(x)",
     "<code> around a fence": "Thought: add.\n<code>\n```py\nx = 1 + 1\nprint(x)\n```\n</code>",
     "thinking": "<think>\nI try\n```py\nfinal_answer(1)\n```\n</think>\n\nadd.\n```py\nx = 1 + 1\nprint(x)\n```",
@@ -144,15 +146,56 @@ def test_every_tool_is_described_to_teacher_and_student(tmp_path):
     for name in (*tools, "final_answer"):
         assert f"- {name}(" in teacher and f"{name}(" in student
     assert "web_search(query), final_answer(answer)" in student and "{" not in student
-    with pytest.raises(InputError, match="tools/shell.txt"):
-        PROMPTS.system("agent_system", ["shell"])
-
-
-def test_changed_prompts_have_another_hash(tmp_path):
     shutil.copytree(Prompts.default, tmp_path / "prompts")
-    assert Prompts(tmp_path / "prompts").sha256 == PROMPTS.sha256
-    (tmp_path / "prompts" / "question.txt").write_text("Task: {question}")
-    assert Prompts(tmp_path / "prompts").sha256 != PROMPTS.sha256
+    (tmp_path / "prompts" / "tools" / "count.txt").write_text("count(words: dict[str, int], n: int = 3) -> str: counts")
+    student = Prompts(tmp_path / "prompts").system("agent_student_system", ["count"])
+    assert "Tools: count(words, n), final_answer(answer)." in student
+    for text in ("runs a program", "shell(", "other(x): runs"):
+        (tmp_path / "prompts" / "tools" / "shell.txt").write_text(text)
+        with pytest.raises(InputError, match="tools/shell.txt: describes a tool of --tools"):
+            Prompts(tmp_path / "prompts").system("agent_system", ["shell"])
+    assert "in steps, 3 at the most" in PROMPTS.system("agent_system", [], max_steps=3)
+
+
+def test_the_hash_covers_the_prompts_that_are_used(tmp_path):
+    shutil.copytree(Prompts.default, tmp_path / "prompts")
+    for name, methods in (("judge", []), ("error", ["agent"]), ("search_result", ["agent", "cot-rag"])):
+        before = {method: Prompts(tmp_path / "prompts").sha256(method) for method in agent_distill.SHOWN}
+        (tmp_path / "prompts" / f"{name}.txt").write_text("Another text")
+        after = Prompts(tmp_path / "prompts")
+        assert [method for method in before if before[method] != after.sha256(method)] == methods
+
+
+def no_tools():
+    return []
+
+
+def two(actions, observations):
+    return 0
+
+
+WRONG_OPTIONS = {  # each is refused in one line before anything is loaded
+    "--search": {"kinds": {"fact"}},
+    "--choose nothing.here: ModuleNotFoundError": {"choose": "nothing.here"},
+    "--choose test_agent_distill.two: too many positional": {"choose": "test_agent_distill.two"},
+    "--episode test_agent_distill.two: ": {"episode": "test_agent_distill.two"},
+    "--tools test_agent_distill.two: missing a required argument": {"tools": "test_agent_distill.two"},
+    "--tools test_agent_distill.no_tools: {name: function} was expected": {"tools": "test_agent_distill.no_tools"},
+    "tools/shell.txt: describes a tool of --tools": {"tools": "test_agent_distill.shell"},
+    "only --method agent uses it": {"method": "cot", "choose": "test_agent_distill.last_candidate"},
+}
+
+
+def shell():
+    return {"shell": print}
+
+
+@pytest.mark.parametrize("message", WRONG_OPTIONS)
+def test_wrong_options(message):
+    options = {"tasks": [], "out": "", "url": "", **WRONG_OPTIONS[message]}
+    kinds = options.pop("kinds", ())
+    with pytest.raises(InputError, match=re.escape(message)):
+        agent_distill.check_options(agent_distill.CollectConfig(**options), PROMPTS, kinds)
 
 
 # The episode --------------------------------------------------------------------------------------
@@ -220,6 +263,20 @@ def test_a_turn_that_fails_ends_the_episode_as_an_error():
     assert (episode.stop, episode.error) == ("error", "400: context length")
 
 
+def test_thinking_is_kept_in_the_step_and_nowhere_else():
+    thinking = "<think>\nOr\n```py\nfinal_answer(1)\n```?\n</think>\n\n"
+    episode, turns = play(
+        [[thinking + step("print(7)")] * 2, thinking + step("final_answer(2)")], first_thought="I need it. \n"
+    )
+    assert turns[0].opening == "Thought: I need it." and episode.prediction == 2
+    assert "think>" not in json.dumps(episode.messages) and episode.messages[2]["content"].startswith(turns[0].opening)
+    assert [s["thinking"] for s in (*episode.steps, *episode.steps[0]["candidates"])] == [thinking.strip()[8:-9]] * 4
+    for text, answer in ((thinking + "So\n\n\\boxed{3}", "3"), ("<think>so \\boxed{3}", None)):
+        episode, _ = cot([text])
+        assert episode.prediction == answer and "think" not in json.dumps(episode.messages)
+        assert episode.steps[0]["thinking"]
+
+
 # SC-action ----------------------------------------------------------------------------------------
 
 
@@ -263,15 +320,31 @@ def last_candidate(actions, observations, rng):
     return len(actions) - 1
 
 
-def test_another_vote_is_an_option():
+def test_another_vote_is_an_option_and_stored_as_it_was_cast():
     config = EpisodeConfig(choose="test_agent_distill.last_candidate")
     config.method = "agent"
     running = Running(agent_distill.open_episode(config, "Q?", PROMPTS, {}, system="S"))
     running.advance([step("print(1)"), step("print(1)"), step("final_answer(2)")])
     assert running.result.prediction == 2 and running.result.steps[0]["chosen"] == 2
-    config.choose = "test_agent_distill.nothing"
-    with pytest.raises(InputError, match="no function test_agent_distill.nothing: "):
-        agent_distill.open_episode(config, "Q?", PROMPTS, {}, system="S")
+    assert [c["vote"] for c in running.result.steps[0]["candidates"]] == [None, None, 0]
+
+
+SAME = {  # kind, method, candidates' answers, the elected one
+    ("math", "agent", (5, "4", 4.0, 5, 4), "4"),
+    ("math", "cot", ("5", "\\frac12", "0.5", "5", "1/2"), "\\frac12"),
+    ("fact", "agent", ("Lyon", "the Paris", "Paris", "Lyon", "Paris."), "the Paris"),
+    (None, "agent", ("Lyon", "the Paris", "Paris", "Lyon", "Paris."), "Lyon"),
+}
+
+
+@pytest.mark.parametrize("kind, method, answers, elected", SAME)
+def test_equal_answers_are_one_vote(kind, method, answers, elected):
+    config = EpisodeConfig()
+    config.method = method
+    running = Running(agent_distill.open_episode(config, "Q?", PROMPTS, {}, system="S", kind=kind))
+    texts = {"agent": [step(f"final_answer({a!r})") for a in answers], "cot": [rf"\boxed{{{a}}}" for a in answers]}
+    running.advance(texts[method])
+    assert running.result.prediction == elected
 
 
 def test_candidates_do_not_see_each_other_and_the_winner_is_not_run_again():
@@ -361,16 +434,32 @@ def test_only_the_very_same_question_is_a_duplicate(tmp_path):
 def test_training_rows_carry_the_students_prompt_and_what_a_weighting_needs(tmp_path):
     rows = [row(0) | {"tools": ["web_search"], "prefix": "I need"}, row(1, errors=("runtime", None))]
     first, second = filtered(tmp_path, rows)
+    assert (first["tools"], second["tools"]) == (["web_search"], [])  # what evaluation compares with its own
     system = {"role": "system", "content": PROMPTS.system("agent_student_system", ["web_search"])}
     assert first["messages"] == [system, {"role": "user", "content": "x"}]
     assert (first["method"], first["prefix"], second["prefix"]) == ("agent", True, False)
     assert second["steps"] == [{"error_kind": "runtime"}, {"error_kind": None}]
 
 
+def test_filter_says_where_prompts_or_tools_differ(tmp_path, capsys):
+    old, new = {"prompts_sha256": "old"}, {"prompts_sha256": PROMPTS.sha256("agent")}
+    rows = [row(0) | old, row(1) | new, row(2), row(3) | {"tools": ["web_search"]}]
+    assert [kept.get("prompts_sha256") for kept in filtered(tmp_path, rows)] == [
+        "old",
+        new["prompts_sha256"],
+        None,
+        None,
+    ]
+    notes = capsys.readouterr().err
+    assert notes.startswith("note: 1 of 4 were collected with other prompts than") and "different tools" in notes
+    filtered(tmp_path, [row(1) | new, row(2)])
+    assert not capsys.readouterr().err
+
+
 NOT_TRAJECTORIES = {
     "the field 'id' is missing": {"task": "t"},
-    "the tools that the agent had are not stated": {name: value for name, value in row(0).items() if name != "tools"},
-    "messages must be a list": row(0) | {"messages": "x"},
+    "the tools are not stated": {name: value for name, value in row(0).items() if name != "tools"},
+    "messages must be a list": row(0) | {"messages": [{"content": "x"}]},
     "steps must be a list": row(0) | {"steps": [{}]},
 }
 

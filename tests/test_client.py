@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-import common
 from agent_distill import Prompts
 from common import InputError, Journal
 from common.client import BadRequest, Client, Judge, Served, ServerError, in_parallel, read_verdict
@@ -20,7 +19,7 @@ HELLO = [{"role": "user", "content": "hello"}]
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
-    monkeypatch.setattr(common, "BACKOFF", 0.01)
+    monkeypatch.setattr("common.client.BACKOFF", 0.01)
 
 
 # ------------- Lost connections and refusals
@@ -122,7 +121,7 @@ def test_neither_the_proxy_nor_netrc_is_used_for_loopback(monkeypatch, tmp_path)
 
 
 def test_a_server_that_restarts_in_the_middle(monkeypatch):
-    monkeypatch.setattr(common, "BACKOFF", 0.1)
+    monkeypatch.setattr("common.client.BACKOFF", 0.1)
     with serve(lambda *r: completion("before")) as (url, _):
         asker = Client(url, retries=10)
         assert asker.chat(HELLO)[0] == ["before"]

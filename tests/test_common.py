@@ -10,11 +10,11 @@ import threading
 from pathlib import Path
 
 import pytest
+import requests
 
 from common import (
     InputError,
     Journal,
-    http_session,
     keep_config,
     load_tasks,
     option,
@@ -197,7 +197,7 @@ def test_serve_json_answers_every_request(capsys):
     server = serve_json(answer)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_address[1]}"
-    with http_session(retries=0) as session:
+    with requests.Session() as session:
         assert session.get(url + "/a").json() == {"method": "GET", "path": "/a", "body": None}
         for path, error in (("/bad", (400, "the field x is missing")), ("/broken", (500, "KeyError: 'x'"))):
             answered = session.post(url + path, json={})

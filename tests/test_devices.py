@@ -3,8 +3,7 @@
     make test ROOM=devices
 
 A fake CUDA tensor has a device, a shape and a format, but no contents. PyTorch refuses operations on fake tensors of
-different devices. Without its CUDA part it cannot index them or run autograd, so those tests use the meta device, with
-a check of every operation's devices.
+different devices.
 """
 
 import os
@@ -12,40 +11,12 @@ import os
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 import train
-from bench.gpu import META, Letters, make_model, simulated_gpu
 from common import InputError
-from common.decoding import SampleNucleus, SharedPrompts
 from common.models import choose_device, uses_bf16
-from evaluate import Student
 
 CUDA = torch.device("cuda:0")
-
-
-class Operations(TorchDispatchMode):
-    """Records what every operation returns, and refuses tensors of two devices (but for copies and CPU indices)."""
-
-    MAY_MIX = ("aten::_to_copy", "aten::copy_", "aten::index", "aten::index_put_", "aten::_index_put_impl_")
-
-    def __init__(self):
-        super().__init__()
-        self.results = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name, kwargs = function.name().split(".")[0], kwargs or {}
-        with self:  # under inference_mode, compound operations arrive whole
-            result = function.decompose(*args, **kwargs)
-        if result is not NotImplemented:
-            return result
-        tensors = [x for x in tree_iter((args, kwargs)) if isinstance(x, torch.Tensor)]
-        devices = {x.device for x in tensors if x.ndim}  # a CPU scalar may meet any tensor
-        assert len(devices) < 2 or name in self.MAY_MIX, f"{name}: tensors on {devices}"
-        result = function(*args, **kwargs)
-        self.results += [(name, x) for x in tree_iter(result) if isinstance(x, torch.Tensor)]
-        return result
 
 
 @pytest.fixture
@@ -111,27 +82,3 @@ def test_a_resumed_optimiser_has_its_state_on_the_gpu(fake_cuda, tmp_path):
     )
     parameter.grad = torch.zeros(4, 3, device=CUDA)
     trainer.optimizer.step()
-
-
-# Decoding
-
-
-@pytest.mark.parametrize("n", [1, 8])
-def test_decoding_mixes_no_devices_and_computes_in_the_model_s_format(n, monkeypatch):
-    with simulated_gpu(limit=10**9), torch.inference_mode(), Operations() as operations:
-        student = Student(make_model("small", META), Letters(), n=n, temperature=0.4 * (n > 1), max_tokens=32)
-        states = student._read([[3] * 40, [3] * 50])
-        cache = SharedPrompts(states, torch.ones(2, 49), n)
-        cache.keep(list(range(2 * n)), 16)
-        ids = torch.zeros(2 * n, 1, dtype=torch.int64, device=META)
-        del operations.results[:]
-        scores = student.model(input_ids=ids, past_key_values=cache).logits[:, -1]
-        weights = [x for name, x in operations.results if name == "aten::_softmax"]
-        cache.keep(list(range(2 * n - 1)), 16)  # one sample has ended
-        student.model(input_ids=ids[1:], past_key_values=cache)
-        assert student.processors == [] if n == 1 else SampleNucleus(0.4, 0.8)(ids, scores).device == META
-    assert 1 <= student.batch <= 256
-    assert {x.dtype for x in (states, scores, cache.bias)} == {torch.bfloat16}
-    assert len(weights) == 2 and {x.dtype for x in weights} == {torch.bfloat16}, "no float32 copy of attention weights"
-    large = {name for name, x in operations.results if x.dtype == torch.float32 and x.shape[-1:] == (50,)}
-    assert not large, large

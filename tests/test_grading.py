@@ -16,8 +16,8 @@ import pytest
 import sympy
 
 from common import InputError
-from common.expressions import clean
-from common.grading import WORDING, Verdict, boxed_answer, compare, cot_answer, exact_match, grade, read, same_node
+from common.expressions import CLEANING, clean
+from common.grading import WORDING, Verdict, boxed_answer, compare, cot_answer, grade, read, same, same_node
 
 ROOT = Path(__file__).parent.parent
 
@@ -78,83 +78,68 @@ x = 2\sqrt{3} \approx 3.46  ==  2\sqrt3
 (6-5j)  ==  6-5i  |  -inf  ==  -\infty  |  (5,)  ==  5  |  [np.int64(1)]  ==  1
 [np.int64(1), np.int64(-2)]  ==  1,-2  |  Interval(-2, 7)  ==  [-2,7]
 Interval.open(-2*sqrt(3)/3, sqrt(2))  ==  (-\frac{2\sqrt3}{3}, \sqrt2)  |  Interval.Ropen(-2, 7)  ==  [-2,7)
-Interval(-oo, 2)  ==  (-\infty,2]  |  {1, 2}  ==  1,2  |  {1, 2}  ==  \{1,2\}  |  array([1, 2])  ==  1,2
-array([1, 2])  ==  (1,2)  |  array([ 3., -2.])  ==  \begin{pmatrix}3\\-2\end{pmatrix}
-array([1., 2.], dtype=float32)  ==  1,2  |  Fraction(1, 2)  ==  \frac12  |  [Fraction(1, 2)]  ==  0.5
-Fraction(1, 2), Fraction(3, 4)  ==  \frac12,\frac34  |  Rational(1, 2)  ==  1/2  |  [{x: -2}, {x: 3}]  ==  -2,3
-[{x: 3}, {x: -2}]  ==  -2,3  |  [{x: 3}]  ==  3  |  {x: 1, y: 2}  ==  (1,2)  |  {'x': 1, 'y': 2}  ==  (1,2)
+Interval(-oo, 2)  ==  (-\infty,2]  |  {1, 2}  ==  1,2  |  {1, 2}  ==  \{1,2\}  |  array([1, 2])  ==  (1,2)
+array([ 3., -2.])  ==  \begin{pmatrix}3\\-2\end{pmatrix}  |  array([1., 2.], dtype=float32)  ==  1,2
+Fraction(1, 2)  ==  \frac12  |  Fraction(1, 2), Fraction(3, 4)  ==  \frac12,\frac34  |  Rational(1, 2)  ==  1/2
+[{x: -2}, {x: 3}]  ==  -2,3  |  [{x: 3}]  ==  3  |  {x: 1, y: 2}  ==  (1,2)  |  {'x': 1, 'y': 2}  ==  (1,2)
 [(1, 2)]  ==  (1,2)  |  [(1, 2), (3, 4)]  ==  (1,2),(3,4)  |  {(1, 2), (3, 4)}  ==  (3,4),(1,2)
 np.float64(3.0)  ==  3  |  (np.float64(3.0), 2)  ==  (3,2)  |  np.complex128(3+2j)  ==  3+2i  |  1j  ==  i
 [(1+2j), (1-2j)]  ==  1+2i,1-2i  |  Decimal('0.5')  ==  0.5  |  mpf('0.5')  ==  \frac12
-Matrix([[1], [2]])  ==  \begin{pmatrix}1\\2\end{pmatrix}
-ImmutableDenseMatrix([[1], [2]])  ==  \begin{pmatrix}1\\2\end{pmatrix}  |  FiniteSet(1, 2)  ==  1,2
-frozenset({1, 2})  ==  1,2  |  Union(Interval.open(-oo, 2), Interval.open(3, oo))  ==  (-\infty, 2) \cup (3, \infty)
-Union({3}, Interval(4, 5))  ==  \{3\} \cup [4,5]  |  Interval.Lopen(3, 4)  ==  (3,4]
-(2 <= x) & (x <= 5)  ==  [2,5]  |  (-oo < x) & (x < 2)  ==  (-\infty,2)
-((-oo < x) & (x < 2)) | ((3 < x) & (x < oo))  ==  (-\infty,2) \cup (3,\infty)
+Matrix([[1], [2]])  ==  \begin{pmatrix}1\\2\end{pmatrix}  |  FiniteSet(1, 2)  ==  1,2  |  frozenset({1, 2})  ==  1,2
+Union(Interval.open(-oo, 2), Interval.open(3, oo))  ==  (-\infty, 2) \cup (3, \infty)
+Union({3}, Interval(4, 5))  ==  \{3\} \cup [4,5]  |  Interval.Lopen(3, 4)  ==  (3,4]  |  (2 <= x) & (x <= 5)  ==  [2,5]
+(-oo < x) & (x < 2)  ==  (-\infty,2)  |  ((-oo < x) & (x < 2)) | ((3 < x) & (x < oo))  ==  (-\infty,2) \cup (3,\infty)
 (x < 2) | (3 < x)  ==  (-\infty,2) \cup (3,\infty)  |  [1 2]  ==  1,2  |  ['A', 'B']  ==  \text{A,B}
 ('1/2', '3')  ==  (\frac12, 3)  |  exp(1)  ==  e  |  E  ==  e  |  2*sqrt(3)*I  ==  2\sqrt3 i  |  oo  ==  \infty
 set()  ==  \emptyset  |  EmptySet  ==  \varnothing  |  Eq(x, 5)  ==  5  |  sqrt(2)/2  ==  \frac{1}{\sqrt2}
-2**(1/3)  ==  \sqrt[3]{2}  |  Point2D(1, 2)  ==  (1,2)  |  Tuple(1, 2)  ==  (1,2)  |  math.pi  ==  \pi
-math.inf  ==  \infty  |  np.array([1, 2])  ==  (1,2)  |  Integer(5)  ==  5  |  [x = 5]  ==  5  |  4210_5  ==  4210_{5}
-(x,y) = (1,2)  ==  (1,2)  |  (1,2)  ==  (x,y) = (1,2)  |  x_1 = 1, x_2 = -2  ==  1,-2  |  x_1 = -2, x_2 = 1  ==  1,-2
-x = 1, y = 2  ==  (1,2)  |  (1, 2)  ==  x = 1, y = 2  |  y = 2, x = 1  ==  x = 1, y = 2  |  3 : 5  ==  3:5
+2**(1/3)  ==  \sqrt[3]{2}  |  Point2D(1, 2)  ==  (1,2)  |  math.pi  ==  \pi  |  math.inf  ==  \infty
+Integer(5)  ==  5  |  [x = 5]  ==  5  |  4210_5  ==  4210_{5}  |  (x,y) = (1,2)  ==  (1,2)  |  (1,2)  ==  (x,y) = (1,2)
+x_1 = 1, x_2 = -2  ==  1,-2  |  x_1 = -2, x_2 = 1  ==  1,-2  |  x = 1, y = 2  ==  (1,2)  |  (1, 2)  ==  x = 1, y = 2
+y = 2, x = 1  ==  x = 1, y = 2  |  3 : 5  ==  3:5
 \begin{array}{c} 1 \\ 2 \end{array}  ==  \begin{pmatrix} 1 \\ 2 \end{pmatrix}
 \left(\begin{array}{cc} 1 & 2\\ 3 & 4\end{array}\right)  ==  \begin{pmatrix} 1 & 2 \\ 3&4 \end{pmatrix}
 \begin{pmatrix} 1 \\[6pt] 2 \end{pmatrix}  ==  \begin{pmatrix} 1 \\ 2 \end{pmatrix}
 \begin{bmatrix} 1 \\ 2 \end{bmatrix}  ==  \begin{pmatrix} 1 \\ 2 \end{pmatrix}  |  \text{5}  ==  5
 5 \text{ and } 13  ==  5,13  |  \text{5} \text{ and } \text{13}  ==  5, 13  |  \text{5 and 13}  ==  5, 13
 $x=5$ or $x=6$  ==  5,6  |  $5$ or $6$  ==  5,6  |  $5$ cm  ==  5  |  $5$ cm  ==  5\text{ cm}  |  90 deg  ==  90^\circ
-90\text{ deg}  ==  90^\circ  |  P(A)=1/3  ==  \frac13  |  P(A \cap B) = 1/3  ==  \frac13  |  P(X=2) = 1/3  ==  \frac13
-\approx 6366.1977  ==  6366.1977  |  x \approx 6366.1977  ==  6366.1977
-8\!:\!34 \text{ p.m.}  ==  8\!:\!34 \text{ p.m.}  |  8:34 p.m.  ==  8\!:\!34 \text{ p.m.}
-8:34 pm  ==  8\!:\!34 \text{ p.m.}  |  8:34 PM  ==  8\!:\!34 \text{ p.m.}
-8:34\text{ p.m.}  ==  8\!:\!34 \text{ p.m.}  |  8:34  ==  8\!:\!34 \text{ p.m.}  |  81,256  ==  81, 256
-81,256  ==  81256  |  \$1.85  ==  1.85 USD  |  1.85 dollars  ==  \$1.85  |  1.85 USD  ==  \$1.85
-\sqrt{1/n}  ==  1/\sqrt{n}  |  \sqrt{\frac{1}{n}}  ==  \frac{1}{\sqrt{n}}
-34x+45y-20z+100=0  ==  -34x-45y+20z-100=0  |  2x+4y-3=0  ==  y=-x/2+3/4  |  y = -1/2x + 3/4  ==  2x+4y-3=0
-2x + 4y = 3  ==  2x+4y-3=0  |  \binom{5}{2}  ==  10  |  \binom52  ==  10  |  binomial(5, 2)  ==  10  |  6!  ==  720
-3 \cdot 5!  ==  360  |  \frac{6!}{3!}  ==  120  |  \log_2 8  ==  3  |  \log_{2} 8  ==  3  |  \log_{10} 100  ==  2
-\log_2(8)  ==  3  |  log(8, 2)  ==  3  |  \tan^2(y)+1  ==  \sec^2 y  |  \sin^2 x + \cos^2 x  ==  1
-\tan^2 y + 1  ==  \sec^2(y)  |  \sin^{-1}(1/2)  ==  \arcsin \frac12  |  \sin 2x  ==  2\sin x\cos x
-x < 2  ==  (-\infty, 2)  |  2 > x  ==  (-\infty, 2)  |  x \le 2  ==  (-\infty, 2]  |  2 <= x <= 5  ==  [2,5]
-2 \leq x \leq 5  ==  [2,5]  |  5 \ge x > 2  ==  (2,5]  |  x \in [2,5]  ==  2 \le x \le 5  |  x > 2  ==  x > 2
-2 < x  ==  x > 2  |  x+y < 5  ==  2x+2y < 10  |  -x - y > -5  ==  x + y < 5
-x \neq 2  ==  (-\infty,2) \cup (2,\infty)  |  x < 2 \text{ or } x > 3  ==  (-\infty,2)\cup(3,\infty)
-x<2 or x>3  ==  (-\infty, 2) \cup (3, \infty)  |  (-oo, 2) U (3, oo)  ==  (-\infty, 2) \cup (3, \infty)
-|x|  ==  \sqrt{x^2}  |  \left|x\right|  ==  |x|  |  |-5|  ==  5  |  2|x|  ==  |2x|  |  0.\overline{3}  ==  \frac13
-0.1\overline{6}  ==  \frac16  |  1.\overline{27}  ==  \frac{14}{11}  |  1 4/5  ==  1\frac{4}{5}
-1 \frac45  ==  \frac95  |  -1\frac12  ==  -1.5  |  52₈  ==  52_8  |  52 (base 8)  ==  52_8  |  52_{8}  ==  52_8
-52_{\text{eight}}  ==  52_{\text{eight}}  |  x² − 1  ==  (x-1)(x+1)  |  x = \pm 3  ==  3,-3
-\pm 3  ==  x = 3, x = -3  |  x = 3 or x = -3  ==  \pm 3
-\frac{1 \pm \sqrt5}{2}  ==  \frac{1+\sqrt5}{2},\frac{1-\sqrt5}{2}  |  (1 \pm \sqrt 5)/2  ==  \frac{1 \pm \sqrt5}{2}
-x = 1, 2  ==  1,2  |  x = 1 or 2  ==  1,2  |  \textbf{(B)}\ 16  ==  16  |  (B) 16  ==  16  |  (B) 16  ==  \text{(B)}
-\text{(B)}  ==  \text{(B)}  |  B  ==  \text{(B)}  |  B.  ==  \text{(B)}  |  (B)  ==  \text{(B)}
-C. 14  ==  \text{(C)}  |  \textbf{(C) } 14  ==  14  |  Area = 5  ==  5  |  A = 5  ==  5  |  \text{Area} = 5  ==  5
-AB = 5  ==  5  |  f(x) = 2x  ==  2x  |  x = 10/4 = 5/2  ==  5/2  |  10/4 = 5/2  ==  5/2  |  2+3 = 5  ==  5
-f^{-1}(x) = 2x  ==  2x  |  \theta = 5  ==  5  |  \theta  ==  \theta  |  2\theta + \theta  ==  3\theta
-\alpha\beta  ==  \beta\alpha  |  a_n = 2n+1  ==  2n+1  |  a_1 + a_1  ==  2a_1
-864 square inches  ==  864 \mbox{ inches}^2  |  864 in^2  ==  864 \mbox{ inches}^2
-864 sq in  ==  864 \mbox{ inches}^2  |  864\text{ square inches}  ==  864 \mbox{ inches}^2
-864 in²  ==  864 \mbox{ inches}^2  |  5 cm  ==  5\text{ centimeters}  |  5 \text{ m}  ==  5\text{ meters}
-60 mph  ==  60\text{ miles per hour}  |  60\text{ mi/h}  ==  60  |  7\text{ hours}  ==  7\text{ h}
-5 feet  ==  5\text{ ft}  |  10 \%  ==  10\%  |  10 percent  ==  10\%  |  0.333333  ==  \frac13  |  0.666667  ==  2/3
-0.333333333  ==  1/3  |  \frac{1}{3}  ==  0.333333  |  east  ==  \text{east}  |  East  ==  east
-\text{east}  ==  east  |  even  ==  \text{even}  |  \text{DC}  ==  DC  |  20\,000  ==  20000  |  20{,}000  ==  20000
-1,000,000  ==  10^6  |  \lfloor 3.5 \rfloor  ==  3  |  \ln 2  ==  \log 2  |  e^{2}  ==  e^2  |  2e  ==  2\cdot e
-\infty  ==  infinity  |  +\infty  ==  \infty  |  +5  ==  5  |  5.0  ==  5  |  5.  ==  5  |  \frac{-1}{2}  ==  -\frac12
--\frac{1}{2}  ==  \frac{1}{-2}  |  \frac{\pi}2  ==  \pi/2  |  \frac\pi2  ==  \pi/2  |  \frac{\sqrt{3}}3  ==  1/\sqrt3
-3/\sqrt{3}  ==  \sqrt3  |  \dfrac{3}{4}  ==  0.75  |  \left(\frac{1}{2}, 3\right)  ==  (0.5,3)
-(1,2,3)  ==  \langle 1,2,3 \rangle  |  \{ 1, 2 \}  ==  {2,1}  |  \left\{1,2\right\}  ==  1,2  |  2^{10}  ==  1024
-\boxed{7}  ==  7  |  \(7\)  ==  7  |  \[7\]  ==  7  |  $$7$$  ==  7  |  x=17  ==  17 = x
-\text{Yes}  ==  \text{yes}  |  (-\infty,2)\cup(2,\infty)  ==  (2,\infty)\cup(-\infty,2)  |  7 \text{ units}  ==  7
-\$7  ==  7  |  7 dollars  ==  \$7  |  \sqrt[3]{4}  ==  4^{1/3}  |  \cos(\pi/3)  ==  1/2  |  \cos 60^\circ  ==  1/2
-\tan 15^\circ  ==  2-\sqrt3  |  3\times 10^{5}  ==  300000  |  3e5  ==  3 \cdot 10^5  |  3.0 × 10^5  ==  300000
-2\sqrt{13} cm  ==  2\sqrt{13}  |  1:2:3  ==  1 : 2 : 3  |  (a+b)^2  ==  a^2+2ab+b^2  |  2(x+1)  ==  2x+2
-\frac{x+1}{2}  ==  0.5x+0.5  |  5!  ==  120  |  2/3  ==  \$\dfrac23 \approx \$0.67  |  -2<=x<=7  ==  [-2,7]
-(3, oo) U (-oo, 2)  ==  (-\infty, 2) \cup (3, \infty)  |  x \ne 2  ==  (-\infty,2) \cup (2,\infty)
--2 <= x <= 7  ==  x \in [-2,7]  |  10x-14y+22z+8=0  ==  5x - 7y + 11z + 4 = 0
-11z = 7y - 5x - 4  ==  5x - 7y + 11z + 4 = 0  |  ⟨7,-8⟩  ==  (7,-8)
+P(A)=1/3  ==  \frac13  |  P(A \cap B) = 1/3  ==  \frac13  |  P(X=2) = 1/3  ==  \frac13
+\approx 6366.1977  ==  6366.1977  |  x \approx 6366.1977  ==  6366.1977  |  8:34 p.m.  ==  8\!:\!34 \text{ p.m.}
+8:34 pm  ==  8\!:\!34 \text{ p.m.}  |  8:34 PM  ==  8\!:\!34 \text{ p.m.}  |  8:34  ==  8\!:\!34 \text{ p.m.}
+81,256  ==  81, 256  |  81,256  ==  81256  |  \$1.85  ==  1.85 USD  |  \sqrt{1/n}  ==  1/\sqrt{n}
+\sqrt{\frac{1}{n}}  ==  \frac{1}{\sqrt{n}}  |  34x+45y-20z+100=0  ==  -34x-45y+20z-100=0  |  2x+4y-3=0  ==  y=-x/2+3/4
+y = -1/2x + 3/4  ==  2x+4y-3=0  |  \binom{5}{2}  ==  10  |  binomial(5, 2)  ==  10  |  6!  ==  720
+\frac{6!}{3!}  ==  120  |  \log_2 8  ==  3  |  \log_{10} 100  ==  2  |  log(8, 2)  ==  3  |  \tan^2(y)+1  ==  \sec^2 y
+\sin^2 x + \cos^2 x  ==  1  |  \tan^2 y + 1  ==  \sec^2(y)  |  \sin^{-1}(1/2)  ==  \arcsin \frac12
+\sin 2x  ==  2\sin x\cos x  |  x < 2  ==  (-\infty, 2)  |  2 > x  ==  (-\infty, 2)  |  x \le 2  ==  (-\infty, 2]
+2 <= x <= 5  ==  [2,5]  |  5 \ge x > 2  ==  (2,5]  |  x \in [2,5]  ==  2 \le x \le 5  |  2 < x  ==  x > 2
+x < 2 or x >= 3  ==  (-\infty, 2) \cup [3, \infty)  |  x < 2 \text{ or } x > 3  ==  (-\infty,2)\cup(3,\infty)
+x<2 or x>3  ==  (-\infty, 2) \cup (3, \infty)  |  |x|  ==  \sqrt{x^2}  |  |-5|  ==  5  |  2|x|  ==  |2x|
+0.\overline{3}  ==  \frac13  |  0.1\overline{6}  ==  \frac16  |  1.\overline{27}  ==  \frac{14}{11}
+1 4/5  ==  1\frac{4}{5}  |  1 \frac45  ==  \frac95  |  -1\frac12  ==  -1.5  |  52₈  ==  52_8  |  52 (base 8)  ==  52_8
+52_{8}  ==  52_8  |  x² − 1  ==  (x-1)(x+1)  |  x = \pm 3  ==  3,-3  |  \pm 3  ==  x = 3, x = -3
+x = 3 or x = -3  ==  \pm 3  |  \frac{1 \pm \sqrt5}{2}  ==  \frac{1+\sqrt5}{2},\frac{1-\sqrt5}{2}
+(1 \pm \sqrt 5)/2  ==  \frac{1 \pm \sqrt5}{2}  |  x = 1, 2  ==  1,2  |  \textbf{(B)}\ 16  ==  16  |  (B) 16  ==  16
+(B) 16  ==  \text{(B)}  |  B.  ==  \text{(B)}  |  C. 14  ==  \text{(C)}  |  \textbf{(C) } 14  ==  14
+Area = 5  ==  5  |  \text{Area} = 5  ==  5  |  AB = 5  ==  5  |  x = 10/4 = 5/2  ==  5/2  |  2+3 = 5  ==  5
+f^{-1}(x) = 2x  ==  2x  |  \theta = 5  ==  5  |  2\theta + \theta  ==  3\theta  |  \alpha\beta  ==  \beta\alpha
+a_n = 2n+1  ==  2n+1  |  a_1 + a_1  ==  2a_1  |  864 square inches  ==  864 \mbox{ inches}^2
+864 in^2  ==  864 \mbox{ inches}^2  |  864\text{ square inches}  ==  864 \mbox{ inches}^2
+5 cm  ==  5\text{ centimeters}  |  60 mph  ==  60\text{ miles per hour}  |  60\text{ mi/h}  ==  60
+7\text{ hours}  ==  7\text{ h}  |  5 feet  ==  5\text{ ft}  |  10 percent  ==  10\%  |  0.333333  ==  \frac13
+\frac{1}{3}  ==  0.333333  |  east  ==  \text{east}  |  East  ==  east  |  even  ==  \text{even}  |  \text{DC}  ==  DC
+20\,000  ==  20000  |  20{,}000  ==  20000  |  1,000,000  ==  10^6  |  \ln 2  ==  \log 2  |  2e  ==  2\cdot e
+\infty  ==  infinity  |  +\infty  ==  \infty  |  \frac{-1}{2}  ==  -\frac12  |  \frac{\pi}2  ==  \pi/2
+\frac{\sqrt{3}}3  ==  1/\sqrt3  |  3/\sqrt{3}  ==  \sqrt3  |  \left(\frac{1}{2}, 3\right)  ==  (0.5,3)
+(1,2,3)  ==  \langle 1,2,3 \rangle  |  \{ 1, 2 \}  ==  {2,1}  |  \left\{1,2\right\}  ==  1,2  |  \(7\)  ==  7
+\[7\]  ==  7  |  $$7$$  ==  7  |  x=17  ==  17 = x  |  \text{Yes}  ==  \text{yes}
+(-\infty,2)\cup(2,\infty)  ==  (2,\infty)\cup(-\infty,2)  |  \sqrt[3]{4}  ==  4^{1/3}  |  \cos(\pi/3)  ==  1/2
+\tan 15^\circ  ==  2-\sqrt3  |  3\times 10^{5}  ==  300000  |  3.0 × 10^5  ==  300000  |  2\sqrt{13} cm  ==  2\sqrt{13}
+1:2:3  ==  1 : 2 : 3  |  (a+b)^2  ==  a^2+2ab+b^2  |  \frac{x+1}{2}  ==  0.5x+0.5
+2/3  ==  \$\dfrac23 \approx \$0.67  |  -2<=x<=7  ==  [-2,7]  |  (3, oo) U (-oo, 2)  ==  (-\infty, 2) \cup (3, \infty)
+x \ne 2  ==  (-\infty,2) \cup (2,\infty)  |  10x-14y+22z+8=0  ==  5x - 7y + 11z + 4 = 0
+11z = 7y - 5x - 4  ==  5x - 7y + 11z + 4 = 0  |  ⟨7,-8⟩  ==  (7,-8)  |  {Fraction(1, 2), 3}  ==  \frac12, 3
+[{x: 1, y: 2}, {x: 3, y: 4}]  ==  (1,2),(3,4)  |  5, 6, and 7  ==  5,6,7  |  x^2 + y^2 = 1  ==  y^2 = 1 - x^2
+100 ft^2  ==  100\text{ square feet}  |  5 km/h  ==  5 \text{ km/h}  |  log(2)/log(3)  ==  \log_3 2
 """
 EQUAL = [
     *pairs(EQUAL, "=="),
@@ -181,11 +166,11 @@ EQUAL = [
     (str(2**4181), "2^{4181}"),
 ]
 
-# Equal answers that are not recognised; common/grading.py lists the kinds. Some pairs of bench/grading.py are among them.
+# Equal answers that are not recognised; common/grading.py lists the kinds.
 NOT_RECOGNISED = r"""
 2\frac{3}{2}  ==  3  |  20 million  ==  20,\!000,\!000  |  0.67  ==  \$\dfrac23 \approx \$0.67
-\mathbb{R} \setminus \{2\}  ==  (-\infty,2) \cup (2,\infty)  |  (0,1) \cup [1,2)  ==  (0,2)  |  The answer is 42.  ==  42
-x >= 2 and x <= 5  ==  [2,5]  |  \sqrt[3]{-8}  ==  -2  |  1/ab  ==  \frac{1}{ab}
+\mathbb{R} \setminus \{2\}  ==  (-\infty,2) \cup (2,\infty)  |  (0,1) \cup [1,2)  ==  (0,2)
+The answer is 42.  ==  42  |  x >= 2 and x <= 5  ==  [2,5]  |  \sqrt[3]{-8}  ==  -2  |  1/ab  ==  \frac{1}{ab}
 \sin x/2  ==  \frac{\sin x}{2}  |  (n+1)!  ==  (n+1) \cdot n!  |  5 m  ==  5\text{ m}  |  6:10  ==  3:5  |  5!!  ==  15
 """
 
@@ -214,57 +199,50 @@ CABD  !=  \text{CBAD}  |  3:5  !=  5:3
 # what fooled other graders, and the neighbours of what is equal
 DC  !=  CD  |  \text{DC}  !=  CD  |  ABC  !=  CBA  |  even  !=  odd  |  east  !=  seat  |  0.333  !=  1/3
 0.33333  !=  1/3  |  0.333334  !=  1/3  |  x < 2  !=  (-\infty,2]  |  x \le 2  !=  (-\infty,2)
-x < 2  !=  (2,\infty)  |  x < 2  !=  2  |  2 <= x <= 5  !=  (2,5)  |  2 < x < 5  !=  [2,5]
+x < 2  !=  (2,\infty)  |  2 <= x <= 5  !=  (2,5)  |  2 < x < 5  !=  [2,5]
 x < 2 and x > 3  !=  (-\infty,2)\cup(3,\infty)  |  x > 2 and x < 5  !=  (-\infty,5)\cup(2,\infty)
-x < 2, x > 3  !=  2,3  |  x > 2  !=  x \ge 2  |  x > 2  !=  x < 2  |  x + y < 5  !=  x + y > 5
-x + y < 5  !=  x + y \le 5  |  x+y<5  !=  -x-y<-5  |  x \ne 2  !=  x = 2  |  x \ne 2  !=  2
-Interval(-2, 7)  !=  (-2,7)  |  Interval.open(-2, 7)  !=  [-2,7]  |  Interval(1, 2)  !=  1,2  |  [1, 2]  !=  (1,2)
-(1, 2)  !=  [1,2]  |  {1, 2}  !=  (1,2)  |  {1, 2}  !=  [1,2]  |  [2, 1]  !=  [1,2]  |  array([2, 1])  !=  (1,2)
-{x: 2, y: 1}  !=  (1,2)  |  y = 1, x = 2  !=  x = 1, y = 2  |  (y,x) = (1,2)  !=  (x,y) = (1,2)
-x_1 = 2, x_2 = 1  !=  x_1 = 1, x_2 = 2  |  x = 2, y = 1  !=  1,2  |  [{x: -2}, {x: 3}]  !=  2,3  |  x = 1  !=  y = 1
-Matrix([[1, 2]])  !=  \begin{pmatrix}1\\2\end{pmatrix}
+x < 2, x > 3  !=  2,3  |  x > 2  !=  x \ge 2  |  x + y < 5  !=  x + y \le 5  |  x \ne 2  !=  x = 2
+Interval(-2, 7)  !=  (-2,7)  |  Interval(1, 2)  !=  1,2  |  [1, 2]  !=  (1,2)  |  {1, 2}  !=  (1,2)
+array([2, 1])  !=  (1,2)  |  {x: 2, y: 1}  !=  (1,2)  |  y = 1, x = 2  !=  x = 1, y = 2
+(y,x) = (1,2)  !=  (x,y) = (1,2)  |  x_1 = 2, x_2 = 1  !=  x_1 = 1, x_2 = 2  |  x = 2, y = 1  !=  1,2
+[{x: -2}, {x: 3}]  !=  2,3  |  Matrix([[1, 2]])  !=  \begin{pmatrix}1\\2\end{pmatrix}
 Matrix([[1, 2], [3, 4]])  !=  \begin{pmatrix}1&3\\2&4\end{pmatrix}
 Matrix([[1], [2]])  !=  \begin{pmatrix}2\\1\end{pmatrix}
-\begin{pmatrix}1 & 2\end{pmatrix}  !=  \begin{pmatrix}1\\2\end{pmatrix}  |  6-5j  !=  6+5i  |  (6-5j)  !=  5-6i
--inf  !=  \infty  |  zoo  !=  \infty  |  Fraction(1, 2)  !=  2  |  Fraction(2, 1)  !=  \frac12  |  4210_5  !=  4210_6
-4210_5  !=  4210  |  3:5  !=  3/5  |  3:5  !=  3  |  6:10  !=  3:4  |  8:35 pm  !=  8\!:\!34 \text{ p.m.}
-9:24  !=  3:8  |  81,256  !=  81,257  |  81, 256  !=  81256  |  81,256  !=  256, 82  |  (81,256)  !=  81256
-\$1.85  !=  1.85 cents  |  \$185  !=  185 cents  |  5 m  !=  5 \text{ cm}  |  5 miles  !=  5 \text{ meters}
-5 square inches  !=  5\text{ inches}  |  5 inches  !=  5 \text{ inches}^2  |  \sqrt{n^2}  !=  n
-\sqrt{x}\sqrt{x}  !=  |x|  |  \sqrt{x}  !=  -\sqrt{x}  |  \log(x^2)  !=  2\log x
-34x+45y-20z+100=0  !=  34x+45y-20z-100=0  |  2x+4y-3=0  !=  y = x/2 + 3/4  |  y = 2x  !=  x = 2y
-y = 2x  !=  y = 3x  |  x = x  !=  x = 1  |  x^2 = 4  !=  2  |  (x-1)(x-2) = 0  !=  x = 1  |  x(x-1)=0  !=  x = 0
-\binom{5}{2}  !=  20  |  \binom{5}{2}  !=  \binom{2}{5}  |  \binom{5}{2}  !=  \frac52  |  6!  !=  6  |  5!!  !=  120
-3!!  !=  720  |  (3!)!  !=  6  |  \log_2 8  !=  \log_8 2  |  \log_2 8  !=  \log 16  |  \tan^2(y)+1  !=  \tan(y^2)+1
-\sin^2 x  !=  \sin x^2  |  \sin^{-1} x  !=  1/\sin x  |  \sin 2x  !=  x\sin 2  |  \sin x/2  !=  \sin(x/2)
-|x|  !=  x  |  |x|^3  !=  x^3  |  0.\overline{3}  !=  0.3  |  0.\overline{3}  !=  0.33  |  0.1\overline{6}  !=  0.16
-1 4/5  !=  14/5  |  1 4/5  !=  4/5  |  14/5  !=  1 4/5  |  2\frac12  !=  1  |  x = \pm 3  !=  3  |  \pm 3  !=  -3
-3  !=  \pm 3  |  1 \pm 2  !=  3, 1  |  x = 10/4 = 5/3  !=  5/3  |  x = 4 = 5  !=  5  |  (B) 16  !=  17
-(B) 16  !=  \text{(C)}  |  B 16  !=  16  |  (C)  !=  \text{(B)}  |  AB = 5  !=  6  |  2\theta  !=  2\phi
-a_1  !=  a_2  |  a_1 + a_2  !=  2a_1  |  x_1  !=  x  |  1/2004!  !=  1/2006!  |  1/2^{99}  !=  1/2^{98}
-2^{99}  !=  2^{98}+1  |  [0,1]  !=  (0,1)  |  [0,1)  !=  (0,1]  |  (1,2),(3,4)  !=  (1,3),(2,4)
-(1,2),(3,4)  !=  (1,2,3,4)  |  \{1,2\},\{3\}  !=  \{1,2,3\}  |  1,2,3  !=  \{1,2\}  |  1,1,2  !=  1,2  |  1,2  !=  12
-1 2  !=  12  |  \{\}  !=  0  |  \emptyset  !=  0  |  \emptyset  !=  \{0\}  |  \infty  !=  10^{40}
-\infty  !=  -\infty  |  i  !=  j  |  I  !=  1  |  2i  !=  2  |  e  !=  2.718  |  \pi  !=  22/7
-3.1415926  !=  \pi+1  |  10^{-40}  !=  0  |  10^{-100}  !=  0  |  \sqrt{2}+10^{-50}  !=  \sqrt2
-100000000000000000001  !=  100000000000000000000  |  0.9999999  !=  1  |  99.9999999  !=  100  |  0.99999999999  !=  1
-1e-7  !=  0  |  0.0000001  !=  0  |  10\%  !=  0.01  |  1  !=  \text{(1)}x  |  5 more than 3  !=  5
-more than 5  !=  5  |  not 5  !=  5  |  approximately 5  !=  6  |  5 or 6  !=  5  |  5 or 6  !=  6
-between 5 and 6  !=  5,6  |  at least 5  !=  5  |  5 to 6  !=  5  |  5 hundred  !=  5  |  half of 5  !=  5
-negative 5  !=  5  |  5 squared  !=  5  |  1/2x  !=  \frac{1}{2x}  |  1/x+1  !=  1/(x+1)  |  a/bc  !=  ac/b
--x^2  !=  (-x)^2  |  -2^2  !=  4  |  2^3^2  !=  64  |  x^{-1}  !=  -x  |  x^23  !=  3x^2  |  \sqrt23  !=  3\sqrt2
-\frac12 x  !=  \frac{1}{2x}  |  sin(x)  !=  cos(x)  |  \sin(x+y)  !=  \sin x + \sin y  |  e^x  !=  e x
-(x+1)^{10}  !=  x^{10}+1  |  x  !=  y  |  X  !=  x  |  2k+2  !=  2n+2  |  \text{yes}  !=  \text{no}
-\text{A,B}  !=  \text{A,C}  |  \text{A}  !=  \text{a b}  |  True  !=  1  |  None  !=  1  |  (1,2,3)  !=  (1,2)
+\begin{pmatrix}1 & 2\end{pmatrix}  !=  \begin{pmatrix}1\\2\end{pmatrix}  |  6-5j  !=  6+5i  |  -inf  !=  \infty
+zoo  !=  \infty  |  Fraction(1, 2)  !=  2  |  4210_5  !=  4210_6  |  4210_5  !=  4210  |  3:5  !=  3/5
+6:10  !=  3:4  |  81, 256  !=  81256  |  81,256  !=  256, 82  |  (81,256)  !=  81256  |  \$1.85  !=  1.85 cents
+\$185  !=  185 cents  |  5 m  !=  5 \text{ cm}  |  5 square inches  !=  5\text{ inches}
+5 inches  !=  5 \text{ inches}^2  |  \sqrt{n^2}  !=  n  |  \sqrt{x}\sqrt{x}  !=  |x|  |  \sqrt{x}  !=  -\sqrt{x}
+\log(x^2)  !=  2\log x  |  34x+45y-20z+100=0  !=  34x+45y-20z-100=0  |  2x+4y-3=0  !=  y = x/2 + 3/4
+y = 2x  !=  x = 2y  |  y = 2x  !=  y = 3x  |  x = x  !=  x = 1  |  x^2 = 4  !=  2  |  (x-1)(x-2) = 0  !=  x = 1
+x(x-1)=0  !=  x = 0  |  \binom{5}{2}  !=  20  |  \binom{5}{2}  !=  \binom{2}{5}  |  \binom{5}{2}  !=  \frac52
+5!!  !=  120  |  3!!  !=  720  |  (3!)!  !=  6  |  \log_2 8  !=  \log_8 2  |  \log_2 8  !=  \log 16
+\tan^2(y)+1  !=  \tan(y^2)+1  |  \sin^2 x  !=  \sin x^2  |  \sin^{-1} x  !=  1/\sin x  |  \sin 2x  !=  x\sin 2
+\sin x/2  !=  \sin(x/2)  |  |x|  !=  x  |  |x|^3  !=  x^3  |  0.\overline{3}  !=  0.3  |  0.1\overline{6}  !=  0.16
+1 4/5  !=  14/5  |  14/5  !=  1 4/5  |  2\frac12  !=  1  |  x = \pm 3  !=  3  |  1 \pm 2  !=  3, 1
+x = 10/4 = 5/3  !=  5/3  |  x = 4 = 5  !=  5  |  (B) 16  !=  \text{(C)}  |  B 16  !=  16  |  a_1 + a_2  !=  2a_1
+1/2004!  !=  1/2006!  |  1/2^{99}  !=  1/2^{98}  |  2^{99}  !=  2^{98}+1  |  [0,1]  !=  (0,1)  |  [0,1)  !=  (0,1]
+(1,2),(3,4)  !=  (1,3),(2,4)  |  (1,2),(3,4)  !=  (1,2,3,4)  |  \{1,2\},\{3\}  !=  \{1,2,3\}  |  1,2,3  !=  \{1,2\}
+1,1,2  !=  1,2  |  1,2  !=  12  |  1 2  !=  12  |  \{\}  !=  0  |  \emptyset  !=  \{0\}  |  \infty  !=  10^{40}
+\infty  !=  -\infty  |  i  !=  j  |  e  !=  2.718  |  \pi  !=  22/7  |  3.1415926  !=  \pi+1  |  10^{-100}  !=  0
+\sqrt{2}+10^{-50}  !=  \sqrt2  |  100000000000000000001  !=  100000000000000000000  |  0.9999999  !=  1
+99.9999999  !=  100  |  0.99999999999  !=  1  |  1e-7  !=  0  |  0.0000001  !=  0  |  10\%  !=  0.01
+1  !=  \text{(1)}x  |  5 more than 3  !=  5  |  more than 5  !=  5  |  not 5  !=  5  |  approximately 5  !=  6
+5 or 6  !=  5  |  between 5 and 6  !=  5,6  |  at least 5  !=  5  |  5 to 6  !=  5  |  5 hundred  !=  5
+half of 5  !=  5  |  negative 5  !=  5  |  5 squared  !=  5  |  1/2x  !=  \frac{1}{2x}  |  1/x+1  !=  1/(x+1)
+a/bc  !=  ac/b  |  -x^2  !=  (-x)^2  |  -2^2  !=  4  |  2^3^2  !=  64  |  x^{-1}  !=  -x  |  x^23  !=  3x^2
+\sqrt23  !=  3\sqrt2  |  \frac12 x  !=  \frac{1}{2x}  |  \sin(x+y)  !=  \sin x + \sin y  |  (x+1)^{10}  !=  x^{10}+1
+2k+2  !=  2n+2  |  \text{A,B}  !=  \text{A,C}  |  \text{A}  !=  \text{a b}
 (-\infty,2)\cup(2,\infty)  !=  (-\infty,\infty)  |  (-\infty,2)\cup(3,\infty)  !=  (-\infty,3)\cup(2,\infty)
-[1,2] \cup [3,4]  !=  [1,4]  |  (0,1) \cup (1,2)  !=  (0,2)  |  \text{5}_2  !=  5  |  5 cm  !=  5\text{ kg}
-5\text{ cm}^2  !=  5\text{ cm}^3  |  5\text{ cm}^2  !=  5\text{ cm}  |  5\text{ cubic cm}  !=  5\text{ cm}
-P(A) = 1/3  !=  \frac23  |  f(x) = 2x  !=  f(x) = 3x  |  f(2) = 5  !=  2  |  x = 5, y = 6  !=  5
-x = 5 and x = 6  !=  5  |  5,  !=  5,6  |  $5 and $6  !=  5  |  \frac{1}{0}  !=  \infty  |  1/0  !=  \infty
-\log 0  !=  -\infty  |  0^0  !=  0  |  \infty - \infty  !=  0  |  \infty + 1  !=  \infty  |  \sqrt{-1}  !=  1
-\sqrt{-4}  !=  2  |  \sqrt{4}  !=  -2  |  \sqrt[3]{8}  !=  \sqrt[2]{8}  |  \arcsin(2)  !=  2  |  \sin 90  !=  0
-\tan 90^\circ  !=  0  |  180^\circ  !=  180\pi  |  x + 1  !=  x + 1 + 10^{-30}  |  x^{100}  !=  x^{101}
-(x-1)(x+1)  !=  x^2+1
+[1,2] \cup [3,4]  !=  [1,4]  |  (0,1) \cup (1,2)  !=  (0,2)  |  \text{5}_2  !=  5  |  5\text{ cm}^2  !=  5\text{ cm}^3
+5\text{ cm}^2  !=  5\text{ cm}  |  5\text{ cubic cm}  !=  5\text{ cm}  |  f(x) = 2x  !=  f(x) = 3x  |  f(2) = 5  !=  2
+x = 5, y = 6  !=  5  |  x = 5 and x = 6  !=  5  |  5,  !=  5,6  |  $5 and $6  !=  5  |  \frac{1}{0}  !=  \infty
+\log 0  !=  -\infty  |  0^0  !=  0  |  \infty - \infty  !=  0  |  \infty + 1  !=  \infty  |  \sqrt{-4}  !=  2
+\sqrt[3]{8}  !=  \sqrt[2]{8}  |  \arcsin(2)  !=  2  |  \tan 90^\circ  !=  0  |  180^\circ  !=  180\pi
+x + 1  !=  x + 1 + 10^{-30}  |  x^{100}  !=  x^{101}  |  \text{(A) and (B)}  !=  \text{(A)}  |  (y-x)^2 = 0  !=  y = x
+y^2 = x  !=  y = \sqrt{x}  |  y = |x|  !=  y = x  |  3 < x < 5  !=  (3,5]  |  5 km/h  !=  5\text{ km}
+\sin x \cos y  !=  \sin(x\cos y)  |  \{x \mid x > 2\}  !=  \{x \mid x > 3\}  |  1,,2  !=  1,2  |  \bar{x}  !=  x
+5 \pmod 3  !=  5  |  max(1, 2)  !=  (1,2)  |  [{x: 1, y: 2}, {x: 3, y: 4}]  !=  (1,4),(3,2)  |  ||x||  !=  x
 """
 DIFFERENT = [
     *pairs(DIFFERENT, "!="),
@@ -309,44 +287,60 @@ HOSTILE = [
 # ------------- Facts
 
 
+SAME_FACT = r"""
+The Beatles!  ==  beatles  |  an  Apple a day  ==  Apple day  |  rock ’n’ roll  ==  Rock 'n' Roll  |  U.S.  ==  US
+1914–18  ==  1914-18  |  1,234,567  ==  1234567  |  (-5)  ==  -5  |  −5  ==  -5  |  3.5.  ==  3.5  |  A  ==  a
+!!!  ==  !!!
+# LaTeX: the CoT prompt asks for a box
+\text{Paris}  ==  Paris  |  \textbf{Paris}.  ==  Paris  |  $\mathrm{yes}$  ==  yes
+\text{A\$AP Rocky}  ==  A$AP Rocky  |  \text{Steely \& Clevie}  ==  Steely & Clevie  |  3\text{ a.m.}  ==  3 A.M.
+150\,000\ \text{cars}  ==  150,000 cars
+\text{New}~\text{York}\\ \text{City}  ==  New York City  |  \text{M\'elanie Sm\"{o}r}  ==  Mélanie Smör
+60^\circ\text{ S}  ==  60° S  |  \frac{3}{4}  ==  3/4
+"""
+SAME_FACT = [*pairs(SAME_FACT, "=="), (True, "yes"), (False, "no"), (1969, "1969"), (1969.0, "1969"), (3.5, "3.5")]
+SAME_FACT += [(["Rome", "Paris"], "Rome, Paris"), ("Rome", ["Paris", "Rome"]), ("-5", -5)]
+OTHER_FACT = r"""
+John Lennon  !=  John Winston Lennon  |  yes it is  !=  yes  |  théâtre  !=  theatre  |  !?  !=  Paris  |  ...  !=  A
+The  !=  A  |  ???  !=  !!!  |  3.5  !=  35  |  -5  !=  5  |  .5  !=  5  |  1/2  !=  12  |  9/11  !=  911
+1,2  !=  12  |  10:30  !=  1030  |  1914-18  !=  191418  |  $3.50  !=  $350  |  \text{Paris}  !=  London
+\sqrt{2}  !=  2
+"""
+
+
+@pytest.mark.parametrize("prediction, gold", SAME_FACT, ids=repr)
+def test_facts_are_normalised_as_in_squad(prediction, gold):
+    assert grade("fact", prediction, gold) == Verdict(True, "exact")
+
+
+@pytest.mark.parametrize("prediction, gold", pairs(OTHER_FACT, "!="), ids=repr)
+def test_other_facts_are_different(prediction, gold):
+    assert grade("fact", prediction, gold) == Verdict(False, "different")
+
+
 @pytest.mark.parametrize(
-    "prediction, gold, equal",
+    "aliases, correct", [(["x", "the fab four"], True), ("Fab Four", True), ("Fab", False), (None, False)]
+)
+def test_aliases_count_for_facts(aliases, correct):
+    verdict = grade("fact", "Fab Four", "The Beatles", aliases=aliases)
+    assert verdict == (Verdict(True, "alias") if correct else Verdict(False, "different"))
+    assert not grade("math", "6", "5", aliases=["6"]).correct
+
+
+@pytest.mark.parametrize(
+    "kind, answers",  # equal answers are one vote; no other two are
     [
-        ("The Beatles!", "beatles", True),
-        ("an  Apple a day", "Apple day", True),
-        ("John Lennon", "John Winston Lennon", False),
-        ("yes it is", "yes", False),
-        (True, "yes", True),
-        (False, "no", True),
-        (1969, "1969", True),
-        (1969.0, "1969", True),
-        (["Rome", "Paris"], "Rome, Paris", True),
-        ("théâtre", "theatre", False),
-        ("!?", "Paris", False),
-        # LaTeX: the CoT prompt asks for a box
-        (r"\text{Paris}", "Paris", True),
-        (r"\textbf{Paris}.", "Paris", True),
-        (r"$\mathrm{yes}$", "yes", True),
-        (r"\text{A\$AP Rocky}", "A$AP Rocky", True),
-        (r"\text{Steely \& Clevie}", "Steely & Clevie", True),
-        (r"3\text{ a.m.}", "3 A.M.", True),
-        (r"150\,000\ \text{people}", "150,000 people", True),
-        (r"\text{New}~\text{York}\\ \text{City}", "New York City", True),
-        (r"\text{M\'elanie Sm\"{o}r}", "Mélanie Smör", True),
-        (r"60^\circ\text{ S}", "60° S", True),
-        (r"\frac{3}{4}", "3/4", True),
-        (r"\text{Paris}", "London", False),
-        (r"\sqrt{2}", "2", False),
+        (
+            "math",
+            [[4, "4", 4.0, "x = 4", r"\frac82"], [5], ["1/2", 0.5, r"\frac12"], [[1, -2], "[1, -2]"], [{"a": []}]],
+        ),
+        ("math", [["0.333333", "1/3"], ["no idea ~", "no idea ~"], ["(3, 4)"], ["2, 1", "1, 2"], [True], [None]]),
+        ("fact", [["The Beatles", "beatles!"], ["3.5", 3.5], [["Rome", "Paris"], "Rome, Paris"], ["Rome"], [None]]),
     ],
 )
-def test_facts_are_normalised_as_in_squad(prediction, gold, equal):
-    assert grade("fact", prediction, gold) == Verdict(equal, "exact" if equal else "different")
-    assert exact_match(prediction, ["something else", gold]) is equal
-
-
-def test_aliases_count_for_facts():
-    assert grade("fact", "Fab Four", "The Beatles", aliases=["the fab four"]) == Verdict(True, "alias")
-    assert not grade("math", "6", "5", aliases=["6"]).correct
+def test_same_is_what_votes_count(kind, answers):
+    for (i, a), (j, b) in itertools.product(*[[(i, a) for i, group in enumerate(answers) for a in group]] * 2):
+        assert same(kind, a, b) is (i == j and a is not None), (a, b)
 
 
 @pytest.mark.parametrize("kind", ["fact", "math"])
@@ -381,74 +375,52 @@ def test_the_judge_is_asked_only_where_exact_match_fails():
 # ------------- Answers of chain-of-thought replies
 
 
-@pytest.mark.parametrize(
-    "text, answer",
-    [
-        (r"so \boxed{5}.", "5"),
-        (r"\boxed{1} and then \boxed{\frac{1}{\sqrt{2}}}", r"\frac{1}{\sqrt{2}}"),
-        (r"\boxed{\left\{ x \mid x > 2 \right\}}", r"\left\{ x \mid x > 2 \right\}"),
-        (r"\boxed{\left\{ 1 \right.}", r"\left\{ 1 \right."),
-        (r"\fbox{7}", "7"),
-        (r"\boxed 5, done", "5"),
-        (r"\boxed5", "5"),
-        (r"\boxed{\text{yes}}", r"\text{yes}"),
-        (r"\boxed{3} ... \boxed{4", "3"),  # cut off by the token limit
-        (r"\boxed{}", None),
-        (r"\boxed{5}. As asked, the answer stands in \boxed{} (not \boxed{...} or \boxed{\text{your answer}}).", "5"),
-        (r"\boxed{\infty}", r"\infty"),
-        (r"\boxedness{3}", None),
-        ("no box", None),
-        ("", None),
-    ],
-)
+BOXED = r"""
+so \boxed{5}.  ->  5  |  \boxed{1} and then \boxed{\frac{1}{\sqrt{2}}}  ->  \frac{1}{\sqrt{2}}
+\boxed{\left\{ x \mid x > 2 \right\}}  ->  \left\{ x \mid x > 2 \right\}
+\boxed{\left\{ 1 \right.}  ->  \left\{ 1 \right.  |  \fbox{7}  ->  7  |  \boxed 5, done  ->  5  |  \boxed5  ->  5
+\boxed{\text{yes}}  ->  \text{yes}  |  \boxed{3} ... \boxed{4  ->  3  |  \boxed{}  ->  None
+\boxed{5}. As asked, the answer stands in \boxed{} (not \boxed{...} or \boxed{\text{your answer}}).  ->  5
+\boxed{\infty}  ->  \infty  |  \boxedness{3}  ->  None  |  no box  ->  None  |    ->  None
+"""
+
+
+STATED = r"""
+Think.¶¶Final answer: 12  ->  12  |  The answer is 3.¶No: the answer is **Paris**.  ->  Paris
+The answer is 3. \boxed{4}  ->  4  |  the answer is .5  ->  .5  |  So the answer is: -.25.  ->  -.25
+**Final Answer**: 12  ->  12  |  **Final Answer:** 12  ->  12  |  ## Final Answer¶¶$\frac12$  ->  $\frac12$
+The final answer is 7.  ->  7  |  Answer: 9  ->  9  |  Reasoning.¶**Answer:** (2, 3)  ->  (2, 3)
+7 * 6 = 42¶#### 42  ->  42  |  Answer: 9¶Wait.¶Answer: 10  ->  10
+The answer is Paris. It is the capital of France.  ->  Paris
+The answer is Washington, D.C. It is the capital.  ->  Washington, D.C
+The answer is St. Louis. Missouri has it.  ->  St. Louis
+The answer is J. K. Rowling, who wrote it.  ->  J. K. Rowling  |  The answer is **3.5**. Done.  ->  3.5
+The answer is Mamma Mia! Here We Go Again.  ->  Mamma Mia! Here We Go Again
+The answer is yes, because both are bands.  ->  yes  |  The correct answer is (B).  ->  (B)
+So the answer would be 12.  ->  12  |  The answer to the question is 12.  ->  12  |  The answer: 42  ->  42
+Step 3. The final answer: 42  ->  42  |  ### Answer¶12  ->  12  |  #### Final answer¶12  ->  12
+The answer is:¶¶$$¶\frac12¶$$  ->  \frac12  |  The answer is 5. The answer is not 6.  ->  5
+The answer is 5. It goes into \boxed{}.  ->  5  |  It may be 5.  ->  None
+I know the answer to this question.  ->  None  |  ### 1. A heading  ->  None  |  Final answer:  ->  None
+"""
+
+
+@pytest.mark.parametrize("text, answer", pairs(BOXED, "->"))
 def test_boxed_answer(text, answer):
-    assert boxed_answer(text) == answer
+    assert str(boxed_answer(text)) == answer  # None: there is no answer
 
 
-@pytest.mark.parametrize(
-    "text, answer",
-    [
-        ("Think.\n\nFinal answer: 12", "12"),
-        ("The answer is 3.\nNo: the answer is **Paris**.", "Paris"),
-        (r"The answer is 3. \boxed{4}", "4"),
-        ("the answer is .5", ".5"),
-        ("So the answer is: -.25.", "-.25"),
-        ("**Final Answer**: 12", "12"),
-        ("**Final Answer:** 12", "12"),
-        ("## Final Answer\n\n$\\frac12$", r"$\frac12$"),
-        ("The final answer is 7.", "7"),
-        ("Answer: 9", "9"),
-        ("Reasoning.\n**Answer:** (2, 3)", "(2, 3)"),
-        ("7 * 6 = 42\n#### 42", "42"),
-        ("Answer: 9\nWait.\nAnswer: 10", "10"),
-        ("The answer is Paris. It is the capital of France.", "Paris"),
-        ("The answer is Washington, D.C. It is the capital.", "Washington, D.C"),
-        ("The answer is St. Louis. Missouri has it.", "St. Louis"),
-        ("The answer is J. K. Rowling, who wrote it.", "J. K. Rowling"),
-        ("The answer is **3.5**. Done.", "3.5"),
-        ("The answer is Mamma Mia! Here We Go Again.", "Mamma Mia! Here We Go Again"),
-        ("The answer is yes, because both are bands.", "yes"),
-        ("The correct answer is (B).", "(B)"),
-        ("So the answer would be 12.", "12"),
-        ("The answer to the question is 12.", "12"),
-        ("The answer: 42", "42"),
-        ("Step 3. The final answer: 42", "42"),
-        ("### Answer\n12", "12"),
-        ("#### Final answer\n12", "12"),
-        ("The answer is:\n\n$$\n\\frac12\n$$", r"\frac12"),
-        ("The answer is 5. The answer is not 6.", "5"),
-        (r"The answer is 5. It goes into \boxed{}.", "5"),
-        ("It may be 5.", None),
-        ("I know the answer to this question.", None),
-        ("### 1. A heading", None),
-        ("Final answer:", None),
-    ],
-)
+@pytest.mark.parametrize("text, answer", pairs(STATED, "->"))
 def test_answers_without_a_box(text, answer):
-    assert cot_answer(text) == answer
+    assert str(cot_answer(text.replace("¶", "\n"))) == answer
 
 
 # ------------- Math
+
+
+@pytest.mark.parametrize("pattern, replacement, example, cleaned", CLEANING, ids=repr)
+def test_every_cleaning_rule_has_an_example(pattern, replacement, example, cleaned):
+    assert re.sub(pattern, replacement, example) == cleaned != example
 
 
 @pytest.mark.parametrize("prediction, gold", EQUAL, ids=repr)

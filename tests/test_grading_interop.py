@@ -20,10 +20,10 @@ SPEC.loader.exec_module(bench)
 
 @pytest.fixture(scope="module")
 def verdicts():
-    """[(truth, ours, math-verify's, how, prediction, gold)]"""
+    """[(truth, ours, math-verify's, prediction, gold)]"""
     peer = bench.MathVerify()
     pairs = list(bench.make_pairs(GOLDS, peer))
-    return [(t, compare(p, g).correct, peer.equal(p, g), how, p, g) for t, how, p, g in pairs]
+    return [(truth, compare(p, g).correct, peer.equal(p, g), p, g) for truth, p, g in pairs]
 
 
 def test_nothing_unequal_is_called_equal(verdicts):

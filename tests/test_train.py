@@ -270,12 +270,14 @@ def test_training_json_says_how_the_student_was_trained(tiny_tokenizer, tmp_path
         path = write_jsonl(tmp_path / "rows.jsonl", rows)
         return train.read_conversations(tiny_tokenizer, config(data=[path], **options))[1]
 
+    rows[0] |= {"tools": ["web_search"], "prompts_sha256": "ab"}
+    rows[1] |= {"tools": ["web_search"], "prompts_sha256": "cd"}
     expected = {"method": "agent", "training": "distill+prefix", "system_prompt": "short words"}
+    expected |= {"tools": ["web_search"], "prompts_sha256": None}
     assert record(rows) == expected
-    assert record(rows[:1]) == expected | {"training": "distill"}
+    assert record(rows[:1]) == expected | {"training": "distill", "prompts_sha256": "ab"}
     assert record([rows[0], rows[1] | {"method": "cot"}])["method"] is None
-    assert record([rows[0], {"messages": messages[1][1:]}]) == {
-        "method": None, "training": "distill", "system_prompt": None}  # fmt: skip
+    assert record([rows[0], {"messages": messages[1][1:]}]) == dict.fromkeys(expected) | {"training": "distill"}
 
     (tmp_path / "system.txt").write_text("be brief\n")
     options = {"system_prompt": str(tmp_path / "system.txt")}
@@ -522,7 +524,8 @@ def test_an_adapter_is_saved_loaded_merged_and_continued(config, tmp_path, capsy
     names |= {"run.json", "metrics.jsonl", "summary.json", "training.json"}
     assert {path.name for path in out.iterdir()} == names | {"tokenizer_config.json"}
     record = models.training_record(out)
-    assert record == {"method": None, "training": "distill", "system_prompt": None, "base": config().model}
+    unstated = dict.fromkeys(("method", "system_prompt", "prompts_sha256", "tools"))
+    assert record == unstated | {"training": "distill", "base": config().model}
     saved = json.loads((out / "adapter_config.json").read_text())
     assert saved["base_model_name_or_path"] == str(Path(config().model).resolve())
     assert models.training_record(config().model) == {}
