@@ -134,7 +134,7 @@ def test_sc_action_has_eight_candidates_per_step(lesson, merged, llama_url, capf
     assert "refuses n (400: " in capfd.readouterr().err  # more than there are slots
     candidates = [step["candidates"] for row in rows for step in row["steps"]]
     assert rows and {len(each) for each in candidates} == {8}
-    assert any(len({candidate["code"] for candidate in each}) > 1 for each in candidates)
+    assert any(len({(one["thought"], one["code"]) for one in each}) > 1 for each in candidates)
 
 
 def test_stop_strings_and_the_token_limit(server):
