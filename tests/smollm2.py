@@ -44,7 +44,8 @@ class Lesson:
 
     def answer(self, model, out, **options):
         """The transcripts of a student's greedy answers to the test questions about numbers, in their order."""
-        options = {"search": str(self.folder / "index"), "precision": "fp32", "max_tokens": MAX_TOKENS} | options
+        options = {"search": str(self.folder / "index"), "max_tokens": MAX_TOKENS} | options
+        options |= {} if "url" in options else {"precision": "fp32"}
         options |= {"model": str(model), "out": str(self.folder / out), "quiet": True}
         evaluate.run(evaluate.RunConfig(tasks=[self.tests["math"]], **options))
         return sorted(report.transcripts(self.folder / out), key=lambda row: int(row["id"].rpartition("-")[2]))
