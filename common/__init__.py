@@ -113,8 +113,10 @@ def resolve(dotted, like=None, name="a function"):
 
 def source_hash(function):
     """A hash of the source of a function's module: an edited function must not continue an earlier one's results."""
-    module = inspect.getmodule(function)
-    return hashlib.sha256(inspect.getsource(module).encode()).hexdigest()
+    try:
+        return hashlib.sha256(inspect.getsource(inspect.getmodule(function)).encode()).hexdigest()
+    except (TypeError, OSError):  # a builtin
+        raise InputError(f"{function!r}: its source cannot be read; name a function of a Python file") from None
 
 
 def run_command_line(description, commands, default=None, argv=None):

@@ -18,8 +18,8 @@ import random
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig
 
+import evaluate
 import train
 from common import REQUIRED, option, progress, read_jsonl, run_command_line, stable_seed, write_json, write_jsonl
 from common.models import load_model, load_tokenizer, render, save_lora, training_record
@@ -46,19 +46,19 @@ def draw_turn(messages, decay, rng):
 
 def write_turns(model, tokenizer, prompts, config):
     """Returns the ids that the student writes after each prompt (a list of ids), with the end-of-turn token."""
-    longest, end = max(map(len, prompts)), tokenizer.eos_token_id
-    pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    longest = max(map(len, prompts))
+    ends = evaluate.end_tokens(model, tokenizer)  # nothing else of the checkpoint's generation_config is used
+    pad = min(ends)
     padding, device = [longest - len(prompt) for prompt in prompts], model.device
     ids = torch.tensor([[pad] * n + prompt for n, prompt in zip(padding, prompts, strict=True)], device=device)
     mask = torch.tensor([[0] * n + [1] * (longest - n) for n in padding], device=device)  # (turns, longest), as ids
-    # Nothing of the checkpoint's own generation_config.json (top_p, ...) is used: it would not be on-policy.
-    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad)
     options = {"max_new_tokens": config.max_tokens, "do_sample": True, "temperature": config.temperature, "top_k": 0}
     model.eval()
     ids = model.generate(ids, attention_mask=mask, **options)
     model.train()
     written = ids[:, longest:].tolist()
-    return [tokens[: tokens.index(end) + 1] if end in tokens else tokens for tokens in written]
+    ended = [next((n for n, token in enumerate(tokens, 1) if token in ends), None) for tokens in written]
+    return [tokens[:n] for tokens, n in zip(written, ended, strict=True)]
 
 
 def reverse_kl(student, teacher):

@@ -184,6 +184,8 @@ def test_a_function_named_on_the_command_line_is_checked(dotted, message):
     with pytest.raises(InputError, match=message):
         resolve(dotted, vote, "--choose")
     assert source_hash(vote) == source_hash(test_serve_json_answers_every_request)
+    with pytest.raises(InputError, match="its source cannot be read"):
+        source_hash(os.getcwd)
 
 
 def test_serve_json_answers_every_request(capsys):

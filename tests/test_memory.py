@@ -2,7 +2,7 @@
 
     make test ROOM=memory
 
-bench.gpu.Allocator counts the bytes of live tensors and raises torch.OutOfMemoryError above a limit.
+Allocator counts the bytes of live tensors and raises torch.OutOfMemoryError above a limit.
 """
 
 import gc
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import train
-from bench.gpu import Allocator
+from allocator import Allocator
 from common import InputError, models
 from conftest import conversation, make_model, write_jsonl
 
