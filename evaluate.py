@@ -486,6 +486,8 @@ def run(config):
             facts["model"] = client.model if client else known
         notes = {"questions": collections.Counter(task["task"] for task in tasks)}
         common.keep_config(out / "run.json", config, binding=bool(done), notes=notes, **facts)
+        if todo and config.judge_url:  # a judge that does not answer is noticed before the generation
+            Client(config.judge_url, config.judge_model, config.judge_key_env).probe(temperature=0.0)
         if todo:
             _answer_all(config, (prompts, system, client), todo, len(mine), journal)
     current = {key[:2]: key for key in map(task_key, tasks)}

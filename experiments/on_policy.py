@@ -35,7 +35,6 @@ class Config(Setting):
     decay: float = option(0.6, "turn t is drawn with a probability proportional to decay^t (ReOPD: 0.6)", above=0)
     policy_lr: float = option(1e-4, "learning rate of on-policy distillation, falling linearly to 0", above=0)
     temperature: float = option(1.0, "at which the student writes its turns", above=0)
-    trust: bool = option(False, "weigh turns down where student and teacher diverge (after SOD, arXiv 2605.07725)")
 
 
 def draw_turn(messages, decay, rng):
@@ -48,9 +47,8 @@ def write_turns(model, tokenizer, prompts, config):
     """Returns the ids that the student writes after each prompt (a list of ids), with the end-of-turn token."""
     longest = max(map(len, prompts))
     ends = evaluate.end_tokens(model, tokenizer)  # nothing else of the checkpoint's generation_config is used
-    pad = min(ends)
     padding, device = [longest - len(prompt) for prompt in prompts], model.device
-    ids = torch.tensor([[pad] * n + prompt for n, prompt in zip(padding, prompts, strict=True)], device=device)
+    ids = torch.tensor([[min(ends)] * n + prompt for n, prompt in zip(padding, prompts, strict=True)], device=device)
     mask = torch.tensor([[0] * n + [1] * (longest - n) for n in padding], device=device)  # (turns, longest), as ids
     options = {"max_new_tokens": config.max_tokens, "do_sample": True, "temperature": config.temperature, "top_k": 0}
     model.eval()
@@ -98,11 +96,9 @@ def distill(config, student, out):
             trainer.gradient.zero_()
             for prompt, written in zip(prompts, turns, strict=True):  # one by one: all logits of one turn at once
                 each = divergence(trainer.model, teacher, prompt, written)  # (tokens written,)
-                weight = 1 / (1 + each.detach().mean()) if config.trust else 1.0
-                (weight * each.sum() / total).backward()
+                (each.sum() / total).backward()
                 losses.append(each.sum().item())
-            norm = trainer.gradient.norm().item()
-            trainer.update(config.policy_lr * (1 - step / config.steps), 1.0 / (norm + 1e-6))
+            trainer.update(config.policy_lr * (1 - step / config.steps), 1 / (trainer.gradient.norm().item() + 1e-6))
             trainer.save(state, step + 1, student)
             bar.set_postfix_str(f"KL per token {sum(losses) / total:.4f}, {total} tokens written")
     save_lora(trainer.model, out, trainer.base)
