@@ -5,143 +5,248 @@
         observations = sandbox.run_candidates(["x + 1", "x / 0"])    # each from the same state, at the same time
         sandbox.commit(0)                                            # this candidate's state becomes the state
 
-A state is a process, and a candidate is its fork. The first half of this file runs in the host, the second half inside:
-
-    host process (Sandbox)                        has a channel to each process below: JSON, nothing is unpickled
-      warm interpreter (_warm_loop)               imports numpy and sympy, once per host process
-        state (_State), one per sandbox           waits; forks itself once per candidate
-          candidate (_State)                      runs one action; if it is committed, it becomes the state
-        guard (_guard), one per sandbox           kills the sandbox's process group when the host is done or has ended
-
-The code finds the tools and final_answer as functions, which are defined again at every step, and the variables of
-earlier steps. Threads end with their step. `random` and `numpy.random` draw the same numbers in every new sandbox
-unless they are seeded. final_answer(x) raises a SystemExit; if the code catches it, the answer still stands.
-
-Covered, on Linux 5.13 and later, as root or not (common/contain.py sets up each protection):
-  files       only the interpreter's libraries can be read; nothing can be written, created, renamed or removed
-              (Landlock, seccomp)
-  network     no sockets except unnamed pairs (seccomp)
-  processes   no exec, no fork except those that the host asks for, at most THREADS threads per step; no signal, ptrace
-              or memory access to any process (Landlock, seccomp with a gate in the host)
-  resources   wall clock: SIGKILL from outside; memory: RLIMIT_AS per process, on top of the warm interpreter, so N
-              candidates can have N times as much; rlimits for CPU time, open files and printed output
-  the host    an empty environment, no inherited descriptors; no process outlives the host
-Not covered: bugs of the kernel; side channels; CPU use up to the time-out; stat() on any path (it tells whether a file
-exists, and its size); pipes that a step leaves open, which the candidates of the next step share; the tools, which run
-in the host, perhaps in several threads, with whatever arguments the code passes. A tool that hangs is left behind in
-its thread. If a container manager already uses seccomp's gate, the code can start processes, which end with the
-sandbox. On macOS, on other processors and with isolation="off", only time-outs and rlimits hold, and programs that the
-code starts may outlive it.
+A state is a process, and a candidate is its fork. This file is the host, which trusts nothing that comes from inside
+and waits for nothing beyond a deadline. common/inside.py is the inside.
 """
 
-import ast
-import builtins
 import dataclasses
-import errno
-import gc
-import io
-import json
-import linecache
-import math
+import keyword
 import os
-import random
 import resource
 import signal
 import socket
-import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-import traceback
-import types
 import warnings
 from contextlib import AbstractContextManager, suppress
-from multiprocessing.connection import Connection, Pipe, wait
 
-if __name__ == "__main__" and sys.argv[1:2] == ["inside"]:
-    sys.path[0] += "/common"  # without the package itself, which imports more than the inside needs
-    import contain
-else:
-    from common import InputError, contain
+from common import InputError, inside
 
-TEXT_LIMIT = 10_000  # characters kept of what is printed, of a result and of an error
-OUTPUT_BYTES = 1 << 20  # bytes that a step can print; writing more raises OSError in the code
-OPEN_FILES = 64  # descriptors that the code can have open
-THREADS = 256  # threads that the candidates of one step can start together
-CHANNEL = 3  # the descriptor of a process's channel to the host
-
-
-def _cut(text, limit=TEXT_LIMIT):
-    """Returns the text; if it is longer than `limit`, its two ends with a note between them."""
-    if len(text) <= limit:
-        return text
-    half = limit // 2
-    return f"{text[:half]}\n[... {len(text) - 2 * half:,} characters not shown ...]\n{text[-half:]}"
-
-
-# ------------- The host's half: nothing that a process sends is trusted, and none can make it wait beyond the time-out
+STEP_BYTES = 64 << 20  # that one action can send to the host
+CALLS = 8  # tool calls of one action that run at the same time
+STARTS = 3  # attempts to start a sandbox
+START_SECONDS = 60.0  # for each
+LOST = "(The Python process of the earlier steps has ended; their variables are gone.)\n"
+ENDED = (OSError, EOFError, ValueError)  # what a process that ends, hangs or sends nonsense raises in the host
 
 
 @dataclasses.dataclass
 class Observation:
     """What one action did."""
 
-    stdout: str = ""  # what was printed, stderr included; cut in the middle to TEXT_LIMIT characters
+    stdout: str = ""  # what was printed, stderr included; cut in the middle to inside.TEXT_LIMIT characters
     result: str | None = None  # repr of the last expression; None if there is none, or if its value is None
     error: str | None = None  # one message
     error_kind: str | None = None  # None, "syntax", "runtime", "timeout", "memory" or "killed"
     is_final: bool = False  # final_answer was called
-    final_answer: object = None  # its argument: a JSON value; anything else as its str()
+    final_answer: object = None  # its argument as JSON, as a person would write it
     seconds: float = 0.0
 
     def fail(self, kind, error):
         """Set the error. A final answer stands, whatever happens after it."""
         if not self.is_final:
             self.error, self.error_kind = error, kind
-        return self
+
+
+class _Process:
+    """The host's handle on a process inside: its channel, the file that it prints into, and its PID.
+
+    send and receive raise TimeoutError after the deadline, OSError or EOFError if the process has ended, and ValueError
+    for a message that is none or too large. Descriptors are closed when no thread uses them.
+    """
+
+    def __init__(self, group=None):
+        self.channel, self.remote = socket.socketpair()
+        in_memory = hasattr(os, "memfd_create")
+        self.output = open(os.memfd_create("output"), "rb") if in_memory else tempfile.TemporaryFile()
+        self.sending = threading.Lock()
+        self.received = 0  # bytes
+        self.group = group
+        self.pid = None
+
+    def __del__(self):
+        with suppress(AttributeError):  # there were not enough descriptors
+            self.channel.close()
+            self.remote.close()
+            self.output.close()
+
+    def send(self, message, deadline):
+        with self.sending:
+            self._wait_until(deadline)
+            self.channel.sendall(inside.pack(message))
+
+    def fork_from(self, parent, message, deadline):
+        """Have the parent fork into this process, which does what the message says."""
+        with parent.sending, self.remote:
+            parent._wait_until(deadline)
+            data = inside.pack(message)
+            sent = socket.send_fds(parent.channel, [data], [self.remote.fileno(), self.output.fileno()])
+            parent._wait_until(deadline)
+            parent.channel.sendall(data[sent:])
+
+    def receive(self, deadline):
+        size = int.from_bytes(self._read(4, deadline), "big")
+        self.received += size
+        if size > inside.MESSAGE_BYTES or self.received > STEP_BYTES:
+            raise ValueError("too many bytes")
+        return inside.unpack(self._read(size, deadline))
+
+    def _read(self, size, deadline):
+        data = bytearray()
+        while len(data) < size:
+            self._wait_until(deadline)
+            data += (chunk := self.channel.recv(min(size - len(data), 1 << 16)))
+            if not chunk:
+                raise EOFError("the process has ended")
+        return bytes(data)
+
+    def _wait_until(self, deadline):
+        """Let the next operation on the channel take until the deadline."""
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("no answer in time")
+        self.channel.settimeout(left)
+
+    def has_ended(self):
+        with self.sending:
+            self.channel.settimeout(0)
+            try:
+                return not self.channel.recv(1, socket.MSG_PEEK)
+            except OSError as error:
+                return not isinstance(error, BlockingIOError)
+
+    def admit(self, deadline, others):
+        """Receive the PID that a fork says it has. others: {pid: process}."""
+        pid = self.receive(deadline).get("pid")
+        if type(pid) is not int or os.getpgid(pid) != self.group or others.setdefault(pid, self) is not self:
+            raise ValueError("not its own PID")
+        self.pid = pid
+
+    def printed(self):
+        return os.pread(self.output.fileno(), inside.OUTPUT_BYTES, 0).decode("utf-8", "replace")
+
+    def kill(self):
+        """End the process. If it is the first of a sandbox, it ends all others."""
+        with suppress(OSError):
+            self.channel.shutdown(socket.SHUT_RDWR)  # also ends the waiting of threads
+        with suppress(OSError):
+            # In this group there is no process of anybody else, even if the PID is used again.
+            if self.pid and self.pid != self.group == os.getpgid(self.pid):
+                os.kill(self.pid, signal.SIGKILL)
+
+
+class _Candidate(_Process):
+    """A process that runs one action."""
+
+    def __init__(self, group):
+        super().__init__(group)
+        self.observation = Observation()
+        self.calls = threading.Semaphore(CALLS)
+        self.done = False  # its action has ended, and it can become the state
+        self.threads = False  # the code has left some running
+
+
+_warm_lock = threading.Lock()
+_warm = None  # (_Process, subprocess.Popen, PID of the host): the warm interpreter; a fork of the host starts its own
+
+
+def _warm_interpreter():
+    """Returns the process that forks the first process of every sandbox. It has nothing of the host's memory."""
+    global _warm
+    with _warm_lock:
+        if _warm and _warm[1].poll() is None and _warm[2] == os.getpid() and not _warm[0].has_ended():
+            return _warm[0]
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # 64 sandboxes with 8 candidates each need 2,000
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
+        # A library's threads would not survive a fork. With random hashes, sets would print in another order each time.
+        environment = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        environment |= {"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", "LC_ALL": "C.UTF-8"}
+        environment["GLIBC_TUNABLES"] = "glibc.malloc.arena_max=1"  # an arena per thread would use up RLIMIT_AS
+        needed = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME")  # some Pythons do not start without them
+        environment |= {name: os.environ[name] for name in needed if name in os.environ}
+        packages = [path for path in sys.path if os.path.basename(path) in ("site-packages", "dist-packages")]
+        process = _Process()
+        with process.remote:
+            popen = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-s",
+                    inside.__file__,
+                    str(process.remote.fileno()),
+                    *packages,
+                ],
+                env=environment,
+                pass_fds=[process.remote.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=process.output,
+                stderr=process.output,
+                start_new_session=True,  # Ctrl-C in a terminal is the host's to handle
+            )
+        try:
+            process.receive(time.monotonic() + START_SECONDS)
+        except ENDED as error:
+            popen.kill()
+            raise EOFError(process.printed().strip()[-2000:] or str(error)) from None
+        _warm = process, popen, os.getpid()
+        return process
 
 
 class Sandbox(AbstractContextManager):
-    """Runs untrusted Python; variables persist from run to run. The module's docstring lists what is covered.
+    """Runs untrusted Python; variables persist from run to run.
 
     tools: {name: function}. Functions run in this process, perhaps in several threads at once, and take and return
-    JSON values. The code sees their exceptions, except an InputError: run and run_candidates raise it in the host.
-    timeout: seconds of wall clock per step. memory_mb: what a step's process can allocate.
-    isolation: "auto" warns once if a protection is missing on this machine, "require" raises InputError instead,
-    "off" has time-outs and rlimits only. Raises InputError for bad arguments.
-    Threads can use different sandboxes at once; calls on one sandbox wait for each other.
+    JSON values. The code sees their exceptions, except an InputError: run and run_candidates raise it in the host; if
+    the step has timed out by then, the next call does. timeout: seconds of wall clock per step. memory_mb: what a
+    step's process can allocate. isolation: "auto" warns once if a protection is missing on this machine, "require"
+    raises InputError instead, "off" has time-outs and rlimits only. Raises InputError for bad arguments, and if no
+    process starts. Threads can use different sandboxes at once; calls on one sandbox wait for each other.
     """
 
     def __init__(self, tools=None, timeout=10.0, memory_mb=1024, isolation="auto"):
         if isolation not in ("auto", "require", "off"):
             raise InputError(f'isolation is "auto", "require" or "off", not {isolation!r}')
-        if not timeout > 0 or not math.isfinite(timeout) or not memory_mb >= 1:
-            raise InputError(f"timeout and memory_mb must be positive, not {timeout!r} and {memory_mb!r}")
+        if not 0 < timeout <= 1e6 or not 1 <= memory_mb <= 1e7:
+            raise InputError(f"timeout goes up to 1e6 s, memory_mb to 1e7, not {timeout!r} and {memory_mb!r}")
         for name, function in (tools or {}).items():
-            if not (isinstance(name, str) and name.isidentifier() and callable(function)) or name == "final_answer":
+            named = isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name)
+            if not named or name.startswith("__") or name == "final_answer" or not callable(function):
                 raise InputError(f"tools must map names to functions; {name!r}: {function!r} does not fit")
-        self.tools, self.timeout, self.memory_mb = dict(tools or {}), float(timeout), int(memory_mb)
-        self.isolation, self.lock, self.closed, self.candidates = isolation, threading.RLock(), False, []
+        self.tools = dict(tools or {})
+        self.timeout = float(timeout)
+        self.memory_mb = int(memory_mb)
+        self.isolation = isolation
+        self.lock = threading.RLock()
+        self.first = self.state = None
+        self.candidates = []
+        self.failures = []  # InputErrors of tools, until the caller has seen one
+        self.lost = False  # the variables of earlier steps are gone, and no observation has said so
+        self.closed = False
         self._start()
 
     def _start(self):
-        """Fork a new state from the warm interpreter."""
-        self.state, self.gate = contain.Process(Observation()), None
-        self.guard, theirs = Pipe()
-        self.state.fork_from(_warm_interpreter().control, theirs.fileno(), self.state.remote.fileno())
-        theirs.close()
-        self.state.send({
-            "tools": {name: str(function.__doc__ or "") for name, function in self.tools.items()},
-            "timeout": self.timeout, "memory_mb": self.memory_mb, "contained": self.isolation != "off",
-        })  # fmt: skip
-        gate = self.state.hello(60, with_gate=True)
-        if gate is not None:
-            self.gate = contain.Gate(gate, self.state.pid)
-            threading.Thread(target=self.gate.serve, daemon=True).start()
-        missing = self.state.receive()["missing"]
-        if missing and self.isolation != "off":
-            text = "the sandbox is not fully contained here; missing: " + ", ".join(missing)
+        """Fork a first process from the warm interpreter. If that fails, try again."""
+        self.key = int.from_bytes(os.urandom(8), "big")
+        message = {"key": 0, "filter_key": self.key, "contained": self.isolation != "off", "timeout": self.timeout}
+        message["tools"] = {name: str(function.__doc__ or "") for name, function in self.tools.items()}
+        for attempt in range(1, STARTS + 1):
+            process = _Process()
+            deadline = time.monotonic() + START_SECONDS
+            try:
+                process.fork_from(_warm_interpreter(), message | {"memory_mb": self.memory_mb}, deadline)
+                hello = process.receive(deadline)
+                break
+            except ENDED as error:
+                process.kill()
+                if attempt == STARTS:
+                    reason = (process.printed() or str(error)).strip().splitlines()[-1:]
+                    raise InputError(f"the sandbox did not start: {''.join(reason)}") from None
+        self.first = self.state = process
+        process.pid = process.group = hello["pid"]
+        if hello["missing"] and self.isolation != "off":
+            text = "the sandbox is not fully contained here; missing: " + ", ".join(hello["missing"])
             if self.isolation == "require":
                 self.close()
                 raise InputError(text)
@@ -159,10 +264,14 @@ class Sandbox(AbstractContextManager):
         self._drop_candidates()
         if self.state:
             self.state.kill()
-            with suppress(OSError):
-                self.guard.send_bytes(b"end")  # the guard kills the whole process group
-            self.guard.close()
-        self.state = None
+            self.first.kill()
+            self.lost = True
+        self.first = self.state = None
+
+    def _drop_candidates(self):
+        for candidate in self.candidates:
+            candidate.kill()
+        self.candidates = []
 
     def run(self, code):
         """Run one action on the state. The state changes unless the action times out or its process ends."""
@@ -182,15 +291,23 @@ class Sandbox(AbstractContextManager):
         with self.lock:
             if self.closed:
                 raise RuntimeError("the sandbox is closed")
-            if self.state is None or not self.state.usable():
+            self._drop_candidates()
+            self._raise_failure()
+            if self.state is None or self.state.has_ended():
                 self._lose_state()
                 self._start()
-            self._drop_candidates()
             try:
-                return self._run(codes)
+                self._run(codes)
             except BaseException:  # Ctrl-C: stop what is running
                 self._lose_state()
                 raise
+            self._raise_failure()
+            return [candidate.observation for candidate in self.candidates]
+
+    def _raise_failure(self):
+        failures, self.failures = self.failures, []
+        if failures:
+            raise failures[0]
 
     def commit(self, index):
         """Make candidate `index` of the last run_candidates the state.
@@ -201,400 +318,125 @@ class Sandbox(AbstractContextManager):
             if self.closed or not self.candidates:
                 raise RuntimeError("there are no candidates to commit: call run_candidates first")
             chosen = self.candidates[index]
-            if chosen.usable():
+            if chosen.done:
                 self.candidates.remove(chosen)
-                self.state.kill()
-                self.state = chosen
+                if self.state is not self.first:
+                    self.state.kill()
+                self.state = self._without_threads(chosen) if chosen.threads else chosen
             self._drop_candidates()
 
-    def _drop_candidates(self):
-        for candidate in self.candidates:
-            candidate.kill()
-        self.candidates = []
+    def _without_threads(self, candidate):
+        """Returns a fork of the candidate, or the candidate itself if it does not fork: threads are not in a fork."""
+        fork = _Process(candidate.group)
+        deadline = time.monotonic() + self.timeout
+        try:
+            fork.fork_from(candidate, {"key": self.key}, deadline)
+            fork.admit(deadline, {candidate.pid: candidate, self.first.pid: self.first})
+        except ENDED:
+            candidate, fork = fork, candidate
+        candidate.kill()
+        return fork
 
     def _run(self, codes):
-        candidates = self.candidates = [contain.Process(Observation()) for _ in codes]
-        if not self._fork(candidates):
-            # A process that never said who it is can only be killed together with all others.
-            self._lose_state()
-            self.candidates = candidates
-            text = "the process that holds the state did not answer; the next step starts with an empty state"
-            return [candidate.observation.fail("killed", text) for candidate in candidates]
         started = time.monotonic()
-        threads = [
-            threading.Thread(target=self._listen, args=(candidate, candidate.observation, code, started), daemon=True)
-            for candidate, code in zip(candidates, codes, strict=True)
-        ]
+        self.candidates = [_Candidate(self.first.group) for _ in codes]
+        others = {process.pid: process for process in (self.first, self.state)}
+        threads = []
+        for candidate, code in zip(self.candidates, codes, strict=True):
+            with suppress(OSError):  # the other side of the candidate's channel is then closed
+                candidate.fork_from(self.state, {"key": self.key, "code": code}, started + self.timeout)
+            threads.append(threading.Thread(target=self._follow, args=(candidate, others, started), daemon=True))
+            threads[-1].start()
         for thread in threads:
-            thread.start()
-        for candidate, thread in zip(candidates, threads, strict=True):
-            thread.join(max(0.0, started + self.timeout - time.monotonic()))
-            if thread.is_alive():  # it ends as soon as the process is killed, or when its tool call returns
-                candidate.kill()
-                text = f"TimeoutError: the code ran longer than {self.timeout:g} s and was stopped"
-                # A copy, because the thread can still write to the old one.
-                candidate.observation = dataclasses.replace(candidate.observation, seconds=time.monotonic() - started)
-                candidate.observation.fail("timeout", f"{text}; the state is as it was before")
-        self.state.signal(signal.SIGSTOP)  # stops threads that a step left behind, until the next step
+            thread.join()
+        for candidate in self.candidates:
+            lost = LOST if self.lost else ""
+            candidate.observation.stdout = lost + inside.cut(candidate.printed())
+        if codes:
+            self.lost = False
+            if not any(candidate.pid for candidate in self.candidates):
+                self._give_up()
+
+    def _give_up(self):
+        """The state did not fork. Kill it, and start from an empty state at the next step."""
+        candidates = self.candidates
+        self._lose_state()
+        self.candidates = candidates
         for candidate in candidates:
-            if candidate.failure:
-                raise candidate.failure
-            candidate.observation.stdout = _cut(candidate.printed(OUTPUT_BYTES))
-        return [candidate.observation for candidate in candidates]
+            text = f"the process that holds the state did not fork within {self.timeout:g} s; the variables are gone"
+            candidate.observation.fail("killed", text)
 
-    def _fork(self, candidates):
-        """Have the state fork once per candidate. Returns False if it does not do so within the time-out."""
-        if self.gate:
-            self.gate.forker = self.state.pid
-            self.gate.left = {"fork": len(candidates), "thread": THREADS}
-        self.state.signal(signal.SIGCONT)
+    def _follow(self, candidate, others, started):
+        """Answer a candidate's tool calls until its action is done. Runs in its own thread, until the time-out."""
+        deadline = started + self.timeout
+        observation = candidate.observation
+        stays = "the state is as it was before"
         try:
-            for candidate in candidates:
-                candidate.fork_from(self.state.channel, candidate.remote.fileno(), candidate.output)
-            deadline = time.monotonic() + self.timeout + 0.1
-            for candidate in candidates:
-                candidate.hello(max(0.0, deadline - time.monotonic()))
-        except (OSError, EOFError):
-            return False
-        finally:
-            if self.gate:
-                self.gate.left["fork"] = 0
-        # A hostile state could answer instead of forking.
-        return len({self.state.pid, *(candidate.pid for candidate in candidates)}) == 1 + len(candidates)
-
-    def _listen(self, candidate, observation, code, started):
-        """Run one candidate's action: send the code and answer tool calls until it is done. Runs in its own thread."""
-        try:
-            candidate.send({"code": code})
-            while "done" not in (message := candidate.receive()):
+            candidate.admit(deadline, others)
+            while "done" not in (message := candidate.receive(deadline)):
                 if "tool" in message:
-                    candidate.send(self._call(message))
-                elif "final" not in message:
+                    self._start_call(candidate, deadline, message)
+                elif "final" not in message or observation.is_final:
                     raise ValueError("unknown message")
-                elif not observation.is_final:  # the first answer stands
-                    observation.is_final, observation.final_answer = True, message["final"]
-            outcome = message["done"] if isinstance(message["done"], dict) else {}
-            result, error, kind = (outcome.get(key) for key in ("result", "error", "kind"))
-            known = error is None or kind in ("syntax", "runtime", "memory")
-            if not (isinstance(result, str | None) and isinstance(error, str | None) and known):
-                raise ValueError("malformed result")
-            candidate.signal(signal.SIGSTOP)
-            observation.result = result and _cut(result, 2 * TEXT_LIMIT)  # honest processes have cut it already
-            if error is not None:
-                observation.fail(kind, _cut(error, 2 * TEXT_LIMIT))
+                else:
+                    observation.is_final = True
+                    observation.final_answer = message["final"]
+            self._note(candidate, **message["done"])
+        except TimeoutError:
+            text = "the code ran longer than" if candidate.pid else "no process for the code started within"
+            observation.fail("timeout", f"TimeoutError: {text} {self.timeout:g} s and was stopped; {stays}")
         except (OSError, EOFError):
+            observation.fail("killed", f"the Python process ended before the code did; {stays}")
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+            observation.fail("killed", f"the process was stopped because of what it sent to the host: {text}; {stays}")
+        if not candidate.done:
             candidate.kill()
-            observation.fail("killed", "the Python process ended before the code did; the state is as it was before")
-        except ValueError as error:
-            candidate.kill()
-            observation.fail("killed", f"the process was stopped because of what it sent to the host: {error}")
-        except InputError as error:
-            candidate.kill()
-            candidate.failure = error
         observation.seconds = time.monotonic() - started
 
-    def _call(self, message):
-        """Run a tool in this thread. Returns the reply. If the tool hangs, so does this thread, but not run()."""
-        name, args, kwargs = (message.get(key) for key in ("tool", "args", "kwargs"))
-        if not isinstance(name, str) or name not in self.tools or type(args) is not list or type(kwargs) is not dict:
-            raise ValueError("malformed tool call")
+    def _note(self, candidate, result=None, error=None, kind=None, threads=False):
+        """Note how an action ended. Raises TypeError or ValueError if this cannot be."""
+        if error is not None and kind not in ("syntax", "runtime", "memory"):
+            raise ValueError("unknown kind of error")
+        candidate.observation.result = result and inside.cut(
+            result + "", 2 * inside.TEXT_LIMIT
+        )  # cut before, if honest
+        if error is not None:
+            candidate.observation.fail(kind, inside.cut(error + "", 2 * inside.TEXT_LIMIT))
+        candidate.threads = bool(threads)
+        candidate.done = True
+
+    def _start_call(self, candidate, deadline, message):
+        """Run a tool in a thread, which is left behind if it hangs. Raises TypeError, KeyError or TimeoutError."""
+        function, number = self.tools[message["tool"]], message["number"] + 0
+        args, kwargs = [*message["args"]], {**message["kwargs"]}
+
+        def call():
+            try:
+                reply = self._call(function, args, kwargs)
+                candidate.send(reply | {"reply": number}, deadline)
+            except InputError as error:
+                self.failures.append(error)
+                candidate.kill()
+            except OSError:
+                pass  # the step has ended
+            finally:
+                candidate.calls.release()
+
+        if not candidate.calls.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            raise TimeoutError
+        threading.Thread(target=call, daemon=True).start()
+
+    def _call(self, function, args, kwargs):
+        """Returns a tool's reply."""
         try:
-            reply = {"value": self.tools[name](*args, **kwargs)}
-            json.dumps(reply)
+            reply = {"value": function(*args, **kwargs)}
+            inside.pack(reply)
             return reply
         except InputError:
             raise
         except BaseException as error:
-            text = error.args[0] if len(error.args) == 1 and isinstance(error.args[0], str) else str(error)
-            return {"error": type(error).__name__, "message": text or type(error).__name__}
-
-
-class _Warm:
-    """The host's handle on the warm interpreter."""
-
-    def __init__(self):
-        self.owner = os.getpid()
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # 64 sandboxes with 8 candidates each need 2,000
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
-        self.control, theirs = Pipe()
-        # A library's threads would not survive a fork. With random hashes, sets would print in another order each time.
-        environment = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        environment |= {"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", "LC_ALL": "C.UTF-8"}
-        environment["GLIBC_TUNABLES"] = "glibc.malloc.arena_max=1"  # an arena per thread would use up RLIMIT_AS
-        self.process = subprocess.Popen(
-            [sys.executable, "-s", os.path.abspath(__file__), "inside", str(theirs.fileno())],
-            env=environment,
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C in a terminal is the host's to handle
-        )
-        theirs.close()
-        packages = [path for path in sys.path if os.path.basename(path) in ("site-packages", "dist-packages")]
-        try:
-            self.control.send_bytes(json.dumps(packages).encode())
-            self.control.recv_bytes(100)
-        except (OSError, EOFError):
-            lines = self.process.stderr.read().decode("utf-8", "replace").strip()
-            raise RuntimeError(f"the sandbox's interpreter did not start: {lines[-2000:]}") from None
-
-
-_warm_lock = threading.Lock()
-_warm = None  # one per host process; a fork of the host starts its own
-
-
-def _warm_interpreter():
-    global _warm
-    with _warm_lock:
-        if _warm is None or _warm.owner != os.getpid() or _warm.process.poll() is not None:
-            _warm = _Warm()
-        return _warm
-
-
-# ------------- The inside, started as `python -s sandbox.py inside FD`: foreign code can change all of its own process
-
-
-def _warm_loop(descriptor):
-    """Import numpy and sympy, then fork a state and its guard for each sandbox, until the host has ended."""
-    control = Connection(descriptor)
-    host = [os.pidfd_open(os.getppid())] if contain.LINUX else []
-    packages = json.loads(control.recv_bytes())
-    prefixes = (sys.prefix, sys.base_prefix)
-    sys.path[:] = list(dict.fromkeys([path for path in sys.path[1:] if path.startswith(prefixes)] + packages))
-    libraries = _prepare()
-    contain.adopt_orphans()
-    control.send_bytes(b"ready")
-    os.dup2(0, 2)  # /dev/null; until here, stderr was a pipe to the host
-    with suppress(EOFError):
-        while wait([control, *host]) == [control]:
-            guard, channel = _receive_descriptors(control)
-            if (state := _fork()) == 0:
-                try:
-                    _State(channel, libraries).serve()
-                finally:
-                    os._exit(1)
-            os.close(channel)
-            with suppress(OSError):  # whichever of the two processes runs first makes the group
-                os.setpgid(state, state)
-            if _fork() == 0:
-                _guard(guard, host, group=state)
-            os.close(guard)
-    os._exit(0)
-
-
-def _prepare():
-    """Import what all sandboxes share. Returns the paths that foreign code can read."""
-    import numpy
-    import sympy  # noqa: F401
-
-    warnings.simplefilter("ignore", SyntaxWarning)  # such as a wrong escape in a string of the model's code
-    warnings.filterwarnings("ignore", ".*multi-threaded.*", DeprecationWarning)  # Python 3.12, at a fork
-    random.seed(0)
-    numpy.random.seed(0)
-    sys.set_int_max_str_digits(0)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no process here waits for its children
-    folders = set(sys.path)
-    if contain.LINUX:  # and the folders of the shared libraries that are loaded
-        with open("/proc/self/maps") as maps:
-            folders |= {os.path.dirname(line.split(maxsplit=5)[5].strip()) for line in maps if ".so" in line}
-    os.environ.clear()
-    sys.argv = [""]
-    sys.modules.pop("contain")
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    gc.freeze()  # a garbage collection in a fork would copy every page of memory
-    return [path for path in (*sorted(folders), "/dev/null", "/dev/urandom") if os.path.exists(path)]
-
-
-def _receive_descriptors(connection):
-    """Wait for a request to fork. Returns its two descriptors. Raises EOFError if the other side has ended."""
-    with contain.open_socket(connection) as channel:
-        _, descriptors, _, _ = socket.recv_fds(channel, 1, 2)
-    if len(descriptors) != 2:
-        raise EOFError
-    return descriptors
-
-
-def _fork():
-    """os.fork(), but the child continues the parent's random numbers; Python would seed `random` again."""
-    drawn = random.getstate()
-    child = os.fork()
-    if child == 0:
-        random.setstate(drawn)
-    return child
-
-
-def _guard(guard, host, group):
-    """Join a sandbox's process group, and kill the group when the host says so or has ended."""
-    try:
-        os.setpgid(0, group)  # OSError: all of its processes have ended already
-        wait([guard, *host])
-        os.killpg(0, signal.SIGKILL)
-    finally:
-        os._exit(0)
-
-
-class FinalAnswer(SystemExit):
-    """Raised by final_answer to end the action. Python ignores a SystemExit that ends a thread."""
-
-
-class _State:
-    """A process that holds a sandbox's state: it waits, and forks itself for every candidate."""
-
-    def __init__(self, channel, libraries):
-        os.setpgid(0, 0)
-        os.dup2(channel, CHANNEL)
-        os.closerange(CHANNEL + 1, 1 << 16)
-        self.channel = Connection(CHANNEL)
-        self.settings = json.loads(self.channel.recv_bytes())
-        self.step, self.final, self.lock, self.main = 0, False, None, sys.modules["__main__"]
-        self.given = {"final_answer": self.final_answer}
-        self.given |= {name: self.make_tool(name, doc) for name, doc in self.settings["tools"].items()}
-        gate, missing = self.protect(libraries)
-        with contain.open_socket(self.channel) as channel:
-            socket.send_fds(channel, [struct.pack("=i", os.getpid())], [] if gate is None else [gate])
-        os.closerange(CHANNEL + 1, 1 << 16)  # the gate
-        self.send({"missing": missing})
-
-    def protect(self, libraries):
-        """Set up every protection. Returns the gate's descriptor (or None) and a list of what is missing."""
-        cpu_seconds, memory = math.ceil(self.settings["timeout"]) + 1, self.settings["memory_mb"] << 20
-        contain.set_limits(memory, cpu_seconds, OUTPUT_BYTES, OPEN_FILES)
-        if not contain.SUPPORTED or not self.settings["contained"]:
-            return None, ["everything except time-outs and rlimits"]
-        gate, missing = None, []
-        try:
-            contain.drop_privileges()
-            contain.restrict_files(libraries)
-        except OSError as error:
-            missing.append(f"Landlock ({error.strerror})")
-        try:
-            gate = contain.filter_system_calls()
-            missing += ["the gate of seccomp"] if gate is None else []
-        except OSError as error:
-            missing.append(f"seccomp ({error.strerror})")
-        return gate, missing
-
-    def serve(self):
-        """Wait for the host's requests. Each is answered by a fork, which runs one action and then waits itself."""
-        while True:
-            channel, output = _receive_descriptors(self.channel)
-            child = _fork()
-            if child == 0:
-                os.dup2(channel, CHANNEL)
-                os.dup2(output, 1)
-                os.dup2(output, 2)
-            for descriptor in (channel, output):
-                if child or descriptor > CHANNEL:  # it can be 1, if the code has closed that
-                    os.close(descriptor)
-            if child == 0:
-                with contain.open_socket(self.channel) as own:
-                    own.sendall(struct.pack("=i", os.getpid()))
-                self.run_action(json.loads(self.channel.recv_bytes())["code"])
-
-    def run_action(self, code):
-        process, self.step, self.final, self.lock = os.getpid(), self.step + 1, False, threading.Lock()
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        # Unbuffered, so that a kill loses nothing.
-        output = io.TextIOWrapper(open(1, "wb", 0, closefd=False), "utf-8", "replace", "\n", write_through=True)
-        sys.stdout = sys.stderr = sys.__stdout__ = sys.__stderr__ = output
-        sys.stdin = io.StringIO()
-        vars(self.main).update(self.given)
-        contain.lower_limits(True)
-        outcome = self.execute(code)
-        contain.lower_limits(False)
-        if os.getpid() != process:  # without containment the code can fork, and this is its child
-            os._exit(0)
-        signal.alarm(0)
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-        self.send({"done": outcome})
-
-    def execute(self, code):
-        """Returns {"result"}, or {"error", "kind"}, or {} after a final answer."""
-        filename = f"<step {self.step}>"
-        linecache.cache[filename] = (len(code), None, code.splitlines(True), filename)
-        try:
-            tree = ast.parse(code, filename)
-            last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
-            body = compile(tree, filename, "exec", dont_inherit=True)
-            last = last and compile(ast.Expression(last.value), filename, "eval", dont_inherit=True)
-        except Exception as error:
-            return {"error": _cut(_describe(error)), "kind": "syntax"}
-        try:
-            exec(body, vars(self.main))
-            value = eval(last, vars(self.main)) if last else None
-            return {"result": None if value is None else _cut(repr(value))}
-        except BaseException as error:
-            contain.lower_limits(False)  # the code may have used up its memory
-            if self.final:
-                return {}
-            number, note = getattr(error, "errno", None), ""
-            if number == errno.EFBIG:
-                note = f"; a step can print {OUTPUT_BYTES >> 10:,} KiB"
-            if memory := isinstance(error, MemoryError) or number == errno.ENOMEM:
-                note = f"; a step can allocate {self.settings['memory_mb']:,} MB"
-            return {"error": _cut(_describe(error)) + note, "kind": "memory" if memory else "runtime"}
-
-    def send(self, message):
-        data = json.dumps(message).encode()
-        if len(data) > contain.MESSAGE_LIMIT:
-            raise ValueError(f"too long: {len(data):,} bytes, at most {contain.MESSAGE_LIMIT:,} can be sent")
-        self.channel.send_bytes(data)
-
-    def final_answer(self, answer=None):
-        """End the action with this answer: a JSON value, or anything else as its text."""
-        with self.lock:
-            # Sent now, so that it stands even if the code catches the exception or is killed.
-            self.send({"final": _as_json(answer)})
-        self.final = True
-        raise FinalAnswer
-
-    def make_tool(self, name, doc):
-        def tool(*args, **kwargs):
-            try:
-                with self.lock:
-                    self.send({"tool": name, "args": args, "kwargs": kwargs})
-                    reply = json.loads(self.channel.recv_bytes())
-            except TypeError as error:
-                raise TypeError(f"{name}() takes JSON values only: {error}") from None
-            if "error" not in reply:
-                return reply["value"]
-            kind = getattr(builtins, reply["error"], None)
-            if not (isinstance(kind, type) and issubclass(kind, Exception)) or issubclass(kind, UnicodeError):
-                kind = RuntimeError
-            raise kind(reply["message"])
-
-        tool.__name__, tool.__qualname__, tool.__doc__ = name, name, doc
-        return tool
-
-
-def _as_json(value):
-    """Returns the value if JSON preserves it; otherwise (a tuple, an infinity, a numpy number, ...) its text."""
-    try:
-        text = json.dumps(value, allow_nan=False)
-        # The host's JSON parser refuses integers of more than 4,300 digits.
-        preserved = json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 4300 else digits) == value
-    except (TypeError, ValueError, RecursionError):
-        preserved = False
-    return value if preserved is True else _cut(str(value), 100_000)
-
-
-def _describe(error):
-    """Returns the error's type and text, with the first and the last line of the code that led to it."""
-    if isinstance(error, SyntaxError) and error.lineno:
-        return f"{type(error).__name__}: {error.msg} (line {error.lineno}: {(error.text or '').strip()})"
-    text = "".join(traceback.format_exception_only(type(error), error)).strip()
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith("<step ")]
-    places = []
-    for frame in frames[:1] + frames[1:][-1:]:
-        place = f"line {frame.lineno}: {frame.line}"
-        if frame.filename != frames[0].filename:  # a function that an earlier step defined
-            place = f"{frame.filename[1:-1]}, {place}"
-        places.append(place if frame.name == "<module>" else f"in {frame.name}, {place}")
-    return f"{text} ({'; '.join(places)})" if places else text
-
-
-if __name__ == "__main__":
-    if sys.argv[1:2] != ["inside"]:
-        sys.exit(__doc__)
-    _warm_loop(int(sys.argv[2]))
+            text = type(error).__name__
+            with suppress(Exception):
+                text = error.args[0] if len(error.args) == 1 and isinstance(error.args[0], str) else str(error) or text
+            return {"error": type(error).__name__, "message": inside.cut(text)}

@@ -992,15 +992,15 @@ def test_long_code(sandbox):
 
 POORER_MACHINE = """
 import ctypes, os, struct
-from common import contain
+from common import inside
 program = [(0x20, 0, 0, 0)]
 for number in {refused}:
     program += [(0x15, 0, 1, number), (0x06, 0, 0, 0x50001)]
 program.append((0x06, 0, 0, 0x7FFF0000))
 code = b"".join(struct.pack("=HBBI", *step) for step in program)
 buffer = ctypes.create_string_buffer(code, len(code))
-contain._prctl(38, 1)
-contain._syscall("seccomp", 1, {flags}, struct.pack("=H6xQ", len(program), ctypes.addressof(buffer)))
+inside._call("prctl", 38, 1, 0, 0, 0)
+inside._call("seccomp", 1, {flags}, struct.pack("=H6xQ", len(program), ctypes.addressof(buffer)))
 """
 USE = """
 import warnings
