@@ -5,8 +5,8 @@
         observations = sandbox.run_candidates(["x + 1", "x / 0"])    # each from the same state, at the same time
         sandbox.commit(0)                                            # this candidate's state becomes the state
 
-A state is a process, and a candidate is its fork. This file is the host, which trusts nothing that comes from inside
-and waits for nothing beyond a deadline. common/inside.py is the inside.
+A state is a process, and a candidate is its fork. This file is the host, which trusts nothing that comes from inside.
+common/inside.py is the inside, and what contains it.
 """
 
 import dataclasses
@@ -30,7 +30,6 @@ CALLS = 8  # tool calls of one action that run at the same time
 STARTS = 3  # attempts to start a sandbox
 START_SECONDS = 60.0  # for each
 LOST = "(The Python process of the earlier steps has ended; their variables are gone.)\n"
-ENDED = (OSError, EOFError, ValueError)  # what a process that ends, hangs or sends nonsense raises in the host
 
 
 @dataclasses.dataclass
@@ -52,78 +51,76 @@ class Observation:
 
 
 class _Process:
-    """The host's handle on a process inside: its channel, the file that it prints into, and its PID.
-
-    send and receive raise TimeoutError after the deadline, OSError or EOFError if the process has ended, and ValueError
-    for a message that is none or too large. Descriptors are closed when no thread uses them.
-    """
+    """The host's handle on a process inside. `kill` ends all waiting for it."""
 
     def __init__(self, group=None):
         self.channel, self.remote = socket.socketpair()
+        self.incoming = self.channel.makefile("rb")
         in_memory = hasattr(os, "memfd_create")
         self.output = open(os.memfd_create("output"), "rb") if in_memory else tempfile.TemporaryFile()
         self.sending = threading.Lock()
+        self.calls = threading.Semaphore(CALLS)
         self.received = 0  # bytes
-        self.group = group
+        self.group = group  # the process group of its sandbox
         self.pid = None
+        self.missing = []  # protections that this machine does not offer
+        self.observation = Observation()
+        self.waits = False  # it has done what it was forked for, and can be the state
+        self.threads = False  # the code has left some running
 
     def __del__(self):
-        with suppress(AttributeError):  # there were not enough descriptors
-            self.channel.close()
-            self.remote.close()
-            self.output.close()
+        with suppress(AttributeError):  # there were not enough descriptors for all
+            for file in (self.channel, self.remote, self.incoming, self.output):
+                file.close()
 
-    def send(self, message, deadline):
+    def send(self, message):
         with self.sending:
-            self._wait_until(deadline)
             self.channel.sendall(inside.pack(message))
 
-    def fork_from(self, parent, message, deadline):
-        """Have the parent fork into this process, which does what the message says."""
-        with parent.sending, self.remote:
-            parent._wait_until(deadline)
-            data = inside.pack(message)
-            sent = socket.send_fds(parent.channel, [data], [self.remote.fileno(), self.output.fileno()])
-            parent._wait_until(deadline)
-            parent.channel.sendall(data[sent:])
-
-    def receive(self, deadline):
-        size = int.from_bytes(self._read(4, deadline), "big")
+    def receive(self):
+        """Returns the next message. Raises EOFError or OSError if the process has ended, and ValueError if that is not
+        a message, or too much."""
+        size = int.from_bytes(self.incoming.read(4), "big")
         self.received += size
         if size > inside.MESSAGE_BYTES or self.received > STEP_BYTES:
             raise ValueError("too many bytes")
-        return inside.unpack(self._read(size, deadline))
+        data = self.incoming.read(size)
+        if not data or len(data) < size:
+            raise EOFError("the process has ended")
+        return inside.unpack(data)
 
-    def _read(self, size, deadline):
-        data = bytearray()
-        while len(data) < size:
-            self._wait_until(deadline)
-            data += (chunk := self.channel.recv(min(size - len(data), 1 << 16)))
-            if not chunk:
-                raise EOFError("the process has ended")
-        return bytes(data)
-
-    def _wait_until(self, deadline):
-        """Let the next operation on the channel take until the deadline."""
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("no answer in time")
-        self.channel.settimeout(left)
-
-    def has_ended(self):
-        with self.sending:
-            self.channel.settimeout(0)
+    def fork(self, process, message, deadline):
+        """Have this process fork: the new one has the other side of the handle `process`, and does what the message
+        says. Raises OSError."""
+        data, descriptors = inside.pack(message), [process.remote.fileno(), process.output.fileno()]
+        with self.sending, process.remote:
+            self.channel.settimeout(max(0.01, deadline - time.monotonic()))
+            sent = 0
             try:
-                return not self.channel.recv(1, socket.MSG_PEEK)
-            except OSError as error:
-                return not isinstance(error, BlockingIOError)
+                sent = socket.send_fds(self.channel, [data], descriptors)
+                if sent < len(data):
+                    self.channel.sendall(data[sent:])
+            except OSError:
+                if sent:  # half a message: it would take the next for the other half
+                    self.kill()
+                raise
+            finally:
+                self.channel.settimeout(None)
 
-    def admit(self, deadline, others):
-        """Receive the PID that a fork says it has. others: {pid: process}."""
-        pid = self.receive(deadline).get("pid")
+    def admit(self, others):
+        """Receive what the process says it is. others: {pid: process}, to which it is added."""
+        hello = self.receive()
+        pid, self.missing = hello["pid"], hello.get("missing", [])
+        self.group = self.group or pid  # a first process, which runs no foreign code
         if type(pid) is not int or os.getpgid(pid) != self.group or others.setdefault(pid, self) is not self:
             raise ValueError("not its own PID")
         self.pid = pid
+
+    def has_ended(self):
+        try:
+            return not self.channel.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except OSError as error:  # it has ended before it read everything
+            return not isinstance(error, BlockingIOError)
 
     def printed(self):
         return os.pread(self.output.fileno(), inside.OUTPUT_BYTES, 0).decode("utf-8", "replace")
@@ -131,22 +128,11 @@ class _Process:
     def kill(self):
         """End the process. If it is the first of a sandbox, it ends all others."""
         with suppress(OSError):
-            self.channel.shutdown(socket.SHUT_RDWR)  # also ends the waiting of threads
+            self.channel.shutdown(socket.SHUT_RDWR)
         with suppress(OSError):
             # In this group there is no process of anybody else, even if the PID is used again.
             if self.pid and self.pid != self.group == os.getpgid(self.pid):
                 os.kill(self.pid, signal.SIGKILL)
-
-
-class _Candidate(_Process):
-    """A process that runs one action."""
-
-    def __init__(self, group):
-        super().__init__(group)
-        self.observation = Observation()
-        self.calls = threading.Semaphore(CALLS)
-        self.done = False  # its action has ended, and it can become the state
-        self.threads = False  # the code has left some running
 
 
 _warm_lock = threading.Lock()
@@ -159,7 +145,7 @@ def _warm_interpreter():
     with _warm_lock:
         if _warm and _warm[1].poll() is None and _warm[2] == os.getpid() and not _warm[0].has_ended():
             return _warm[0]
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # 64 sandboxes with 8 candidates each need 2,000
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # 64 sandboxes with 8 candidates each need 3,000
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
         # A library's threads would not survive a fork. With random hashes, sets would print in another order each time.
         environment = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -169,33 +155,29 @@ def _warm_interpreter():
         environment |= {name: os.environ[name] for name in needed if name in os.environ}
         packages = [path for path in sys.path if os.path.basename(path) in ("site-packages", "dist-packages")]
         process = _Process()
-        with process.remote:
-            popen = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-s",
-                    inside.__file__,
-                    str(process.remote.fileno()),
-                    *packages,
-                ],
+        with process.remote as channel:
+            started = subprocess.Popen(
+                [sys.executable, "-s", inside.__file__, str(channel.fileno()), *packages],
                 env=environment,
-                pass_fds=[process.remote.fileno()],
+                pass_fds=[channel.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=process.output,
                 stderr=process.output,
                 start_new_session=True,  # Ctrl-C in a terminal is the host's to handle
             )
+        process.channel.settimeout(START_SECONDS)
         try:
-            process.receive(time.monotonic() + START_SECONDS)
-        except ENDED as error:
-            popen.kill()
-            raise EOFError(process.printed().strip()[-2000:] or str(error)) from None
-        _warm = process, popen, os.getpid()
+            process.receive()
+        except (OSError, EOFError, ValueError) as error:
+            started.kill()
+            raise OSError(process.printed().strip() or error) from None
+        process.channel.settimeout(None)
+        _warm = process, started, os.getpid()
         return process
 
 
 class Sandbox(AbstractContextManager):
-    """Runs untrusted Python; variables persist from run to run.
+    """Runs untrusted Python; variables persist from run to run, threads end with their step.
 
     tools: {name: function}. Functions run in this process, perhaps in several threads at once, and take and return
     JSON values. The code sees their exceptions, except an InputError: run and run_candidates raise it in the host; if
@@ -203,13 +185,24 @@ class Sandbox(AbstractContextManager):
     step's process can allocate. isolation: "auto" warns once if a protection is missing on this machine, "require"
     raises InputError instead, "off" has time-outs and rlimits only. Raises InputError for bad arguments, and if no
     process starts. Threads can use different sandboxes at once; calls on one sandbox wait for each other.
+
+    Covered, on Linux 5.13 and later, as root or not: the code reads nothing but Python's libraries, time zones and MIME
+    types, and writes no file; it has no network, starts no program, signals no process and sees no other candidate;
+    wall clock, CPU time, memory, open files and printed output have limits; no process outlives the host.
+    Not covered: bugs of the kernel, side channels, CPU use up to the time-out; what stat, access, readlink, getcwd and
+    getpgid tell about files and processes; the number of threads; descriptors that a step leaves open, which the
+    candidates of the next share (also those of an asyncio loop: use asyncio.run in each step); a program that finds the
+    host's key in its own memory can fork, until the sandbox is closed; the tools, with any arguments the code passes.
+    Code that is meant to do harm belongs in a container or a virtual machine. Unseeded draws of random, numpy.random
+    and sympy repeat in every new sandbox, but not those of a new random.Random(), nor of sympy.randMatrix.
     """
 
     def __init__(self, tools=None, timeout=10.0, memory_mb=1024, isolation="auto"):
         if isolation not in ("auto", "require", "off"):
             raise InputError(f'isolation is "auto", "require" or "off", not {isolation!r}')
-        if not 0 < timeout <= 1e6 or not 1 <= memory_mb <= 1e7:
-            raise InputError(f"timeout goes up to 1e6 s, memory_mb to 1e7, not {timeout!r} and {memory_mb!r}")
+        for number, least, most in ((timeout, 0, 1e6), (memory_mb, 0.99, 1e7)):
+            if not isinstance(number, int | float) or not least < number <= most:
+                raise InputError(f"timeout is up to 1e6 s, memory_mb 1 to 1e7, not {timeout!r} and {memory_mb!r}")
         for name, function in (tools or {}).items():
             named = isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name)
             if not named or name.startswith("__") or name == "final_answer" or not callable(function):
@@ -229,24 +222,23 @@ class Sandbox(AbstractContextManager):
     def _start(self):
         """Fork a first process from the warm interpreter. If that fails, try again."""
         self.key = int.from_bytes(os.urandom(8), "big")
-        message = {"key": 0, "filter_key": self.key, "contained": self.isolation != "off", "timeout": self.timeout}
-        message["tools"] = {name: str(function.__doc__ or "") for name, function in self.tools.items()}
-        for attempt in range(1, STARTS + 1):
-            process = _Process()
-            deadline = time.monotonic() + START_SECONDS
+        settings = {"filter_key": self.key, "key": 0, "contained": self.isolation != "off", "timeout": self.timeout}
+        settings["memory_mb"] = self.memory_mb
+        settings["tools"] = {name: str(function.__doc__ or "") for name, function in self.tools.items()}
+        for _ in range(STARTS):
             try:
-                process.fork_from(_warm_interpreter(), message | {"memory_mb": self.memory_mb}, deadline)
-                hello = process.receive(deadline)
-                break
-            except ENDED as error:
-                process.kill()
-                if attempt == STARTS:
-                    reason = (process.printed() or str(error)).strip().splitlines()[-1:]
-                    raise InputError(f"the sandbox did not start: {''.join(reason)}") from None
+                [process] = self._fork(_warm_interpreter(), [settings], START_SECONDS)
+                reason = process.printed().strip() or process.observation.error
+            except OSError as error:
+                reason = str(error)
+            else:
+                if process.waits:
+                    break
+        else:
+            raise InputError(f"the sandbox did not start: {reason.splitlines()[-1]}")
         self.first = self.state = process
-        process.pid = process.group = hello["pid"]
-        if hello["missing"] and self.isolation != "off":
-            text = "the sandbox is not fully contained here; missing: " + ", ".join(hello["missing"])
+        if process.missing and self.isolation != "off":
+            text = "the sandbox is not fully contained here; missing: " + ", ".join(process.missing)
             if self.isolation == "require":
                 self.close()
                 raise InputError(text)
@@ -261,17 +253,12 @@ class Sandbox(AbstractContextManager):
     __exit__ = close
 
     def _lose_state(self):
-        self._drop_candidates()
-        if self.state:
-            self.state.kill()
-            self.first.kill()
-            self.lost = True
-        self.first = self.state = None
-
-    def _drop_candidates(self):
-        for candidate in self.candidates:
-            candidate.kill()
+        for process in (*self.candidates, self.state, self.first):
+            if process:
+                process.kill()
         self.candidates = []
+        self.first = self.state = None
+        self.lost = True
 
     def run(self, code):
         """Run one action on the state. The state changes unless the action times out or its process ends."""
@@ -291,18 +278,30 @@ class Sandbox(AbstractContextManager):
         with self.lock:
             if self.closed:
                 raise RuntimeError("the sandbox is closed")
-            self._drop_candidates()
             self._raise_failure()
+            self._commit(None)
             if self.state is None or self.state.has_ended():
                 self._lose_state()
                 self._start()
             try:
-                self._run(codes)
+                self.candidates = self._fork(
+                    self.state, [{"key": self.key, "code": code} for code in codes], self.timeout
+                )
             except BaseException:  # Ctrl-C: stop what is running
                 self._lose_state()
                 raise
             self._raise_failure()
-            return [candidate.observation for candidate in self.candidates]
+            observations = [candidate.observation for candidate in self.candidates]
+            for candidate in self.candidates:
+                candidate.observation.stdout = LOST * self.lost + inside.cut(candidate.printed())
+            self.lost = self.lost and not codes
+            if codes and not any(candidate.pid for candidate in self.candidates):
+                candidates = self.candidates
+                self._lose_state()
+                self.candidates = candidates
+                for observation in observations:
+                    observation.fail("killed", "the process that holds the state did not fork; the variables are gone")
+            return observations
 
     def _raise_failure(self):
         failures, self.failures = self.failures, []
@@ -317,114 +316,103 @@ class Sandbox(AbstractContextManager):
         with self.lock:
             if self.closed or not self.candidates:
                 raise RuntimeError("there are no candidates to commit: call run_candidates first")
-            chosen = self.candidates[index]
-            if chosen.done:
-                self.candidates.remove(chosen)
-                if self.state is not self.first:
-                    self.state.kill()
-                self.state = self._without_threads(chosen) if chosen.threads else chosen
-            self._drop_candidates()
+            self._commit(self.candidates[index])
 
-    def _without_threads(self, candidate):
-        """Returns a fork of the candidate, or the candidate itself if it does not fork: threads are not in a fork."""
-        fork = _Process(candidate.group)
-        deadline = time.monotonic() + self.timeout
-        try:
-            fork.fork_from(candidate, {"key": self.key}, deadline)
-            fork.admit(deadline, {candidate.pid: candidate, self.first.pid: self.first})
-        except ENDED:
-            candidate, fork = fork, candidate
-        candidate.kill()
-        return fork
+    def _commit(self, chosen):
+        """Make this candidate the state, if it can be, and kill the others."""
+        if chosen and chosen.waits:
+            if chosen.threads:  # they are not in a fork
+                [fork] = self._fork(chosen, [{"key": self.key}], self.timeout)
+                chosen = fork if fork.waits else chosen
+            self.candidates.append(self.state)
+            self.state = chosen
+        for process in self.candidates:
+            if process not in (self.state, self.first):
+                process.kill()
+        self.candidates = []
 
-    def _run(self, codes):
-        started = time.monotonic()
-        self.candidates = [_Candidate(self.first.group) for _ in codes]
-        others = {process.pid: process for process in (self.first, self.state)}
+    def _fork(self, parent, messages, seconds):
+        """Have the parent fork once for each message. Returns the processes when they have done what they should; those
+        that have not after so many seconds are killed."""
+        deadline = time.monotonic() + seconds
+        processes = [_Process(self.first and self.first.group) for _ in messages]
+        others = {process.pid: process for process in (self.first, self.state, parent) if process}
         threads = []
-        for candidate, code in zip(self.candidates, codes, strict=True):
-            with suppress(OSError):  # the other side of the candidate's channel is then closed
-                candidate.fork_from(self.state, {"key": self.key, "code": code}, started + self.timeout)
-            threads.append(threading.Thread(target=self._follow, args=(candidate, others, started), daemon=True))
+        for process, message in zip(processes, messages, strict=True):
+            with suppress(OSError):  # the process then has a channel without another side
+                parent.fork(process, message, deadline)
+            arguments = (process, "code" in message, others, deadline)
+            threads.append(threading.Thread(target=self._follow, args=arguments, daemon=True))
             threads[-1].start()
-        for thread in threads:
-            thread.join()
-        for candidate in self.candidates:
-            lost = LOST if self.lost else ""
-            candidate.observation.stdout = lost + inside.cut(candidate.printed())
-        if codes:
-            self.lost = False
-            if not any(candidate.pid for candidate in self.candidates):
-                self._give_up()
+        for process, thread in zip(processes, threads, strict=True):
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                process.kill()
+                thread.join()
+                process.waits = False
+                self._time_out(process)
+        return processes
 
-    def _give_up(self):
-        """The state did not fork. Kill it, and start from an empty state at the next step."""
-        candidates = self.candidates
-        self._lose_state()
-        self.candidates = candidates
-        for candidate in candidates:
-            text = f"the process that holds the state did not fork within {self.timeout:g} s; the variables are gone"
-            candidate.observation.fail("killed", text)
+    def _time_out(self, process):
+        text = "the code ran longer than" if process.pid else "no process for the code had started after"
+        text = f"TimeoutError: {text} {self.timeout:g} s and was stopped; the state is as it was before"
+        process.observation.fail("timeout", text)
 
-    def _follow(self, candidate, others, started):
-        """Answer a candidate's tool calls until its action is done. Runs in its own thread, until the time-out."""
-        deadline = started + self.timeout
-        observation = candidate.observation
-        stays = "the state is as it was before"
+    def _follow(self, process, runs_code, others, deadline):
+        """Answer a process until it has done what it was forked for. Runs in a thread, until the process is killed."""
+        started = time.monotonic()
+        observation = process.observation
         try:
-            candidate.admit(deadline, others)
-            while "done" not in (message := candidate.receive(deadline)):
+            process.admit(others)
+            while runs_code and "done" not in (message := process.receive()):
                 if "tool" in message:
-                    self._start_call(candidate, deadline, message)
-                elif "final" not in message or observation.is_final:
-                    raise ValueError("unknown message")
+                    self._start_call(process, deadline, **message)
+                elif observation.is_final:
+                    raise ValueError("a second final answer")
                 else:
-                    observation.is_final = True
                     observation.final_answer = message["final"]
-            self._note(candidate, **message["done"])
-        except TimeoutError:
-            text = "the code ran longer than" if candidate.pid else "no process for the code started within"
-            observation.fail("timeout", f"TimeoutError: {text} {self.timeout:g} s and was stopped; {stays}")
+                    observation.is_final = True
+            if runs_code:
+                self._note(process, **message["done"])
+            process.waits = True
+        except TimeoutError:  # while too many tools were running
+            self._time_out(process)
         except (OSError, EOFError):
-            observation.fail("killed", f"the Python process ended before the code did; {stays}")
+            observation.fail("killed", "the Python process ended before the code did; the state is as it was before")
         except Exception as error:
-            text = f"{type(error).__name__}: {error}"
-            observation.fail("killed", f"the process was stopped because of what it sent to the host: {text}; {stays}")
-        if not candidate.done:
-            candidate.kill()
+            text = f"the process was stopped because of what it sent to the host: {type(error).__name__}: {error}"
+            observation.fail("killed", f"{text}; the state is as it was before")
+        if not process.waits:
+            process.kill()
         observation.seconds = time.monotonic() - started
 
-    def _note(self, candidate, result=None, error=None, kind=None, threads=False):
+    def _note(self, process, result=None, error=None, kind=None, threads=False):
         """Note how an action ended. Raises TypeError or ValueError if this cannot be."""
-        if error is not None and kind not in ("syntax", "runtime", "memory"):
-            raise ValueError("unknown kind of error")
-        candidate.observation.result = result and inside.cut(
-            result + "", 2 * inside.TEXT_LIMIT
-        )  # cut before, if honest
         if error is not None:
-            candidate.observation.fail(kind, inside.cut(error + "", 2 * inside.TEXT_LIMIT))
-        candidate.threads = bool(threads)
-        candidate.done = True
+            if kind not in ("syntax", "runtime", "memory"):
+                raise ValueError("unknown kind of error")
+            process.observation.fail(kind, inside.cut("" + error, 2 * inside.TEXT_LIMIT))
+        elif result is not None:
+            process.observation.result = inside.cut("" + result, 2 * inside.TEXT_LIMIT)  # if honest, it is cut already
+        process.threads = bool(threads)
 
-    def _start_call(self, candidate, deadline, message):
-        """Run a tool in a thread, which is left behind if it hangs. Raises TypeError, KeyError or TimeoutError."""
-        function, number = self.tools[message["tool"]], message["number"] + 0
-        args, kwargs = [*message["args"]], {**message["kwargs"]}
+    def _start_call(self, process, deadline, tool, number, args, kwargs):
+        """Run a tool in a thread, which is left behind if it hangs. Raises an exception if there is no such call."""
+        function, args, kwargs = self.tools[tool], [*args], {**kwargs}
+        if not process.calls.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            raise TimeoutError
 
         def call():
             try:
-                reply = self._call(function, args, kwargs)
-                candidate.send(reply | {"reply": number}, deadline)
+                process.send({"reply": number + 0, **self._call(function, args, kwargs)})
             except InputError as error:
                 self.failures.append(error)
-                candidate.kill()
+                process.kill()
             except OSError:
                 pass  # the step has ended
             finally:
-                candidate.calls.release()
+                process.calls.release()
 
-        if not candidate.calls.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            raise TimeoutError
         threading.Thread(target=call, daemon=True).start()
 
     def _call(self, function, args, kwargs):
