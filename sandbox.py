@@ -73,9 +73,9 @@ class _Process:
             for file in (self.channel, self.remote, self.incoming, self.output):
                 file.close()
 
-    def send(self, message):
+    def send(self, data):
         with self.sending:
-            self.channel.sendall(inside.pack(message))
+            self.channel.sendall(data)
 
     def receive(self):
         """Returns the next message. Raises EOFError or OSError if the process has ended, and ValueError if that is not
@@ -92,7 +92,7 @@ class _Process:
     def fork(self, process, message, deadline):
         """Have this process fork: the new one has the other side of the handle `process`, and does what the message
         says. Raises OSError."""
-        data, descriptors = inside.pack(message), [process.remote.fileno(), process.output.fileno()]
+        data, descriptors = inside.pack(message, trusted=True), [process.remote.fileno(), process.output.fileno()]
         with self.sending, process.remote:
             self.channel.settimeout(max(0.01, deadline - time.monotonic()))
             sent = 0
@@ -112,8 +112,8 @@ class _Process:
         hello = self.receive()
         pid, self.missing = hello["pid"], hello.get("missing", [])
         self.group = self.group or pid  # a first process, which runs no foreign code
-        if type(pid) is not int or os.getpgid(pid) != self.group or others.setdefault(pid, self) is not self:
-            raise ValueError("not its own PID")
+        if type(pid) is not int or others.setdefault(pid, self) is not self:
+            raise ValueError("the PID of another process")
         self.pid = pid
 
     def has_ended(self):
@@ -404,7 +404,7 @@ class Sandbox(AbstractContextManager):
 
         def call():
             try:
-                process.send({"reply": number + 0, **self._call(function, args, kwargs)})
+                process.send(self._call(function, number + 0, args, kwargs))
             except InputError as error:
                 self.failures.append(error)
                 process.kill()
@@ -415,16 +415,14 @@ class Sandbox(AbstractContextManager):
 
         threading.Thread(target=call, daemon=True).start()
 
-    def _call(self, function, args, kwargs):
-        """Returns a tool's reply."""
+    def _call(self, function, number, args, kwargs):
+        """Returns a tool's reply, packed."""
         try:
-            reply = {"value": function(*args, **kwargs)}
-            inside.pack(reply)
-            return reply
+            return inside.pack({"reply": number, "value": function(*args, **kwargs)})
         except InputError:
             raise
         except BaseException as error:
             text = type(error).__name__
             with suppress(Exception):
                 text = error.args[0] if len(error.args) == 1 and isinstance(error.args[0], str) else str(error) or text
-            return {"error": type(error).__name__, "message": inside.cut(text)}
+            return inside.pack({"reply": number, "error": type(error).__name__, "message": inside.cut(text)})

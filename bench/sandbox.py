@@ -208,7 +208,9 @@ def soak(config):
             time.sleep(10)
             print(f"{time.perf_counter() - started:6.0f} s, {done[0]:6,} steps, {left()[3]:.0f} MB", flush=True)
         time.sleep(3)
-        print(f"faults: {len(faults)} {faults[:3]}\nprocesses, descriptors, threads, MB: {before} -> {left()}")
+        print(
+            f"faults: {len(faults)} {faults[:3]}\nprocesses, descriptors, threads, MB: {before} -> {left()}", flush=True
+        )
     finally:
         for process in busy:
             process.kill()

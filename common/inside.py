@@ -63,11 +63,12 @@ _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
-def pack(message):
+def pack(message, trusted=False):
     """Returns a message's bytes; half a surrogate pair becomes "?". Raises TypeError or ValueError if JSON cannot hold
-    it, or if the other side would refuse it."""
+    it, or if the host would refuse it."""
     data = _encode(message).encode("utf-8", "replace")
-    unpack(data)
+    if not trusted:
+        unpack(data)
     return len(data).to_bytes(4, "big") + data
 
 
@@ -296,6 +297,7 @@ class Process:
         self.writing = threading.RLock()
         self.ends_group = True  # the warm interpreter and the first processes
         self.memory_mb = 0
+        self.filter_key = None
         self.step = 0
         self.final = False
         self.reading = False  # a thread reads the channel; otherwise, the main thread does
@@ -369,6 +371,9 @@ class Process:
             os.setpgid(0, 0)
             self.given |= {name: self.make_tool(name, doc) for name, doc in message["tools"].items()}
             hello["missing"] = self.protect(message)
+        elif self.filter_key is not None:  # the first process has no filter, because it kills the others
+            restrict_calls(self.filter_key)
+            self.filter_key = None
         self.write(pack(hello))
         if "code" in message:
             self.write(pack({"done": self.run_action(message["code"])}))
@@ -380,14 +385,15 @@ class Process:
         if not SUPPORTED or not settings["contained"]:
             return ["everything except time-outs and rlimits"]
         missing = []
-        for name, protection, argument in (
-            ("Landlock", restrict_files, self.readable),
-            ("seccomp", restrict_calls, settings["filter_key"]),
-        ):
-            try:
-                protection(argument)
-            except OSError as error:
-                missing.append(f"{name} ({error.strerror})")
+        try:
+            restrict_files(self.readable)
+        except OSError as error:
+            missing.append(f"Landlock ({error.strerror})")
+        try:
+            _call("seccomp", 2, 0, struct.pack("=I", ALLOW))  # SECCOMP_GET_ACTION_AVAIL
+            self.filter_key = settings["filter_key"]
+        except OSError as error:
+            missing.append(f"seccomp ({error.strerror})")
         return missing
 
     def run_action(self, code):
@@ -589,7 +595,7 @@ def main(descriptor, packages):
     make = numpy.random.default_rng
     numpy.random.default_rng = lambda seed=None: make(numpy.random.randint(1 << 31) if seed is None else seed)
     sys.set_int_max_str_digits(0)
-    threading.stack_size(4 << 20)  # a fork keeps the stacks of the threads that it has not got
+    threading.stack_size(4 << 20)  # a fork keeps the address space of the stacks of threads that it has not got
     os.environ.clear()
     sys.argv = [""]
     process = Process(_readable())
