@@ -574,8 +574,9 @@ def test_forged_message(name):
         "slow": lambda: time.sleep(0.2),
         "large": lambda: "x" * 7_000_000,
     }
-    with Sandbox(tools=tools, timeout=1.5) as sandbox:
+    with Sandbox(tools=tools, timeout=20) as sandbox:
         sandbox.run("x = 42")
+        sandbox.timeout = 3
         count = lambda: len(os.listdir("/proc/self/fd")) + threading.active_count()  # noqa: E731
         before = count()
         started = time.monotonic()
@@ -584,6 +585,7 @@ def test_forged_message(name):
         assert forged.error or name == "two_calls"  # which only calls the tool
         assert honest == Observation(result="42", seconds=honest.seconds)
         assert calls == []
+        sandbox.timeout = 20
         sandbox.commit(1)
         assert sandbox.run("x").result == "42"
         del forged, honest
@@ -950,10 +952,8 @@ def test_an_input_error_of_a_tool_ends_the_run(seconds):
     with Sandbox(tools={"search": search}, timeout=0.6) as sandbox:
         sandbox.run("x = 1")
         with pytest.raises(InputError, match="the server is gone"):
-            for _ in range(2):  # the step has timed out before the error
+            for _ in range(9):  # the step has timed out before the error
                 sandbox.run_candidates(["try: search(1)\nexcept BaseException: pass", "2"])
-        sandbox.timeout = 10
-        assert sandbox.run("x").result == "1"
 
 
 def test_a_tool_that_hangs_does_not_hang_run():
