@@ -302,6 +302,7 @@ class Process:
         self.final = False
         self.reading = False  # a thread reads the channel; otherwise, the main thread does
         self.requests = SimpleQueue()  # of the host, from that thread
+        self.forked = SimpleQueue()  # back to that thread: the main thread has done what was asked
         self.replies = {}  # number of a tool call -> queue for its reply
         self.numbers = itertools.count()
         self.main = sys.modules["__main__"] = types.ModuleType("__main__")
@@ -323,6 +324,8 @@ class Process:
                         os.close(descriptor)
                 if child:
                     self.begin(message)
+                elif self.reading:
+                    self.forked.put(None)
         except EOFError:
             if self.ends_group:
                 os.killpg(0, signal.SIGKILL)
@@ -347,6 +350,7 @@ class Process:
                 message, descriptors = self.receive()
                 if descriptors:
                     self.requests.put((message, descriptors))
+                    self.forked.get()  # until then it must not receive the next, which the fork would have, too
                 else:
                     self.replies[message["reply"]].put(message)
         os._exit(1)
@@ -365,6 +369,7 @@ class Process:
         """In a fork: tell the host who this is, then do what it asks for, which can be nothing."""
         self.writing = threading.RLock()
         self.reading = False
+        self.requests, self.forked = SimpleQueue(), SimpleQueue()
         self.ends_group = "tools" in message
         hello = {"pid": os.getpid()}
         if self.ends_group:
