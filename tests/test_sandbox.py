@@ -336,14 +336,16 @@ LOOPS = {
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_time_out(name):
-    with Sandbox(timeout=0.3) as sandbox:
+    with Sandbox(timeout=20) as sandbox:
         sandbox.run("kept = 41")
+        sandbox.timeout = 1
         started = time.monotonic()
         observation = sandbox.run("print('before')\nkept = 0\n" + LOOPS[name])
         elapsed = time.monotonic() - started
         assert observation.stdout.startswith("before\n")
         assert observation.error_kind == ("killed" if name == "channel_flood" else "timeout")
-        assert elapsed < 1.5 and (elapsed >= 0.3 or name == "channel_flood")
+        assert elapsed < 4 and (elapsed >= 1 or name == "channel_flood")
+        sandbox.timeout = 20
         assert sandbox.run("kept + 1").result == "42"
         assert eventually(lambda: len(in_group(os.getpgid(sandbox.state.pid))) == 2)  # the first process and the state
 
@@ -975,12 +977,12 @@ def test_a_tool_that_hangs_does_not_hang_run():
 def test_many_sandboxes_in_many_threads_leave_nothing_behind():
     """Neither processes nor descriptors nor threads."""
     Sandbox().close()  # starts the warm interpreter
-    now = lambda: (len(children(os.getpid())), len(os.listdir("/proc/self/fd")), threading.active_count())  # noqa: E731
-    time.sleep(0.3)
-    before, failures = now(), []
+    now = lambda: (len(os.listdir("/proc/self/fd")), threading.active_count())  # noqa: E731
+    before, failures, groups = now(), [], []
 
     def work(number):
         with Sandbox(tools={"add": lambda a, b: a + b}, timeout=30) as sandbox:
+            groups.append(sandbox.first.group)
             sandbox.run(f"x = {number}")
             for step in range(5):
                 sandbox.run_candidates(["x += 100", "x = add(x, 1)", "import os\nos._exit(1)"])
@@ -993,7 +995,9 @@ def test_many_sandboxes_in_many_threads_leave_nothing_behind():
         thread.start()
     for thread in threads:
         thread.join(120)
-    assert failures == [] and eventually(lambda: now() <= before), (failures, before, now())
+    assert failures == []
+    assert eventually(lambda: now() <= before), (before, now())
+    assert eventually(lambda: not any(in_group(group) for group in groups))
 
 
 def test_everything_dies_with_the_host():
