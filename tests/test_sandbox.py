@@ -3,10 +3,11 @@
 
 Each attack answers "through" if it gets what it wanted; the tests judge this effect, not the type of an exception.
 test_attacks_work_without_containment runs the same attacks with isolation="off", where they must get through.
-Tests of time-outs assert the elapsed time.
+Bounds of time are wide enough for a busy machine; bench/sandbox.py measures.
 """
 
 import contextlib
+import dataclasses
 import gc
 import json
 import os
@@ -23,7 +24,9 @@ from pathlib import Path
 
 import pytest
 
+import sandbox as module
 from common import InputError
+from common.grading import grade
 from sandbox import Observation, Sandbox
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,7 +51,7 @@ def children(pid):
 
 
 def in_group(group):
-    """Returns the PIDs of a sandbox's processes: its guard, its state and candidates."""
+    """Returns the PIDs of a sandbox's processes: its first, its state and candidates."""
     found = []
     for pid in children(os.getpid()):
         with contextlib.suppress(ProcessLookupError):
@@ -56,7 +59,7 @@ def in_group(group):
     return found
 
 
-def eventually(condition, seconds=5.0):
+def eventually(condition, seconds=20.0):
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -306,7 +309,7 @@ def test_attacks_work_without_containment(tmp_path):
     assert json.loads(result.stdout or "null") == [], result.stderr
 
 
-# Time-outs. run() returns within 0.2 s of the limit (0.5 s here, for a busy machine) and keeps output and state.
+# Time-outs. run() returns within 0.2 s of the limit (later here, on a busy machine) and keeps output and state.
 
 LOOPS = {
     "loop": "while True: pass",
@@ -333,63 +336,93 @@ LOOPS = {
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_time_out(name):
-    with Sandbox(timeout=0.3) as sandbox:
+    with Sandbox(timeout=20) as sandbox:
         sandbox.run("kept = 41")
+        sandbox.timeout = 1
         started = time.monotonic()
         observation = sandbox.run("print('before')\nkept = 0\n" + LOOPS[name])
         elapsed = time.monotonic() - started
         assert observation.stdout.startswith("before\n")
         assert observation.error_kind == ("killed" if name == "channel_flood" else "timeout")
-        assert elapsed < 0.8 and (elapsed >= 0.3 or name == "channel_flood")
+        assert elapsed < 4 and (elapsed >= 1 or name == "channel_flood")
+        sandbox.timeout = 20
         assert sandbox.run("kept + 1").result == "42"
-        assert eventually(lambda: len(in_group(os.getpgid(sandbox.state.pid))) == 2)  # the guard and the state
+        assert eventually(lambda: len(in_group(os.getpgid(sandbox.state.pid))) == 2)  # the first process and the state
 
 
 def test_a_candidates_time_out_leaves_the_others():
-    with Sandbox(timeout=0.6) as sandbox:
-        started = time.monotonic()
+    with Sandbox(timeout=0.8) as sandbox:
         slow, quick = sandbox.run_candidates(["print(1)\nwhile True: pass", "6 * 7"])
-        assert 0.6 <= time.monotonic() - started < 1.1
         assert (slow.error_kind, slow.stdout, quick.result, quick.error) == ("timeout", "1\n", "42", None)
 
 
 # Code can change everything in the process that holds the state, here the function that forks it.
 TAKEOVERS = {
-    "does_not_fork": "lambda: time.sleep(60)",
-    "answers_itself": "lambda: 0",
-    "child_is_silent": "lambda: os.fork() or time.sleep(60)",
-    "parent_ends": "lambda: os._exit(0)",
+    "does_not_fork": "time.sleep(60)",
+    "answers_itself": "0",
+    "child_is_silent": "old(key) or time.sleep(60)",
+    "parent_ends": "os._exit(0)",
+    "raises": "1 / 0",
+    "urgent_byte": "(socket.socket(fileno=sys._getframe(1).f_locals['descriptors'][0]).send(b'x', socket.MSG_OOB), time.sleep(60))",
+    "slow": "time.sleep(2.2) or old(key)",
 }
 
 
 @pytest.mark.parametrize("name", TAKEOVERS)
 def test_a_state_that_does_not_fork_as_asked_is_given_up(name):
-    """The next step fails in time, nothing of the old state survives, and the step after that works."""
-    with Sandbox(timeout=0.4) as sandbox:
-        group = os.getpgid(sandbox.state.pid)
-        sandbox.run(f"import os, time\nfinal_answer.__func__.__globals__['_fork'] = {TAKEOVERS[name]}\nx = 1")
+    """The next step fails in time, nothing of the old state survives, and the step after that works and says so."""
+    with Sandbox(timeout=2) as sandbox:
+        group = sandbox.first.group
+        change = f"inside = final_answer.__func__.__globals__\nold = inside['_fork']\ninside['_fork'] = lambda key: {TAKEOVERS[name]}"
+        assert sandbox.run(f"import os, socket, sys, time\nx = 1\n{change}").error is None
         started = time.monotonic()
         assert [o.error_kind for o in sandbox.run_candidates(["x = 2", "x"])] == ["killed", "killed"]
-        assert time.monotonic() - started < 1.0
-        assert sandbox.run("'x' in globals()").result == "False"
+        assert time.monotonic() - started < 10
+        after = sandbox.run("'x' in globals()")
+        assert after.result == "False" and "variables are gone" in after.stdout
+        assert sandbox.run("1").stdout == ""
         assert eventually(lambda: not in_group(group))
 
 
-def test_threads_end_with_their_step(sandbox):
+@pytest.mark.parametrize("victim", ["state", "first"])
+def test_a_state_that_is_killed_between_steps_is_reported(victim):
+    with Sandbox() as sandbox:
+        sandbox.run("x = 1")
+        sandbox.run("y = 2")
+        os.killpg(sandbox.first.group, 9) if victim == "first" else os.kill(sandbox.state.pid, 9)
+        assert eventually(sandbox.state.has_ended)
+        observation = sandbox.run("x")
+        assert "variables are gone" in observation.stdout and "NameError" in observation.error
+        assert sandbox.run("1").stdout == ""
+
+
+def test_states_survive_the_warm_interpreter():
+    with Sandbox() as one:
+        one.run("x = 41")
+        module._warm[1].kill()
+        module._warm[1].wait()
+        with Sandbox() as other:
+            assert (one.run("x + 1").result, other.run("1").result) == ("42", "1")
+
+
+def test_many_forks_of_a_large_state_do_not_lose_it():
+    with Sandbox(timeout=30, memory_mb=2000) as sandbox:
+        sandbox.run("x = bytearray(600_000_000)")
+        sandbox.timeout = 0.5
+        sandbox.run_candidates(["1"] * 100)
+        sandbox.timeout = 30
+        assert sandbox.run("len(x)").result == "600000000"
+
+
+def test_threads_left_behind_end_with_their_step(sandbox):
     sandbox.run("import threading, time\nthread = threading.Thread(target=time.sleep, args=(60,))\nthread.start()")
     assert sandbox.run("threading.active_count(), thread.is_alive()").result == "(1, False)"
     assert sandbox.run("thread.join()\n'joined'").result == "'joined'"
-    assert sandbox.run("t = threading.Thread(target=print, args=(1,))\nt.start()\nt.join()").stdout == "1\n"
-
-
-def test_threads_left_behind_do_not_run_between_steps(sandbox):
-    sandbox.run("import threading\nthreading.Thread(target=lambda: [0 for _ in iter(int, 1)], daemon=True).start()")
+    sandbox.run("threading.Thread(target=lambda: [0 for _ in iter(int, 1)], daemon=True).start()")
     used = lambda: sum(map(int, Path(f"/proc/{sandbox.state.pid}/stat").read_text().split()[13:15]))  # noqa: E731
-    time.sleep(0.1)
     before = used()
     time.sleep(0.5)
     assert used() - before <= 2  # hundredths of a second
-    assert sandbox.run("6 * 7").result == "42"
 
 
 # Resources.
@@ -404,31 +437,60 @@ def test_memory_is_bounded(sandbox):
     assert sandbox.run("del a").error is None
     assert sandbox.run("import mmap\nmmap.mmap(-1, 10**9, mmap.MAP_PRIVATE)").error_kind == "memory"
     assert sandbox.run("x = bytearray(3 * 10**8)\nlen(x)").result == "300000000"  # less than memory_mb is fine
-
-
-def test_memory_of_all_candidates_together_is_bounded(sandbox):
     observations = sandbox.run_candidates(["x = bytearray(10**9)"] * 4)
     assert [observation.error_kind for observation in observations] == ["memory"] * 4
 
 
-def test_threads_and_open_files_are_bounded(sandbox):
-    assert sandbox.run(
-        "import threading, time\nfor _ in range(2000): threading.Thread(target=time.sleep, args=(9,)).start()"
-    ).error
-    assert sandbox.run("f = [open('/dev/null') for _ in range(1000)]").error
-    assert sandbox.run("import os\np = [os.pipe() for _ in range(1000)]").error
-    assert sandbox.run("6 * 7").result == "42"
+def test_the_processes_are_the_first_to_go_if_the_machine_runs_out_of_memory(sandbox):
+    sandbox.run("1")
+    for process in (sandbox.first, sandbox.state):
+        assert Path(f"/proc/{process.pid}/oom_score_adj").read_text() == "1000\n"
+
+
+def test_threads_files_and_processor_time_are_bounded():
+    with Sandbox(timeout=20) as sandbox:
+        sleepers = "import threading, time\nfor _ in range({}): threading.Thread(target=time.sleep, args=(9,), daemon=True).start()"
+        one, other = sandbox.run_candidates([sleepers.format(100), sleepers.format(100) + "\ntime.sleep(1)"])
+        assert (one.error, other.error) == (None, None)  # they do not share a limit
+        restart = "for _ in range(300):\n  t = threading.Thread(target=int)\n  t.start(); t.join()"
+        assert sandbox.run("import threading\n" + restart).error is None
+        assert sandbox.run("f = [open('/dev/null') for _ in range(1000)]").error
+        assert sandbox.run("import os\np = [os.pipe() for _ in range(1000)]").error
+        assert "can't start new thread" in sandbox.run(sleepers.format(5000)).error
+        assert sandbox.run("6 * 7").result == "42"
+        # The CPU time of all threads counts, so code that releases the interpreter lock cannot use several cores for long.
+        assert sandbox.run("import resource\nresource.getrlimit(resource.RLIMIT_CPU)").result == "(21, 21)"
 
 
 def test_fork_bomb_is_none(sandbox):
-    sandbox.run("import os\nwhile True:\n  try: os.fork()\n  except OSError: break")
-    assert eventually(lambda: len(in_group(os.getpgid(sandbox.state.pid))) == 2)
+    bomb = "import os\nwhile True:\n  try: os.fork()\n  except OSError: break"
+    sandbox.run_candidates([bomb] * 4)
+    sandbox.run(bomb)
+    assert eventually(lambda: len(in_group(sandbox.first.group)) == 2)
 
 
-def test_processor_time_is_bounded():
-    """The CPU time of all threads counts, so code that releases the interpreter lock cannot use several cores for long."""
-    with Sandbox(timeout=1) as sandbox:
-        assert sandbox.run("import resource\nresource.getrlimit(resource.RLIMIT_CPU)").result == "(2, 2)"
+CLONES = [
+    0,
+    17,
+    0x1200011,
+    0x100011,
+    0x4111,
+    0x8011,
+    0x911,
+    0x10F00 | 0x8000,
+    0x20011,
+    0x4000011,
+    0x10000011,
+    0x20000011,
+    0x40000011,
+    1 << 32 | 17,
+]
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the number of clone is that of x86-64")
+def test_clone_starts_no_process(sandbox):
+    code = f"{PREPARE}\nfor flags in {CLONES}:\n  for rest in (0, 1, 2**63):\n    if call(56, flags, 0, 0, 0, 0, rest) >= 0: through()"
+    assert sandbox.run(code) == Observation(seconds=pytest.approx(0, abs=10))
 
 
 def test_printed_output_is_bounded(sandbox):
@@ -436,14 +498,26 @@ def test_printed_output_is_bounded(sandbox):
     gc.collect()
     resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096  # noqa: E731
     before = resident()
-    observation = sandbox.run("for i in range(500): print('x' * 10**6)\nprint('end')")
-    assert resident() - before < 20e6
-    assert observation.error_kind == "runtime" and "a step can print 1,024 KiB" in observation.error
-    assert len(observation.stdout) < 10_100 and f"{2**20 - 10_000:,} characters not shown" in observation.stdout
+    for code in ("for i in range(500): print('x' * 10**6)\nprint('end')", "print('x' * 2_000_000 + 'END', end='')"):
+        observation = sandbox.run(code)
+        assert observation.error_kind == "runtime" and "a step can print 1,024 KiB" in observation.error
+        assert len(observation.stdout) < 10_100 and f"{2**20 - 10_000:,} characters not shown" in observation.stdout
     endless = "import os\nwhile True:\n  try: os.write(1, b'x' * 10**5)\n  except OSError: break"
     assert len(sandbox.run(endless).stdout) < 10_100
     assert "PermissionError" in sandbox.run("os.ftruncate(1, 10**12)").error
     assert "PermissionError" in sandbox.run("os.posix_fallocate(1, 0, 10**12)").error
+    assert resident() - before < 20e6
+
+
+def test_final_answers_that_are_too_large_cost_the_host_no_memory():
+    resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096  # noqa: E731
+    before = resident()
+    with Sandbox(timeout=60) as sandbox:
+        for observation in sandbox.run_candidates(["final_answer([{}] * 2_000_000)"] * 2):
+            assert type(observation.final_answer) is str and len(observation.final_answer) < 101_000
+        raw = "import os\nd = b'{\"final\": [' + b'{},' * 2_500_000 + b'{}]}'\nwhile True: os.write(3, len(d).to_bytes(4, 'big') + d)"
+        assert "values" in sandbox.run(raw).error
+        assert resident() - before < 60e6
 
 
 @pytest.mark.parametrize("size", [0, 1, 9_999, 10_000, 10_001, 123_456])
@@ -467,20 +541,28 @@ FORGERIES = {
     "no_json": "send(b'hello')",
     "not_an_object": "send(b'[1]')",
     "deep": "send(b'[' * 100000)",
+    "deep_final": "send(b'{\"final\":' + b'[' * 600 + b']' * 600 + b'}')",
     "unknown": "send(b'{\"who\": 1}')",
     "nan": "send(b'{\"final\": NaN}')",
+    "infinity": "send(b'{\"final\": 1e999}')",
     "bad_outcome": "send(b'{\"done\": {\"result\": 5}}')",
+    "no_outcome": "send(b'{\"done\": 5}')",
     "bad_kind": "send(b'{\"done\": {\"error\": \"x\", \"kind\": \"none\"}}')",
-    "unknown_tool": "send(b'{\"tool\": \"os.system\", \"args\": [], \"kwargs\": {}}')",
+    "unknown_tool": "send(b'{\"tool\": \"os.system\", \"number\": 0, \"args\": [], \"kwargs\": {}}')",
     "no_arguments": "send(b'{\"tool\": \"add\"}')",
-    "two_calls": "for _ in range(3): send(b'{\"tool\": \"slow\", \"args\": [], \"kwargs\": {}}')",
+    "no_number": "send(b'{\"tool\": \"add\", \"number\": \"0\", \"args\": 5, \"kwargs\": {}}')",
+    "two_calls": "for _ in range(3): send(b'{\"tool\": \"slow\", \"number\": 0, \"args\": [], \"kwargs\": {}}')",
     "close": "os.close(3)",
     "descriptors": "socket.send_fds(socket.socket(fileno=3), [b'\\0\\0\\0\\x02{}'], [0, 1, 2])",
+    "in_flight": "a, b = socket.socketpair()\nfor _ in range(9): socket.send_fds(a, [b'x'], [0] * 200)",
     "output": "os.ftruncate(1, 0)",
     "half": "os.write(3, b'\\0\\0\\1\\0{')\ntime.sleep(60)",
     "trickle": "os.write(3, b'\\0\\0\\xff\\0')\nwhile True: os.write(3, b' '); time.sleep(0.01)",
-    "not_reading": "send(b'{\"tool\": \"large\", \"args\": [], \"kwargs\": {}}')\ntime.sleep(60)",
+    "urgent": "socket.socket(fileno=3).send(b'x', socket.MSG_OOB)",
+    "not_reading": "for _ in range(9): send(b'{\"tool\": \"large\", \"number\": 0, \"args\": [], \"kwargs\": {}}')\ntime.sleep(60)",
+    "many_calls": "for i in range(2000): send(b'{\"tool\": \"slow\", \"number\": 0, \"args\": [], \"kwargs\": {}}')\ntime.sleep(60)",
     "lone_surrogate": "send(b'{\"final\": \"\\xed\\xa0\\x80\"}')",
+    "escaped_surrogate": "send(rb'{\"final\": \"\\ud800\"}')",
     "huge_integer": "send(b'{\"final\": ' + b'9' * 100000 + b'}')",
 }  # fmt: skip
 
@@ -489,17 +571,23 @@ FORGERIES = {
 def test_forged_message(name):
     code = "import os, socket, time\ndef send(data): os.write(3, len(data).to_bytes(4, 'big') + data)\n"
     calls = []
-    tools = {"add": lambda a, b: calls.append((a, b)), "slow": lambda: time.sleep(0.2), "large": lambda: "x" * 10**7}
-    with Sandbox(tools=tools, timeout=0.8) as sandbox:
+    tools = {
+        "add": lambda a, b: calls.append((a, b)),
+        "slow": lambda: time.sleep(0.2),
+        "large": lambda: "x" * 7_000_000,
+    }
+    with Sandbox(tools=tools, timeout=20) as sandbox:
         sandbox.run("x = 42")
+        sandbox.timeout = 3
         count = lambda: len(os.listdir("/proc/self/fd")) + threading.active_count()  # noqa: E731
         before = count()
         started = time.monotonic()
         forged, honest = sandbox.run_candidates([code + FORGERIES[name] + "\ntime.sleep(0.3)", "x"])
-        assert time.monotonic() - started < 1.4
-        assert forged.error or name == "two_calls"  # which only calls the tool twice
-        assert honest == Observation(result="42", seconds=honest.seconds) and honest.seconds < 0.7
+        assert time.monotonic() - started < 20
+        assert forged.error or name == "two_calls"  # which only calls the tool
+        assert honest == Observation(result="42", seconds=honest.seconds)
         assert calls == []
+        sandbox.timeout = 20
         sandbox.commit(1)
         assert sandbox.run("x").result == "42"
         del forged, honest
@@ -512,48 +600,118 @@ def test_forging_an_observation_gains_only_that_observation(sandbox):
     assert (first.result, second.result) == ("forged", "2")
 
 
-def test_half_a_surrogate_pair_can_be_written_to_a_file(sandbox):
-    observation = sandbox.run("print('\\ud800')\nfinal_answer(['\\udfff'])")
-    json.dumps(vars(observation), ensure_ascii=False).encode()
-    assert observation.final_answer == ["?"]
+def test_candidates_do_not_see_each_other(sandbox):
+    """Neither another candidate's output, nor memory that both could write."""
+    look = "import os, time\ntime.sleep(0.3)\nfor pid in range(os.getpid() - 9, os.getpid() + 9):\n  if pid != os.getpid():\n    try: print(open(f'/proc/{pid}/fd/1').read())\n    except OSError: pass"
+    assert sandbox.run_candidates(["print('se' + 'cret')\nimport time\ntime.sleep(1)", look])[1].stdout == ""
+    sandbox.run("import mmap, numpy, os\nown = mmap.mmap(-1, 8, mmap.MAP_PRIVATE)")
+    shared = ["mmap.mmap(-1, 8)", "mmap.mmap(-1, 8, mmap.MAP_SHARED, mmap.PROT_READ)", "print(8 * 'x')\nmmap.mmap(1, 8)",
+              "os.memfd_create('x')", "import multiprocessing\nmultiprocessing.Value('i')"]  # fmt: skip
+    assert all("PermissionError" in observation.error for observation in sandbox.run_candidates(shared))
+    sandbox.run_candidates(["own[:1] = b'x'", "own[0]"])
+    assert sandbox.run("own[0]").result == "0"
 
 
-def test_code_does_not_change_the_warm_interpreter():
-    poison = "import builtins, math, numpy, sympy, json, os\nbuiltins.sum = lambda x: 13\nmath.pi = 3\nsympy.pi = 3\nnumpy.ones = None"
+def test_sandboxes_do_not_see_each_other():
+    poison = "import builtins, math, numpy, sympy, json, os\nbuiltins.sum = lambda x: 13\nmath.pi = 3\nsympy.pi = 3\nnumpy.ones = None\nx = 1"
     with Sandbox() as one:
         one.run(poison)
         assert one.run("import math\nmath.pi").result == "3"
         with Sandbox() as other:
-            assert (
-                other.run("import math, sympy, numpy\nsum([1, 1]), math.pi > 3, sympy.pi, numpy.ones(1)[0] == 1").result
-                == "(2, True, pi, np.True_)"
-            )
-
-
-def test_sandboxes_do_not_see_each_other():
-    with Sandbox() as one, Sandbox() as other:
-        one.run("x = 1")
-        assert other.run("x").error_kind == "runtime"
-        assert other.run(f"import os\nos.kill({one.state.pid}, 9)").error and one.run("x").result == "1"
+            code = "import math, sympy, numpy\nsum([1, 1]), math.pi > 3, sympy.pi, numpy.ones(1)[0] == 1"
+            assert other.run(code).result == "(2, True, pi, np.True_)"
+            assert other.run("x").error_kind == "runtime"
+            assert other.run(f"import os\nos.kill({one.state.pid}, 9)").error and one.run("x").result == "1"
 
 
 # The state, as in a REPL.
 
 
-def test_state_persists(sandbox):
-    assert sandbox.run("import math\nx = [1]\ndef f(n): return n + len(x)") == Observation(
-        seconds=pytest.approx(0, abs=9)
-    )
-    assert sandbox.run("x.append(2)\nf(40)").result == "42"
-    assert sandbox.run("y = 1\n1 / 0\ny = 2").error_kind == "runtime"
-    assert sandbox.run("y").result == "1"
-    assert (
-        sandbox.run("class A:\n  pass\na = A()\nimport pickle\npickle.loads(pickle.dumps(a)).__class__ is A").result
-        == "True"
-    )
-    assert sandbox.run("if __name__ == '__main__': print('main')").stdout == "main\n"
-    assert sandbox.run("from __future__ import annotations").error is None
-    assert sandbox.run("import inspect\ninspect.getsource(f)").result == repr("def f(n): return n + len(x)")
+def slow(x):
+    time.sleep(0.5)
+    return x
+
+
+class Unprintable(Exception):
+    def __str__(self):
+        raise ValueError("no text")
+
+
+def unprintable():
+    raise Unprintable(1, 2)
+
+
+def full():
+    raise MemoryError
+
+
+TOOLS = {"calc": lambda *values: list(values), "slow": slow, "size": len, "unprintable": unprintable, "full": full}
+POOL = "from concurrent.futures import ThreadPoolExecutor\npool = ThreadPoolExecutor(4)\n"
+ALARM = "import signal\ndef handler(*_): {}\nsignal.signal(signal.SIGALRM, handler)\nsignal.setitimer(signal.ITIMER_REAL, 0.2)\n"
+# name: the steps, and what the last observation has: its result; or a part of its output (">"), of its error ("!")
+PROGRAMS = {
+    "persists": (["import math\nx = [1]\ndef f(n): return n + len(x)", "x.append(2)\nf(40)"], "42"),
+    "error_keeps": (["y = 1\n1 / 0\ny = 2", "y"], "1"),
+    "pickle": (["class A: pass", "import pickle\npickle.loads(pickle.dumps(A())).__class__ is A"], "True"),
+    "main": (["if __name__ == '__main__': print('main')"], ">main\n"),
+    "future": (["from __future__ import annotations", "1"], "1"),
+    "source": (["def f(n): return n", "import inspect\ninspect.getsource(f)"], "'def f(n): return n'"),
+    "long_code": (["x = [" + "1," * 10**5 + "]\nlen(x)"], "100000"),
+    "both_lines": (["def f(n):\n  return 1 / n", "x = 0\nf(x)"],
+                   "!division by zero (line 2: f(x); in f, step 1, line 2: return 1 / n)"),
+    "cause": (["try: {}['a']\nexcept KeyError as e: raise ValueError('b') from e"], "!caused by KeyError: 'a' (line 1: try"),
+    "form_feed": (["x = 'a\x0cb'\n1 / 0"], "!(line 2: 1 / 0)"),
+    "own_syntax_error": (["raise SyntaxError('x', ('f', 1, 2, 3))"], "!SyntaxError: x"),
+    "old_stdout": (["import sys\nold = sys.stdout\nsys.stdout = None", "print('x')\nprint('y', file=old)"], ">x\ny\n"),
+    "warning": (["import numpy\nnumpy.float64(1) / 0"], ">RuntimeWarning"),
+    "no_warning": (["n = 1\nprint(n is 1, '\\d')"], ">True \\d\n"),
+    "builtins_replaced": (["import builtins\nbuiltins.open = builtins.len = None", "print('x')"], ">x\n"),
+    "sockets_replaced": (["import socket, json\nsocket.socket = json.dumps = None", "calc(1)"], "[1]"),
+    "large_result": (["x = 'a' * 300_000_000\nx", "x"], "<str of length 300,000,000>"),
+    # threads, pools, timers and signal handlers
+    "thread_in_a_call": (["import threading\nthreading.Thread(target=lambda: slow(1)).start()\nx = 5", "x"], "5"),
+    "thread_calls": (["import threading\nr = []\nt = threading.Thread(target=lambda: r.append(calc(1)))\nt.start(); t.join()\nr"], "[[1]]"),
+    "pool_in_a_call": ([POOL + "f = pool.submit(slow, 1)\nx = 5", "x"], "5"),
+    "pool_per_step": ([POOL + "a = list(pool.map(calc, [1, 2]))", POOL + "list(pool.map(calc, [3, 4]))"], "[[3], [4]]"),
+    "timer": (["import threading\nthreading.Timer(0.1, globals().clear).start()\nthreading.Timer(60, print).start()\nx = 5", "x = x if 'x' in globals() else 5\nx"], "5"),
+    "large_call_at_the_end": (["import threading\nthreading.Thread(target=size, args=('x' * 3_000_000,)).start()\nx = 5", "x"], "5"),
+    "interrupted_call": ([ALARM.format("raise TimeoutError") + "try: slow('slow')\nexcept TimeoutError: pass\ncalc(1), calc(2)"], "([1], [2])"),
+    "call_in_a_handler": ([ALARM.format("print(calc(1))") + "slow(2)"], ">[1]\n"),
+    "alarm_left": (["import signal\nx = 5\nsignal.setitimer(signal.ITIMER_REAL, 0.05)", "import time\ntime.sleep(0.2)\nx"], "5"),
+    # tools
+    "nan": (["calc(float('nan'))"], "!calc() takes JSON values only"),
+    "numpy_nan": (["import numpy\ncalc(numpy.float64('inf'))"], "!calc() takes JSON values only"),
+    "huge_integer": (["calc(10**5000)"], "!calc() takes JSON values only"),
+    "deep": (["x = []\nfor _ in range(200): x = [x]\ncalc(x)"], "!nested more than 100 deep"),
+    "wide": (["calc([0] * 200_000)"], "!values"),
+    "set": (["calc({1})"], "!not JSON serializable"),
+    "text": (["calc('x' * 7_000_000)[0][:1]"], "'x'"),
+    "unprintable_error": (["unprintable()"], "!RuntimeError: Unprintable"),
+    "tool_out_of_memory": (["full()"], "!RuntimeError: MemoryError"),
+    "two_answers": (["final_answer(1, 2)"], "!takes 1 argument but 2 were given"),
+    # files that Python's own library reads
+    "time_zone": (["from zoneinfo import ZoneInfo\nimport datetime\nstr(datetime.datetime(2020, 1, 1, tzinfo=ZoneInfo('America/New_York')).utcoffset())"], "'-1 day, 19:00:00'"),
+    "mime": (["import mimetypes\nmimetypes.guess_type('a.txt')[0]"], "'text/plain'"),
+    "libraries": (["""import asyncio, hashlib, io, sqlite3, statistics, zipfile, numpy as np, sympy as sp
+x = sp.symbols('x')
+with zipfile.ZipFile(io.BytesIO(), 'w') as z: z.writestr('a', 'b')
+async def two(): await asyncio.sleep(0.01); return await asyncio.to_thread(lambda: 2)
+db = sqlite3.connect(':memory:'); db.execute('create table t (a)'); db.execute('insert into t values (3)')
+[sp.solve(x**2 - 1)[1], asyncio.run(two()), db.execute('select a from t').fetchone()[0], float(np.linalg.det(np.eye(2) * 2))]"""], "[1, 2, 3, 4.0]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_program(name):
+    steps, expected = PROGRAMS[name]
+    with Sandbox(tools=TOOLS, timeout=30) as sandbox:
+        last = [sandbox.run(step) for step in steps][-1]
+    if expected[0] == ">":
+        assert last.error is None and expected[1:] in last.stdout, last
+    elif expected[0] == "!":
+        assert last.error_kind == "runtime" and expected[1:] in last.error, last
+    else:
+        assert (last.result, last.stdout) == (expected, ""), last
 
 
 @pytest.mark.parametrize(
@@ -593,7 +751,9 @@ def test_result_is_the_repr_of_a_last_expression(shared, code, result):
      ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "runtime", ["PermissionError"]),
      ("import ctypes\nctypes.string_at(1)", "killed", ["process ended"]),
      ("import os\nos.abort()", "killed", ["process ended"]),
-     ("x = 'a' * 10**12", "memory", ["MemoryError"])],
+     ("x = 'a' * 10**12", "memory", ["MemoryError", "512 MB"]),
+     *((f"import os\n{code}", "runtime", ["Error"]) for code in ("open('f', 'w')", "os.mkdir('d')", "open('/dev/null', 'w')",
+       "__import__('tempfile').mkdtemp()", "__import__('sqlite3').connect('x.db').execute('create table t (a)')"))],
 )  # fmt: skip
 def test_errors(shared, code, kind, parts):
     shared.run("kept = 41")
@@ -605,73 +765,73 @@ def test_errors(shared, code, kind, parts):
     assert shared.run("kept + 1").result == "42"
 
 
-def test_an_error_in_a_function_of_an_earlier_step_names_both_lines(sandbox):
-    sandbox.run("def f(n):\n  return 1 / n")
-    assert (
-        sandbox.run("x = 0\nf(x)").error
-        == "ZeroDivisionError: division by zero (line 2: f(x); in f, step 1, line 2: return 1 / n)"
-    )
-
-
 def test_everything_printed_is_kept(sandbox):
     observation = sandbox.run("import sys, os\nprint('a')\nprint('b', file=sys.stderr)\nsys.stdout.write('c\\n')\n"
                               "sys.stdout.buffer.write(b'd\\n')\nprint('é', end='')\nos.write(1, b'raw')")  # fmt: skip
     assert observation.stdout == "a\nb\nc\nd\néraw"
-    sandbox.run("import sys\nold = sys.stdout\nsys.stdout = None")
-    assert sandbox.run("print('x')\nprint('y', file=old)").stdout == "x\ny\n"
-    assert "RuntimeWarning" in sandbox.run("import numpy\nnumpy.float64(1) / 0").stdout
-    assert sandbox.run("n = 1\nprint(n is 1, '\\d')").stdout == "True \\d\n"  # syntax warnings are not shown
+    observation = sandbox.run("print('\\ud800')\nfinal_answer(['\\udfff'])")  # half a surrogate pair
+    json.dumps(vars(observation), ensure_ascii=False).encode()
+    assert observation.final_answer == ["?"]
 
 
-@pytest.mark.parametrize(
-    ("expression", "answer"),
-    [("42", 42), ("'a'", "a"), ("None", None), ("True", True), ("0.5", 0.5), ("[1, {'a': [None]}]", [1, {"a": [None]}]),
-     ("(1, 2)", "(1, 2)"), ("{1: 2}", "{1: 2}"), ("float('inf')", "inf"), ("[float('nan')]", "[nan]"), ("{1}", "{1}"),
-     ("__import__('fractions').Fraction(1, 3)", "1/3"), ("__import__('numpy').int64(7)", "7"),
-     ("__import__('numpy').float64(0.5)", "0.5"), ("__import__('sympy').sqrt(8)", "2*sqrt(2)"), ("10**30", 10**30),
-     ("10**5000", "1" + "0" * 5000), ("__import__('numpy').array([1, 2])", "[1 2]"), ("b'x'", "b'x'"), ("''", "")],
-)  # fmt: skip
-def test_final_answer(shared, expression, answer):
-    observation = shared.run(f"print('x')\nfinal_answer({expression})\nprint('y')")
+# What is given to final_answer, what the host receives, and a gold answer that it equals
+ANSWERS = [
+    ("42", 42, "42"), ("'a'", "a", None), ("None", None, None), ("True", True, None), ("0.5", 0.5, "0.5"), ("''", "", None),
+    ("[1, {'a': [None]}]", [1, {"a": [None]}], None), ("10**30", 10**30, None), ("10**5000", "1" + "0" * 5000, None),
+    ("(1, 2)", [1, 2], "(1, 2)"), ("{1: 2}", {"1": 2}, None), ("float('inf')", "inf", None), ("b'x'", "b'x'", None),
+    ("{3, 1}", [1, 3], r"\{1, 3\}"), ("{1, 'a'}", [1, "a"], None), ("range(3)", [0, 1, 2], "0, 1, 2"), ("3 + 2j", "3+2i", "3+2i"), ("-1j", "-0-1i", "-i"),
+    ("Fraction(1, 3)", "1/3", r"\frac{1}{3}"), ("Fraction(4, 2)", 2, "2"), ("[Fraction(1, 2)]", ["1/2"], "0.5"), ("Decimal('0.1')", 0.1, "0.1"),
+    ("np.int64(7)", 7, "7"), ("np.float64(0.5)", 0.5, "0.5"), ("np.float32(0.1)", 0.1, "0.1"), ("np.bool_(True)", True, None),
+    ("[np.int64(1), np.int64(2)]", [1, 2], "1, 2"), ("(np.float64(3.0), 2)", [3.0, 2], "(3, 2)"), ("{'mean': np.mean([1, 2])}", {"mean": 1.5}, None),
+    ("np.array([3., -2.])", [3.0, -2.0], r"\begin{pmatrix} 3 \\ -2 \end{pmatrix}"), ("np.array(3)", 3, "3"),
+    ("np.array([[16, -2], [0, 4]])", [[16, -2], [0, 4]], r"\begin{pmatrix} 16 & -2 \\ 0 & 4 \end{pmatrix}"),
+    ("sp.sqrt(8)", "2*sqrt(2)", r"2\sqrt{2}"), ("sp.Rational(1, 2)", "1/2", "0.5"), ("sp.Integer(3)", 3, "3"), ("sp.Float(0.5)", 0.5, "0.5"),
+    ("sp.Interval(-2, 7)", "[-2, 7]", "[-2, 7]"), ("sp.Interval.open(-2, sp.oo)", r"(-2, \infty)", r"(-2, \infty)"),
+    ("sp.FiniteSet(2, 1)", [1, 2], r"\{1, 2\}"), ("sp.Matrix([[1], [x]])", [[1], ["x"]], r"\begin{pmatrix} 1 \\ x \end{pmatrix}"),
+    ("[{x: 3}]", "x = 3", "3"), ("[{x: 1}, {x: 2}]", ["x = 1", "x = 2"], "1, 2"), ("sp.Eq(x, 3)", "x = 3", "x = 3"),
+    ("[float('nan')]", ["nan"], None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("expression", "answer", "gold"), ANSWERS)
+def test_final_answer(shared, expression, answer, gold):
+    imports = "import numpy as np, sympy as sp\nfrom fractions import Fraction\nfrom decimal import Decimal\nx = sp.Symbol('x')"
+    observation = shared.run(f"{imports}\nprint('x')\nfinal_answer({expression})\nprint('y')")
     assert observation.is_final and observation.error is None and observation.stdout == "x\n"
     assert observation.final_answer == answer and type(observation.final_answer) is type(answer)
+    assert gold is None or grade("math", answer, gold).correct
 
 
 @pytest.mark.parametrize(
-    "code",
-    ["final_answer(answer=1)\nprint('after')",
-     "final_answer(1)\n1 / 0",
-     "list(map(final_answer, [1, 2]))\nprint('after')",
-     "try:\n  final_answer(1)\nexcept Exception:\n  print('after')",
-     "from concurrent.futures import ThreadPoolExecutor\nwith ThreadPoolExecutor() as pool:\n"
-     "  list(pool.map(final_answer, [1]))\nprint('after')"],
+    ("code", "printed"),
+    [("final_answer(answer=1)\nprint('after')", ""),
+     ("list(map(final_answer, [1, 2]))\nprint('after')", ""),
+     ("try:\n  final_answer(1)\nexcept Exception:\n  print('after')", ""),
+     (POOL + "with pool: list(pool.map(final_answer, [1]))\nprint('after')", ""),
+     ("try:\n  final_answer(1)\nexcept:\n  final_answer(2)", ""),
+     ("try:\n  final_answer(1)\nfinally:\n  1 / 0", ""),
+     ("while True:\n  try: final_answer(1)\n  except BaseException: pass", ""),
+     ("import contextlib, os\nwith contextlib.suppress(BaseException): final_answer(1)\nos._exit(1)", ""),
+     ("class A:\n  def __del__(self): final_answer(1)\na = A()\ndel a", "Exception ignored"),
+     ("import threading\nt = threading.Thread(target=final_answer, args=(1,))\nt.start()\nt.join()\nx = 2", ""),
+     ("import threading\nthreading.Thread(target=final_answer, args=(1,)).start()", ""),
+     (ALARM.format("final_answer(1)") + "hang()", "")],
 )  # fmt: skip
-def test_final_answer_ends_the_action(sandbox, code):
-    observation = sandbox.run(code)
-    assert (observation.final_answer, observation.error, observation.stdout) == (1, None, "") and observation.is_final
-    assert sandbox.run("final_answer = 5\n6 * 7").result == "42"
-    assert sandbox.run("final_answer('again')").final_answer == "again"
-
-
-@pytest.mark.parametrize(
-    "code",
-    ["try:\n  final_answer(1)\nexcept:\n  final_answer(2)",
-     "try:\n  final_answer(1)\nfinally:\n  1 / 0",
-     "while True:\n  try: final_answer(1)\n  except BaseException: pass",
-     "try: final_answer(1)\nexcept SystemExit: 1 / 0",
-     "import contextlib, os\nwith contextlib.suppress(BaseException): final_answer(1)\nos._exit(1)",
-     "class A:\n  def __del__(self): final_answer(1)\na = A()\ndel a",
-     "import threading\nt = threading.Thread(target=final_answer, args=(1,))\nt.start()\nt.join()\nx = 2"],
-)  # fmt: skip
-def test_a_final_answer_stands_whatever_the_code_does_next(code):
-    with Sandbox(timeout=0.5) as sandbox:
+def test_a_final_answer_ends_the_action_and_stands(code, printed):
+    done = threading.Event()
+    with Sandbox(tools={"hang": lambda: done.wait(30)}, timeout=2) as sandbox:
         observation = sandbox.run(code)
         assert observation.is_final and (observation.final_answer, observation.error) == (1, None)
-        assert observation.error_kind is None and sandbox.run("6 * 7").result == "42"
+        assert observation.error_kind is None and (
+            printed in observation.stdout if printed else observation.stdout == ""
+        )
+        assert sandbox.run("final_answer = 5\n6 * 7").result == "42"
+        assert sandbox.run("final_answer('again')").final_answer == "again"
+    done.set()
 
 
 def test_unseeded_draws_repeat_and_seeded_ones_continue():
-    code = "import random, numpy\nrandom.random(), numpy.random.rand()"
+    code = "import random, numpy, sympy\nrandom.random(), numpy.random.rand(), numpy.random.default_rng().random(), sympy.randprime(1, 10**9)"
     with Sandbox() as one, Sandbox() as other:
         assert one.run(code).result == other.run(code).result != one.run(code).result
         one.run("random.seed(7)")
@@ -680,13 +840,9 @@ def test_unseeded_draws_repeat_and_seeded_ones_continue():
         assert one.run("random.random()").result == repr(expected.random())
 
 
-# Files are closed; everything else goes on as usual.
-
-
 def test_a_state_in_odd_shape_still_runs_steps(sandbox):
     for code in (
         "import os\nos.chdir('/')",
-        "import signal\nsignal.alarm(1)",
         "f = [os.open('/dev/null', 0) for _ in range(99)]",
         "os.close(0), os.close(1), os.close(2)",
         "a = []\nwhile True: a.append(bytearray(10**6))",
@@ -698,38 +854,9 @@ def test_a_state_in_odd_shape_still_runs_steps(sandbox):
     ):
         sandbox.run(code)
         assert sandbox.run("__import__('time').sleep(0)\n6 * 7").error_kind in (None, "memory", "runtime")
-    assert sandbox.run("6 * 7").error_kind != "timeout"
-
-
-def test_files_are_closed(sandbox):
-    observations = sandbox.run_candidates(
-        ["open('f', 'w')", "import os\nos.mkdir('d')", "import tempfile\ntempfile.mkdtemp()",
-         "import sqlite3\nsqlite3.connect('x.db').execute('create table t (a)')", "open('/dev/null', 'w')"])  # fmt: skip
-    assert all(observation.error_kind == "runtime" for observation in observations)
-
-
-def test_libraries_work(sandbox):
-    code = """
-        import asyncio, csv, decimal, fractions, hashlib, io, itertools, json, re, sqlite3, statistics, zipfile
-        from concurrent.futures import ThreadPoolExecutor
-        import numpy as np, sympy as sp
-        x = sp.symbols('x')
-        with zipfile.ZipFile(io.BytesIO(), 'w') as z: z.writestr('a', 'b')
-        async def two(): await asyncio.sleep(0.01); return 2
-        db = sqlite3.connect(':memory:'); db.execute('create table t (a)'); db.execute('insert into t values (3)')
-        with ThreadPoolExecutor(4) as pool: fourth = list(pool.map(lambda n: n * n, range(3)))[2]
-        [sp.solve(x**2 - 1)[1], asyncio.run(two()), db.execute('select a from t').fetchone()[0], fourth, float(np.linalg.det(np.eye(2) * 2)) + 1]
-    """
-    assert sandbox.run(textwrap.dedent(code)).result == "[1, 2, 3, 4, 5.0]"
 
 
 # Candidates.
-
-
-def test_candidates_run_at_the_same_time(sandbox):
-    started = time.monotonic()
-    observations = sandbox.run_candidates(["import time\ntime.sleep(0.4)"] * 8)
-    assert time.monotonic() - started < 2.0 and all(observation.error is None for observation in observations)
 
 
 def test_commit(sandbox):
@@ -749,34 +876,8 @@ def test_commit(sandbox):
         sandbox.commit(2)
     sandbox.commit(1)  # it has no state
     assert sandbox.run("x").result == "3"
-
-
-@pytest.mark.parametrize("count", [1, 3, 8])
-def test_every_candidate_starts_from_the_state(sandbox, count):
-    sandbox.run("x = [0]")
-    for chosen in range(count):
-        x = sandbox.run("x").result
-        codes = [f"seen = repr(x)\nx.append({i})\nseen" for i in range(count)]
-        assert [observation.result for observation in sandbox.run_candidates(codes)] == [repr(x)] * count
-        sandbox.commit(chosen)
-        assert sandbox.run("x[-1]").result == str(chosen)
-    assert eventually(lambda: len(in_group(os.getpgid(sandbox.state.pid))) == 2)
-
-
-def test_no_candidate_forks_for_itself(sandbox):
-    """The permission to fork belongs to the state, and it is used up when the code starts."""
-    code = "import os\ntry: os.fork()\nexcept OSError as error: print(error.errno)"
-    for _ in range(3):
-        assert [observation.stdout for observation in sandbox.run_candidates([code] * 8)] == ["1\n"] * 8
-
-
-def test_no_memory_is_shared_between_candidates(sandbox):
-    sandbox.run("import mmap, numpy, os\nown = mmap.mmap(-1, 8, mmap.MAP_PRIVATE)")
-    shared = ["mmap.mmap(-1, 8)", "mmap.mmap(-1, 8, mmap.MAP_SHARED, mmap.PROT_READ)", "print(8 * 'x')\nmmap.mmap(1, 8)",
-              "os.memfd_create('x')", "import multiprocessing\nmultiprocessing.Value('i')"]  # fmt: skip
-    assert all("PermissionError" in observation.error for observation in sandbox.run_candidates(shared))
-    sandbox.run_candidates(["own[:1] = b'x'", "own[0]"])
-    assert sandbox.run("own[0]").result == "0"
+    observations = sandbox.run_candidates(["import time\ntime.sleep(0.5)"] * 8)
+    assert max(o.seconds for o in observations) < 4 and not any(o.error for o in observations)  # at the same time
 
 
 def random_program(rng):
@@ -790,25 +891,20 @@ def random_program(rng):
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_candidates_against_replay_in_fresh_sandboxes(seed):
     """A fork gives the same observation as a new sandbox that runs the whole history again."""
     rng = random.Random(seed)
     history = ["l, v = [], {}\ndef g(): return 0"]
-
-    def visible(observation):
-        return {**vars(observation), "seconds": None}
-
     with Sandbox() as sandbox:
         sandbox.run(history[0])
         for _ in range(4):
             codes = [random_program(rng) for _ in range(4)]
-            observations = sandbox.run_candidates(codes)
-            for code, observation in zip(codes, observations, strict=True):
+            for code, observation in zip(codes, sandbox.run_candidates(codes), strict=True):
                 with Sandbox() as fresh:
                     for earlier in history:
                         fresh.run(earlier)
-                    assert visible(fresh.run(code)) == visible(observation)
+                    assert dataclasses.replace(fresh.run(code), seconds=observation.seconds) == observation
             chosen = rng.randrange(4)
             sandbox.commit(chosen)
             history.append(codes[chosen])
@@ -825,47 +921,51 @@ def test_tools():
     def fail(message):
         raise ValueError(message)
 
-    with Sandbox(
-        tools={"search": search, "fail": fail, "odd": lambda: object(), "quit": sys.exit}, timeout=5
-    ) as sandbox:
+    barrier = threading.Barrier(4, timeout=20)
+    tools = {
+        "search": search,
+        "fail": fail,
+        "odd": lambda: object(),
+        "quit": sys.exit,
+        "meet": lambda: barrier.wait() >= 0,
+    }
+    with Sandbox(tools=tools, timeout=30) as sandbox:
         assert sandbox.run("search('é', k=3)").result == "{'hits': ['é', 'é', 'é']}"
         assert sandbox.run("try: fail('no luck')\nexcept ValueError as e: print(e)").stdout == "no luck\n"
         assert "no luck" in sandbox.run("fail('no luck')").error
-        assert "not JSON serializable" in sandbox.run("search({1})").error
         assert "not JSON serializable" in sandbox.run("odd()").error
         assert sandbox.run("quit()").error_kind == "runtime"
         assert "missing 1 required" in sandbox.run("search()").error
         sandbox.run("search = 5")
         assert sandbox.run("search('a'), search.__doc__").result == "({'hits': ['a', 'a']}, 'Search it.')"
-        many = "from concurrent.futures import ThreadPoolExecutor\nwith ThreadPoolExecutor(8) as p: r = list(p.map(search, 'abcdefgh'))\nlen(r)"
-        assert sandbox.run(many).result == "8"
+        assert sandbox.run(POOL + "len(list(pool.map(search, 'abcdefgh')))").result == "8"
         assert len(sandbox.run("len(search('x' * 10**6, 3)['hits'][2])").result) == 7
+        for _ in range(5):  # from a state whose step has called a tool, too
+            assert [o.result for o in sandbox.run_candidates(["meet()"] * 4)] == ["True"] * 4  # at the same time
+            sandbox.commit(0)
 
 
-def test_an_input_error_of_a_tool_ends_the_run():
+@pytest.mark.parametrize("seconds", [0, 0.8])
+def test_an_input_error_of_a_tool_ends_the_run(seconds):
     """The model cannot know that a server is gone: its observation would be the fault of the machine."""
 
     def search(query):
+        time.sleep(seconds)
         raise InputError("the server is gone")
 
-    with Sandbox(tools={"search": search}) as sandbox:
+    with Sandbox(tools={"search": search}, timeout=0.6) as sandbox:
         sandbox.run("x = 1")
         with pytest.raises(InputError, match="the server is gone"):
-            sandbox.run_candidates(["try: search(1)\nexcept BaseException: pass", "2"])
-
-
-def test_candidates_call_tools_at_the_same_time():
-    barrier = threading.Barrier(4, timeout=5)
-    with Sandbox(tools={"meet": lambda: barrier.wait() >= 0}) as sandbox:
-        assert [o.result for o in sandbox.run_candidates(["meet()"] * 4)] == ["True"] * 4
+            for _ in range(9):  # the step has timed out before the error
+                sandbox.run_candidates(["try: search(1)\nexcept BaseException: pass", "2"])
 
 
 def test_a_tool_that_hangs_does_not_hang_run():
     done = threading.Event()
-    with Sandbox(tools={"hang": lambda: done.wait(30)}, timeout=0.5) as sandbox:
+    with Sandbox(tools={"hang": lambda: done.wait(30)}, timeout=0.8) as sandbox:
         started = time.monotonic()
         observation = sandbox.run("x = 1\nprint('before')\nhang()")
-        assert 0.5 <= time.monotonic() - started < 1.0
+        assert 0.8 <= time.monotonic() - started < 2.0
         assert (observation.error_kind, observation.stdout) == ("timeout", "before\n")
         assert sandbox.run("6 * 7").result == "42"
     done.set()
@@ -874,14 +974,18 @@ def test_a_tool_that_hangs_does_not_hang_run():
 # The host.
 
 
-def test_many_sandboxes_in_many_threads():
-    failures = []
+def test_many_sandboxes_in_many_threads_leave_nothing_behind():
+    """Neither processes nor descriptors nor threads."""
+    Sandbox().close()  # starts the warm interpreter
+    now = lambda: (len(os.listdir("/proc/self/fd")), threading.active_count())  # noqa: E731
+    before, failures, groups = now(), [], []
 
     def work(number):
-        with Sandbox(tools={"add": lambda a, b: a + b}) as sandbox:
+        with Sandbox(tools={"add": lambda a, b: a + b}, timeout=30) as sandbox:
+            groups.append(sandbox.first.group)
             sandbox.run(f"x = {number}")
             for step in range(5):
-                sandbox.run_candidates(["x += 100", "x = add(x, 1)"])
+                sandbox.run_candidates(["x += 100", "x = add(x, 1)", "import os\nos._exit(1)"])
                 sandbox.commit(1)
                 if (result := sandbox.run("x").result) != str(number + step + 1):
                     failures.append((number, step, result))
@@ -890,41 +994,25 @@ def test_many_sandboxes_in_many_threads():
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
-    assert failures == [] and not any(thread.is_alive() for thread in threads)
+        thread.join(120)
+    assert failures == []
+    assert eventually(lambda: now() <= before), (before, now())
+    assert eventually(lambda: not any(in_group(group) for group in groups))
 
 
-def test_steps_leave_nothing_behind():
-    """Neither processes nor descriptors nor threads."""
-    Sandbox().close()  # starts the warm interpreter
-    now = lambda: (len(os.listdir("/proc/self/fd")), threading.active_count())  # noqa: E731
-    time.sleep(0.2)
-    before = now()
-    with Sandbox(timeout=0.3) as sandbox:
-        for i in range(30):
-            sandbox.run_candidates([f"x = {i}", "1 / 0"])
-            sandbox.commit(0)
-        group = os.getpgid(sandbox.state.pid)
-        assert eventually(lambda: len(in_group(group)) == 2)  # the guard and the state
-        sandbox.run("while True: pass")
-        sandbox.run("import os\nos._exit(1)")
-        sandbox.run_candidates(["1"] * 4)
-        assert sandbox.run("x").result == "29"
-    assert eventually(lambda: not in_group(group) and now() == before), (in_group(group), before, now())
-
-
-def test_everything_dies_with_the_host(tmp_path):
+def test_everything_dies_with_the_host():
     script = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport threading\nfrom sandbox import Sandbox\n"
-        "one, two = Sandbox(), Sandbox(timeout=60)\n"
+        "import threading, time\nfrom sandbox import Sandbox\none, two = Sandbox(), Sandbox(timeout=60)\n"
         "threading.Thread(target=two.run, args=('import time\\nwhile True: time.sleep(1)',)).start()\n"
-        "import time; time.sleep(0.3); one.run_candidates(['1'] * 3); print('ready', flush=True); time.sleep(60)"
+        "one.run('1')\none.run_candidates(['1'] * 3); time.sleep(1); print('ready', flush=True); time.sleep(60)"
     )
     for number in (signal.SIGKILL, signal.SIGTERM):
-        host = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        host = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=ROOT)
         assert host.stdout.readline() == b"ready\n"
         descendants = children(host.pid)
-        assert len(descendants) >= 9  # the warm interpreter, two guards, two states, three candidates and one running
+        assert (
+            len(descendants) >= 8
+        )  # the warm interpreter, two first processes, a state, three candidates, one running
         host.send_signal(number)
         host.wait()
         assert eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in descendants))  # noqa: B023
@@ -950,21 +1038,44 @@ def test_a_fork_of_the_host_makes_its_own_sandboxes():
 
 def test_ctrl_c_stops_what_is_running():
     script = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom sandbox import Sandbox\nwith Sandbox(timeout=60) as s:\n"
+        "from sandbox import Sandbox\nwith Sandbox(timeout=60) as s:\n"
         "  s.run('1'); print('ready', flush=True)\n  try: s.run('while True: pass')\n"
         "  except KeyboardInterrupt: print(s.run('6 * 7').result, flush=True)"
     )
-    host = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    host = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=ROOT)
     assert host.stdout.readline() == b"ready\n"
     time.sleep(0.3)
     host.send_signal(signal.SIGINT)
-    assert host.communicate(timeout=10)[0] == b"42\n"
+    assert host.communicate(timeout=30)[0] == b"42\n"
+
+
+@pytest.mark.parametrize("times", [2, 3])
+def test_a_start_that_fails_is_tried_again(monkeypatch, tmp_path, times):
+    """Two failures go unnoticed; after the third, the message has what the inside printed."""
+    broken = tmp_path / "broken.py"
+    broken.write_text("raise ImportError('no numpy on this machine')")
+    paths = iter([str(broken)] * times + [module.inside.__file__])
+
+    class Inside:
+        def __getattr__(self, name):
+            return next(paths) if name == "__file__" else getattr(inside, name)
+
+    inside = module.inside
+    monkeypatch.setattr(module, "_warm", None)
+    monkeypatch.setattr(module, "inside", Inside())
+    if times == 2:
+        with Sandbox() as sandbox:
+            assert sandbox.run("6 * 7").result == "42"
+    else:
+        with pytest.raises(InputError, match="did not start: ImportError: no numpy on this machine"):
+            Sandbox()
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"timeout": 0}, {"timeout": float("inf")}, {"memory_mb": 0}, {"isolation": "maybe"}, {"tools": {"a b": print}},
-     {"tools": {"final_answer": print}}, {"tools": {"x": 5}}],
+    [{"timeout": 0}, {"timeout": float("inf")}, {"timeout": 3e6}, {"timeout": float("nan")}, {"timeout": "5"}, {"memory_mb": 0},
+     {"memory_mb": 10**14}, {"isolation": "maybe"}, {"tools": {"a b": print}}, {"tools": {"final_answer": print}},
+     {"tools": {"x": 5}}, {"tools": {"class": print}}, {"tools": {"__name__": print}}],
 )  # fmt: skip
 def test_wrong_options_are_refused(options):
     with pytest.raises(InputError):
@@ -972,10 +1083,9 @@ def test_wrong_options_are_refused(options):
 
 
 def test_wrong_use_is_refused(sandbox):
-    with pytest.raises(ValueError):
-        sandbox.run(5)
-    with pytest.raises(ValueError):
-        sandbox.run_candidates(["1"] * 101)
+    for codes in ([5], ["1"] * 101):
+        with pytest.raises(ValueError):
+            sandbox.run_candidates(codes)
     with pytest.raises(RuntimeError):
         sandbox.commit(0)
     sandbox.close()
@@ -984,54 +1094,50 @@ def test_wrong_use_is_refused(sandbox):
         sandbox.run("1")
 
 
-def test_long_code(sandbox):
-    assert sandbox.run("x = [" + "1," * 10**5 + "]\nlen(x)").result == "100000"
-
-
-# Machines that offer less.
+# Machines that offer less: a container whose filter denies Landlock, or seccomp.
 
 POORER_MACHINE = """
-import ctypes, os, struct
-from common import contain
-program = [(0x20, 0, 0, 0)]
-for number in {refused}:
-    program += [(0x15, 0, 1, number), (0x06, 0, 0, 0x50001)]
-program.append((0x06, 0, 0, 0x7FFF0000))
+import ctypes, struct
+from common import inside
+from common.inside import LOAD, EQUAL, RETURN, ALLOW, DENY, NUMBERS
+program = [(LOAD, 0, 0, 0), (EQUAL, 0, 1, NUMBERS["{refused}"]), (RETURN, 0, 0, DENY), (RETURN, 0, 0, ALLOW)]
 code = b"".join(struct.pack("=HBBI", *step) for step in program)
 buffer = ctypes.create_string_buffer(code, len(code))
-contain._prctl(38, 1)
-contain._syscall("seccomp", 1, {flags}, struct.pack("=H6xQ", len(program), ctypes.addressof(buffer)))
-"""
-USE = """
+inside._call("prctl", 38, 1, 0, 0, 0)
+inside._call("seccomp", 1, 0, struct.pack("=H6xQ", len(program), ctypes.addressof(buffer)))
 import warnings
 from common import InputError
 from sandbox import Sandbox
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("default")
-    one, two = Sandbox(timeout=0.5), Sandbox()
+    one, two = Sandbox(timeout=2), Sandbox()
     print([str(warning.message).split("missing: ")[1] for warning in caught])
-try:
-    Sandbox(isolation="require")
-except InputError as error:
-    print("refused")
+try: Sandbox(isolation="require")
+except InputError as error: print("refused")
 one.run("x = 41")
-print(one.run("import socket\\nopen('f', 'w')").error_kind, one.run("socket.socket()").error_kind)
+print(one.run("open('f', 'w')").error_kind, one.run("import socket\\nsocket.socket()").error_kind)
 print(one.run("x = 0\\nwhile True: pass").error_kind, one.run("x + 1").result)
 """
-X86 = os.uname().machine == "x86_64"
 
 
-@pytest.mark.skipif(not X86, reason="the numbers of the system calls below are those of x86-64")
 @pytest.mark.parametrize(
-    ("refused", "flags", "missing"),
-    [
-        # a container whose filter denies Landlock; a container manager that uses the gate itself
-        ([444], 0, "Landlock (Operation not permitted (landlock_create_ruleset))"),
-        ([], 8, "the gate of seccomp"),
-    ],
-)
-def test_a_machine_that_offers_less(refused, flags, missing):
-    script = POORER_MACHINE.format(refused=refused, flags=flags) + USE
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=ROOT)
-    expected = f"['{missing}']\nrefused\nruntime runtime\ntimeout 42\n"
-    assert result.stdout == expected, result.stderr
+    ("refused", "missing", "kinds"),
+    [("landlock_create_ruleset", "Landlock (Operation not permitted (landlock_create_ruleset))", "runtime runtime"),
+     ("seccomp", "seccomp (Operation not permitted (seccomp))", "runtime None")],
+)  # fmt: skip
+def test_a_machine_that_offers_less(tmp_path, refused, missing, kinds):
+    script = f"import sys; sys.path.insert(0, {str(ROOT)!r})" + POORER_MACHINE.format(refused=refused)
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert result.stdout == f"['{missing}']\nrefused\n{kinds}\ntimeout 42\n", result.stderr
+
+
+def test_the_tables_of_system_calls():
+    """Both architectures have numbers for the same calls, each number once."""
+    rows = [
+        entry.split() for table in (*module.inside.ALLOWED.values(), module.inside.OTHERS) for entry in table.split(",")
+    ]
+    for column in (1, 2):
+        numbers = [int(row[column]) for row in rows if row[column] != "-"]
+        assert len(numbers) == len(set(numbers)) and all(0 <= number < 512 for number in numbers)
+    assert {name for name, _, arm in rows if arm == "-"} <= {"open", "stat", "lstat", "access", "pipe", "poll", "select", "dup2",
+        "pause", "alarm", "getdents", "readlink", "getpgrp", "arch_prctl", "time", "epoll_create", "epoll_wait"}  # fmt: skip
