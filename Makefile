@@ -197,7 +197,6 @@ test-real: $(DEV_READY)  ## the tests with a real model: SmolLM2-135M-Instruct, 
 
 bench: $(DEV_READY)  ## speed and memory beside the peers; RETRIEVAL and BENCHMARKS name folders with real questions
 	$(DEV_RUN) bench/sandbox.py own
-	$(DEV_RUN) bench/sandbox.py peers
 	$(DEV_RUN) bench/train.py
 	$(DEV_RUN) bench/evaluate.py
 	$(DEV_RUN) bench/retriever.py dense
