@@ -56,8 +56,7 @@ class BuildConfig:
 #                     of TF-IDF and BM25, an inverted index:
 #     terms           S32 [terms]: sorted
 #     starts          int64 [terms + 1]: the postings of term t are those from starts[t] to starts[t + 1]
-#     docs            uint32 [postings]: the passages that have the term, in order
-#     values          float32 [postings]: the term's value in each of them, see passage_values
+#     postings        POSTINGs: the passages that have the term, in order, and its value in each: see passage_values
 #                     dense, unless the option "vectors" names a FAISS index:
 #     vectors         float32 [passages, dimensions]
 #   building-KEY/     while a build runs: for each finished chunk of passages a run (.npz and .postings)
@@ -78,8 +77,6 @@ def build(passages, out, kind="bm25", **settings):
     common.check_numbers(config)
     if kind not in KINDS:
         raise InputError(f"kind {kind!r}: must be one of {', '.join(KINDS)}")
-    if not Path(passages).is_file():
-        raise InputError(f"{passages}: no such file")
     try:
         with common.Journal(Path(out, "build.lock")):  # refuses a second build in this folder at the same time
             _build(config, Path(passages), Path(out))
@@ -157,7 +154,7 @@ def write_runs(columns_of, source, work, config):
                 postings["doc"] += count
                 save_array(run.with_suffix(".postings"), postings)
             with common.replace_file(run, "wb") as file:
-                np.savez(file, offsets=np.array(offsets, np.int64), ids=np.array(ids or [], "S"), **columns)
+                np.savez(file, offsets=np.array(offsets, np.int64), ids=np.array(ids, "S"), **columns)
         runs.append(run)
         count += len(np.load(run)["ids"])
     return runs
@@ -208,8 +205,8 @@ def passage_factors(runs, terms, idf, config):
         idf = np.where(np.isin(terms, list(STOP_WORDS)), 0, idf)
         squares = np.zeros(len(lengths))
         for run in runs:
-            [(places, docs, tfs)] = read_run(run, terms, [0, len(terms)])
-            np.add.at(squares, docs, ((1 + np.log(tfs)) * idf[places]) ** 2)
+            [(places, postings)] = read_run(run, terms, [0, len(terms)])
+            np.add.at(squares, postings["doc"], ((1 + np.log(postings["value"])) * idf[places]) ** 2)
         factors = np.sqrt(np.where(squares > 0, squares, 1))
     return factors.astype(np.float32)
 
@@ -221,15 +218,14 @@ RANGE = 1 << 20  # postings that are merged at once
 
 
 def read_run(file, terms, cuts):
-    """Yield (places of the terms, passage numbers, tf) of the postings of a run, for each range between two cuts."""
+    """Yield (places of the terms, POSTINGs) of a run, for each range of terms between two cuts."""
     with np.load(file) as run:
         places, counts = np.searchsorted(terms, run["terms"]).astype(np.uint32), run["counts"]
     taken = 0
     for low, high in itertools.pairwise(np.searchsorted(places, cuts)):
         found = np.repeat(places[low:high], counts[low:high])
-        postings = np.fromfile(file.with_suffix(".postings"), POSTING, len(found), offset=taken * POSTING.itemsize)
+        yield found, np.fromfile(file.with_suffix(".postings"), POSTING, len(found), offset=taken * POSTING.itemsize)
         taken += len(found)
-        yield found, postings["doc"], postings["tf"]
 
 
 def merge_postings(files, data, config):
@@ -254,16 +250,14 @@ def merge_postings(files, data, config):
     size = max(RANGE, 4096 * len(files))  # opening a run takes as much time as merging 4,096 postings
     cuts = np.unique([*np.searchsorted(starts, np.arange(0, starts[-1], size)), len(terms)])
     ranges = zip(*(read_run(file, terms, cuts) for file in files), strict=True)
-    with (
-        common.replace_file(data / "docs", "wb") as docs_file,
-        common.replace_file(data / "values", "wb") as values_file,
-    ):
+    with common.replace_file(data / "postings", "wb") as file:
         for parts in common.progress(ranges, desc="merging", total=len(cuts) - 1, quiet=config.quiet):
-            places, docs, tfs = map(np.concatenate, zip(*parts, strict=True))
+            places, postings = map(np.concatenate, zip(*parts, strict=True))
             order = np.argsort(places, kind="stable")  # stable: the passages of a term stay in order
-            places, docs, tfs = places[order], docs[order], tfs[order].astype(np.float32)
-            docs_file.write(docs)
-            values_file.write(passage_values(config.kind, tfs, idf[places], factors[docs]))
+            places, postings = places[order], postings[order]
+            factor = factors[postings["doc"]]
+            postings["value"] = passage_values(config.kind, postings["value"], idf[places], factor)
+            file.write(postings)
     save_array(data / "terms", terms)
     save_array(data / "starts", starts)
 
@@ -338,9 +332,6 @@ def best_of(docs, scores, rank, k):
     return docs[order], scores[order]
 
 
-GROUPS = 1024
-
-
 class SparseIndex(Index):
     """TF-IDF or BM25. A query's scores are added up in float32, one term after another, in an array of all passages."""
 
@@ -348,9 +339,8 @@ class SparseIndex(Index):
         super().__init__(folder, manifest)
         self.terms = self.array("terms", TERM)
         self.starts = self.array("starts", np.int64)
-        self.docs = self.array("docs", np.uint32)
-        self.values = self.array("values", np.float32)
-        self.scores = np.zeros((-(-len(self) // GROUPS), GROUPS), np.float32)
+        self.postings = self.array("postings", POSTING)
+        self.scores = np.zeros((len(self) // 1024 + 1, 1024), np.float32)
 
     def top(self, queries, k):
         """Returns [(passage numbers, scores)] of the k best passages for each query, of those with a word of it."""
@@ -358,9 +348,9 @@ class SparseIndex(Index):
 
     def _best(self, repeats, k):
         terms = np.array(list(repeats), TERM)
-        # The numbers of the first term and of the first one after it; both are the same for an unknown term.
-        starts, stops = (self.starts[np.searchsorted(self.terms, terms, side)] for side in ("left", "right"))
         weights = np.array(list(repeats.values()), np.float32)
+        # The postings of an unknown term start where they stop.
+        starts, stops = (self.starts[np.searchsorted(self.terms, terms, side)] for side in ("left", "right"))
         norm = 1
         if self.manifest["kind"] == "tfidf":
             weights = 1 + np.log(weights)
@@ -368,10 +358,11 @@ class SparseIndex(Index):
         self.scores.fill(0)
         scores = self.scores.reshape(-1)
         for start, stop, weight in zip(starts.tolist(), stops.tolist(), weights, strict=True):
-            values = self.values[start:stop] if weight == 1 else self.values[start:stop] * weight
-            np.add.at(scores, self.docs[start:stop].astype(np.intp), values)
-        # The k-th greatest of the maxima of groups of passages is a lower bound of the k-th best score.
-        floor = np.partition(self.scores.max(0), -k)[-k] if k <= GROUPS else 0
+            postings = self.postings[start:stop]
+            values = postings["value"] if weight == 1 else postings["value"] * weight
+            np.add.at(scores, postings["doc"].astype(np.intp), values)
+        # The k-th greatest of the maxima of 1024 groups of passages is a lower bound of the k-th best score.
+        floor = np.partition(self.scores.max(0), -k)[-k] if k <= 1024 else 0
         docs = np.flatnonzero(scores >= max(floor, 1e-30))
         docs, scores = best_of(docs, scores[docs], self.rank, k)
         return docs, scores / np.float32(norm)

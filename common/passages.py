@@ -17,9 +17,6 @@ import numpy as np
 from common import InputError
 from common.client import UNREADABLE
 
-LINE_BYTES = 1 << 24  # a longer line is cut, and then it is not JSON
-ID_LENGTH = 256  # ids are kept in an array of fixed width
-
 
 class Hit(NamedTuple):
     """A passage that a search found. title: its first line without quotation marks, "" if there is only one line."""
@@ -42,8 +39,8 @@ def parse_passage(line):
     row = json.loads(line.decode())
     # Halves of surrogate pairs, which JSON can express and UTF-8 cannot, become question marks.
     id, contents = (row[name].encode("utf-8", "replace").decode() for name in ("id", "contents"))
-    if len(id) > ID_LENGTH:
-        raise ValueError(f"an id of more than {ID_LENGTH} characters")
+    if len(id) > 256:
+        raise ValueError("an id of more than 256 characters")  # ids are kept in an array of fixed width
     return id, contents
 
 
@@ -52,29 +49,25 @@ def read_chunk(path, start, end):
 
     Raises InputError with file and line for a line that is not a passage.
     """
-    offsets, ids, contents = [], [], []
+    rows = []
     with open(path, "rb") as file:
         if start:  # the line that contains byte start - 1 belongs to the previous chunk
             file.seek(start - 1)
             start += len(file.readline()) - 1
-        while start < end and (line := file.readline(LINE_BYTES)):
+        while start < end and (line := file.readline(1 << 24)):  # a longer line is cut, and then it is not JSON
             if line.strip():
                 try:
                     id, text = parse_passage(line)
+                    rows.append((start, id.encode(), text))
                 except UNREADABLE as error:
                     file.seek(0)
-                    blocks = (file.read(min(1 << 20, start - at)) for at in range(0, start, 1 << 20))
-                    number = 1 + sum(block.count(b"\n") for block in blocks)
-                    where = f"{path}:{number}: not a passage"
-                    raise InputError(f'{where} {{"id": "...", "contents": "..."}}: {error!r:.200}') from None
-                offsets.append(start)
-                ids.append(id.encode())
-                contents.append(text)
+                    lines = sum(file.read(min(1 << 20, start - at)).count(b"\n") for at in range(0, start, 1 << 20))
+                    raise InputError(f'{path}:{lines + 1}: not a passage {{"id", "contents"}}: {error!r:.99}') from None
             start += len(line)
-    return offsets, ids, contents
+    return [[row[column] for row in rows] for column in range(3)]
 
 
-TERM = np.dtype("S32")  # longer words are cut into pieces of this length
+TERM = np.dtype("S32")  # longer words are the same if they begin with the same 32 bytes
 # A query leaves these words out, unless it has no other: "The Who". They do not add to a passage's length.
 STOP_WORDS = frozenset(
     b"a an and are as at be been but by did do does for from had has have he her him his how in into is it its of on "
@@ -109,10 +102,7 @@ def split_words(text):
     """Returns the words of a text, in order, as bytes."""
     if not text.isascii():
         text = NON_ASCII.sub(lambda match: fold(match[0]), text)
-    words = text.encode().translate(SPLIT).split()
-    if words and max(map(len, words)) > TERM.itemsize:
-        words = [word[i : i + TERM.itemsize] for word in words for i in range(0, len(word), TERM.itemsize)]
-    return words
+    return text.encode().translate(SPLIT).split()
 
 
 def index_term(word):
@@ -131,7 +121,8 @@ def query_terms(query):
     return [index_term(word) for word in words if word not in STOP_WORDS] or list(map(index_term, words))
 
 
-POSTING = np.dtype([("doc", np.uint32), ("tf", np.uint32)])  # a passage's number; how often it has the term
+# A passage's number, and how often it has the term, which merging replaces by its value.
+POSTING = np.dtype([("doc", np.uint32), ("value", np.float32)])
 
 
 def invert(passages):
@@ -153,9 +144,7 @@ def invert(passages):
     # One integer per word: the place of its term in the upper half, the number of its passage in the lower half.
     docs = np.repeat(np.arange(len(sizes)), sizes)
     keys, tfs = np.unique(places[np.array(words, np.intp)] << 32 | docs, return_counts=True)
-    postings = np.empty(len(keys), POSTING)
-    postings["doc"] = keys & 0xFFFFFFFF
-    postings["tf"] = tfs
+    postings = np.rec.fromarrays([keys & 0xFFFFFFFF, tfs], POSTING)
     counts = np.bincount(keys >> 32, minlength=len(terms)).astype(np.uint32)
     counted = np.repeat(~np.isin(terms, list(STOP_WORDS)), counts)  # [postings]
     lengths = np.bincount(postings["doc"][counted], tfs[counted], len(sizes))

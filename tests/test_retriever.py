@@ -16,7 +16,6 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -62,28 +61,26 @@ def data_files(folder):
 # Words
 
 
-@pytest.mark.parametrize(
-    "text, words",
-    [
-        ("The CAT, the cat's  hat!", "the cat the cat s hat"),
-        ("Beyoncé BEYONCE\u0301 beyonce", "beyonce beyonce beyonce"),
-        ("Straße ẞ ΣΊΣΥΦΟΣ Çelik ĐORĐE", "strasse ss σισυφοσ celik dorde"),
-        ("Łódź ŁÓDŹ Ærø ØRESUND œuvre Þór Guðrún Ħal ısı ǽ", "lodz lodz aero oresund oeuvre thor gudrun hal isi ae"),
-        ("Москва – МОСКВА… “москва”", "москва москва москва"),
-        ("İstanbul ﬁnance ½ x²", "istanbul finance 1 2 x2"),
-        ("東京都 ひらがな 한국", "東 京 都 ひ ら か な " + unicodedata.normalize("NFKD", "한국")),
-        ("snake_case a\u00a0b\u200bc 3.14", "snake case a b c 3 14"),
-        ("हिन्दी", "हिनदी"),
-        ("\ud800 lone", "lone"),
-        ("", ""),
-    ],
-)
+@pytest.mark.parametrize("text, words", [
+    ("The CAT, the cat's  hat!", "the cat the cat s hat"),
+    ("Beyoncé BEYONCE\u0301 beyonce", "beyonce beyonce beyonce"),
+    ("Straße ẞ ΣΊΣΥΦΟΣ Çelik ĐORĐE", "strasse ss σισυφοσ celik dorde"),
+    ("Łódź ŁÓDŹ Ærø ØRESUND œuvre Þór Guðrún Ħal ısı ǽ", "lodz lodz aero oresund oeuvre thor gudrun hal isi ae"),
+    ("Москва – МОСКВА… “москва”", "москва москва москва"),
+    ("İstanbul ﬁnance ½ x²", "istanbul finance 1 2 x2"),
+    ("東京都 ひらがな 한국", "東 京 都 ひ ら か な " + unicodedata.normalize("NFKD", "한국")),
+    ("snake_case a\u00a0b\u200bc 3.14", "snake case a b c 3 14"),
+    ("हिन्दी", "हिनदी"),
+    ("\ud800 lone", "lone"),
+    ("", ""),
+])  # fmt: skip
 def test_words_of_any_script(text, words):
     assert [word.decode() for word in split_words(text)] == words.split()
 
 
-def test_long_words_are_cut_and_singulars_are_indexed():
-    assert [len(word) for word in split_words("a" * 70 + " " + "a" * 71)] == [32, 32, 6, 32, 32, 7]
+def test_long_words_and_singulars(tmp_path):
+    index = build(tmp_path, ["a" * 70, "ä" * 71, "a"])
+    assert [[hit.id for hit in hits] for hits in index.search(["a" * 71, "a" * 30])] == [["p00000", "p00001"], []]
     words = [b"films", b"ladies", b"glass", b"virus", b"does", b"film", b"days"]
     assert [index_term(word) for word in words] == [b"film", b"lady", b"glass", b"virus", b"does", b"film", b"day"]
 
@@ -107,39 +104,29 @@ def terms_of(text):
     return [index_term(word) for word in split_words(text) if word not in STOP_WORDS]
 
 
-def plain_scores(texts, query, kind, k1=1.5, b=0.9):
-    """The formulas of the docstrings, one passage at a time, in float64. texts have no titles."""
-    counts = [collections.Counter(terms_of(text)) for text in texts]
-    df = collections.Counter(word for count in counts for word in count)
-    n, mean = len(texts), sum(sum(count.values()) for count in counts) / len(texts)
-    asked = {word: times for word, times in collections.Counter(terms_of(query)).items() if word in df}
+def plain_scores(texts, queries, kind, k1=1.5, b=0.9):
+    """The formulas of the docstrings in float64: [queries, passages]. texts have no titles."""
+    words = sorted({word for text in texts for word in terms_of(text)})
+    counters = [[collections.Counter(terms_of(text)) for text in group] for group in (queries, texts)]
+    asked, tf = (np.array([[counter[word] for word in words] for counter in group], float) for group in counters)
+    df, length = (tf > 0).sum(0), tf.sum(1, keepdims=True)
     if kind == "bm25":
-        idf = {w: math.log(1 + (n - df[w] + 0.5) / (df[w] + 0.5)) for w in df}
-        return [
-            sum(q * idf[w] * c[w] / (c[w] + k1 * (1 - b + b * sum(c.values()) / mean)) for w, q in asked.items())
-            for c in counts
-        ]
-    idf = {w: math.log((1 + n) / (1 + df[w])) + 1 for w in df}
-
-    def vector(count):
-        raw = {w: (1 + math.log(times)) * idf[w] for w, times in count.items()}
-        norm = math.sqrt(sum(x * x for x in raw.values())) or 1.0
-        return {w: x / norm for w, x in raw.items()}
-
-    q = vector(asked)
-    return [sum(x * v.get(w, 0.0) for w, x in q.items()) for v in map(vector, counts)]
+        idf = np.log(1 + (len(texts) - df + 0.5) / (df + 0.5))
+        return asked @ (idf * tf / (tf + k1 * (1 - b + b * length / length.mean()))).T
+    idf = np.log((1 + len(texts)) / (1 + df)) + 1
+    weights = [(n > 0) * (1 + np.log(np.maximum(n, 1))) * idf for n in (asked, tf)]
+    vectors = [weight / np.maximum(np.linalg.norm(weight, axis=1, keepdims=True), 1e-9) for weight in weights]
+    return vectors[0] @ vectors[1].T
 
 
 @pytest.mark.parametrize("kind", ["tfidf", "bm25"])
 def test_scores_are_those_of_the_formulas(tmp_path, kind):
     texts = [*zipf_texts(300, 200), "w1 " * 300, "Ünïcode wörds w1", "..."]
-    index = build(tmp_path, texts, kind)
-    for query in ("w1 w2 w3", "w1 w1 w150", "unicode WORDS", "w7 w199 nosuchword", *zipf_texts(20, 200, seed=1)):
-        expected = plain_scores(texts, query, kind)
-        docs, scores = index.top([query], len(texts))[0]
-        assert len(docs) == sum(score > 0 for score in expected)
-        np.testing.assert_allclose(scores, [expected[doc] for doc in docs], rtol=1e-5)
-        assert all(np.diff(scores) <= 0)
+    queries = ["w1 w2 w3", "w1 w1 w150", "unicode WORDS", "w7 w199 nosuchword", *zipf_texts(20, 200, seed=1)]
+    found = build(tmp_path, texts, kind).top(queries, len(texts))
+    for expected, (docs, scores) in zip(plain_scores(texts, queries, kind), found, strict=True):
+        assert len(docs) == sum(expected > 0) and all(np.diff(scores) <= 0)
+        np.testing.assert_allclose(scores, expected[docs], rtol=1e-5)
 
 
 def test_the_words_of_the_title_count_twice(tmp_path):
@@ -175,7 +162,7 @@ def in_threads(count, function):
         return list(pool.map(function, range(count)))
 
 
-# Input# Input
+# Input
 
 
 def test_hits_and_odd_queries(tmp_path):
@@ -241,8 +228,8 @@ def test_bad_settings_and_paths(tmp_path):
         with pytest.raises(InputError):
             retriever.build(path, tmp_path / "index", **wrong)
     for passages, out, problem in (
-        (tmp_path / "none.jsonl", tmp_path / "index", "no such file"),
-        (tmp_path, tmp_path / "index", "no such file"),
+        (tmp_path / "none.jsonl", tmp_path / "index", "No such file"),
+        (tmp_path, tmp_path / "index", "Is a directory"),
         (path, path, f"{path}: File exists|{path}/build.lock: Not a directory"),
     ):
         with pytest.raises(InputError, match=problem):
@@ -305,7 +292,7 @@ def edit_manifest(folder, **changes):
     ({"data": None}, "damaged"),
     ({"data": "data-9"}, "data-9.* is missing or incomplete; build it"),
     ({"passages": 1}, "damaged"),
-    ({"files": {"docs": 1}}, "docs is missing or incomplete; build it: .*build PASSAGES .*index --kind bm25"),
+    ({"files": {"terms": 1}}, "terms is missing or incomplete; build it: .*build PASSAGES .*index --kind bm25"),
     ({"files": []}, "damaged"),
     (b"\x00\xff", "not JSON"),
 ])  # fmt: skip
@@ -367,17 +354,14 @@ def test_chunks_do_not_change_the_index(tmp_path, monkeypatch):
     assert sorted(path.name.partition("-")[0] for path in out.iterdir()) == ["build.lock", "data", "index.json"]
 
 
-BUILD_SLOWLY = """
-import sys, time
+BUILD_AND_DIE = """
+import os, sys
 sys.path.insert(0, sys.argv[1])
 import retriever
 retriever.CHUNK = 20_000
-read_chunk = retriever.read_chunk
-def slow(*arguments):
-    time.sleep(0.15)
-    return read_chunk(*arguments)
-retriever.read_chunk = slow
-retriever.build(sys.argv[2], sys.argv[3], "bm25", quiet=True)
+read = retriever.read_chunk
+retriever.read_chunk = lambda path, start, end: os.kill(os.getpid(), 9) if start == 60_000 else read(path, start, end)
+retriever.build(sys.argv[2], sys.argv[3], quiet=True)
 """
 
 
@@ -388,48 +372,39 @@ def test_killed_build_continues_and_killed_rebuild_leaves_the_old_index(tmp_path
     retriever.build(second, tmp_path / "whole", "bm25", quiet=True)
     out = tmp_path / "killed"
     retriever.build(first, out, quiet=True)
-    process = subprocess.Popen([sys.executable, "-c", BUILD_SLOWLY, SCRIPT.parent, second, out])
-    while len(list(out.glob("building*/run-*.npz"))) < 3:
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
+    assert subprocess.run([sys.executable, "-c", BUILD_AND_DIE, SCRIPT.parent, second, out]).returncode == -9
     assert [hit.contents for hit in retriever.load(out).search(["passage"])[0]] == ["the old passage"]
-    kept = {path.name for path in out.glob("building*/run-*.npz")}
     made, read = [], retriever.read_chunk
     monkeypatch.setattr(retriever, "read_chunk", lambda *chunk: made.append(chunk[1]) or read(*chunk))
     retriever.build(second, out, "bm25", quiet=True)
-    assert len(kept) >= 3 and made == list(range(20_000 * len(kept), second.stat().st_size, 20_000))
+    assert made == list(range(60_000, second.stat().st_size, 20_000))
     assert data_files(out) == data_files(tmp_path / "whole")
     assert sorted(path.name.partition("-")[0] for path in out.iterdir()) == ["build.lock", "data", "index.json"]
 
 
-def test_unfinished_build_of_other_settings_is_discarded(tmp_path, monkeypatch):
-    path = write_passages(tmp_path / "p.jsonl", zipf_texts(300))
-    monkeypatch.setattr(retriever, "merge_postings", lambda *arguments: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        retriever.build(path, tmp_path / "index", quiet=True)
-    monkeypatch.undo()
-    write_passages(path, zipf_texts(300, seed=1))
+def test_a_killed_build_of_other_passages_is_not_continued(tmp_path):
+    path = write_passages(tmp_path / "p.jsonl", zipf_texts(4000))
+    subprocess.run([sys.executable, "-c", BUILD_AND_DIE, SCRIPT.parent, path, tmp_path / "index"])
+    expected = build(tmp_path, zipf_texts(300, seed=1), name="fresh")
+    shutil.copyfile(tmp_path / "fresh.jsonl", path)
     retriever.build(path, tmp_path / "index", quiet=True)
-    retriever.build(path, tmp_path / "fresh", quiet=True)
     assert data_files(tmp_path / "index") == data_files(tmp_path / "fresh")
+    assert expected.search(["w1"]) == retriever.load(tmp_path / "index").search(["w1"])
 
 
 def test_two_builders_and_a_finished_index(tmp_path, capsys):
     path = write_passages(tmp_path / "p.jsonl", ["some words"])
-    with (
-        retriever.common.Journal(tmp_path / "index" / "build.lock"),
-        pytest.raises(InputError, match="another process"),
-    ):
-        retriever.build(path, tmp_path / "index", quiet=True)
+    with retriever.common.Journal(tmp_path / "index" / "build.lock"):
+        with pytest.raises(InputError, match="another process"):
+            retriever.build(path, tmp_path / "index", quiet=True)
+    retriever.build(path, tmp_path / "index", quiet=True)
     retriever.build(path, tmp_path / "index", quiet=True)
     retriever.build(path, tmp_path / "index", quiet=True)
     assert "already built" in capsys.readouterr().out
     open_index = retriever.load(tmp_path / "index")
-    retriever.build(path, tmp_path / "index", "bm25", quiet=True)  # replaces it; the open index still answers
+    retriever.build(path, tmp_path / "index", "tfidf", quiet=True)  # replaces it; the open index still answers
     assert len(open_index.search(["words"])[0]) == 1
-    assert retriever.load(tmp_path / "index").manifest["kind"] == "bm25"
+    assert retriever.load(tmp_path / "index").manifest["kind"] == "tfidf"
 
 
 # Dense
@@ -471,8 +446,7 @@ def reference_vectors(encoder, texts):
     for text in texts:
         with torch.no_grad():
             tokens = tokenizer(text, return_tensors="pt", truncation=True, max_length=64)
-            hidden = model(**tokens).last_hidden_state[0]
-        vector = hidden.mean(0)
+            vector = model(**tokens).last_hidden_state[0].mean(0)
         vectors.append((vector / vector.norm()).numpy())
     return np.array(vectors)
 
@@ -520,10 +494,8 @@ def test_faiss_flat_index_is_opened_as_it_is(tmp_path, encoder):
     (tmp_path / "e5_Flat.index").write_bytes(flat_index_bytes(own.vectors.numpy()))
     index = build(tmp_path, texts, "dense", encoder=encoder, vectors=str(tmp_path / "e5_Flat.index"))
     queries = zipf_texts(5, 150, seed=2)
-    for hits, same in zip(
-        index.search(queries), own.search(queries), strict=True
-    ):  # products may differ in the last bit
-        assert [hit.id for hit in hits] == [hit.id for hit in same]
+    found = [[[hit.id for hit in hits] for hits in each.search(queries)] for each in (index, own)]
+    assert found[0] == found[1]  # but scores may differ in the last bit
     wrong = {
         "fewer": flat_index_bytes(np.zeros((39, 32))),
         "l2": flat_index_bytes(np.zeros((40, 32)), b"IxF2", 1),
@@ -534,13 +506,8 @@ def test_faiss_flat_index_is_opened_as_it_is(tmp_path, encoder):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(InputError, match=name):
             build(tmp_path, texts, "dense", encoder=encoder, vectors=str(tmp_path / name), name="wrong")
-
-
-def test_an_encoder_that_cannot_be_used(tmp_path, encoder):
-    build(tmp_path, ["w1 w2", "w3"], "dense", encoder=encoder)
-    (tmp_path / "empty").mkdir()
-    edit_manifest(tmp_path / "index", encoder=str(tmp_path / "empty"))
-    with pytest.raises(InputError, match="no encoder could be loaded"):
+    edit_manifest(tmp_path / "index", encoder=str(tmp_path / "own"))  # not the folder of an encoder
+    with pytest.raises(InputError, match="own: no encoder could be loaded"):
         retriever.load(tmp_path / "index", "cpu")
 
 
@@ -589,17 +556,13 @@ def test_bad_requests_are_answered_with_a_reason(served, topk):
         assert status == 400 and "must be" in answer["error"]
 
 
-def test_remote_index_gives_the_same_hits(served, monkeypatch):
+def test_remote_index_gives_the_same_hits(served):
     index, url = served
     remote = retriever.load(url)
     queries = ["n7", "passage", "nothing"]
     assert remote.search(queries, 2) == index.search(queries, 2)
     assert in_threads(8, lambda n: remote.search([f"n{n}"])) == [index.search([f"n{n}"]) for n in range(8)]
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody is there
-    monkeypatch.delenv("no_proxy", raising=False)
-    for local in (url, url.replace("127.0.0.1", "localhost"), f"{url}/retrieve/"):
-        assert retriever.load(local).search(queries, 2) == index.search(queries, 2)
+    assert retriever.load(f"{url}/retrieve/").search(queries, 2) == index.search(queries, 2)
     with pytest.raises(InputError, match="http.*: 400: .*the number of passages"):
         remote.search(["n7"], 0)
 
@@ -622,9 +585,7 @@ def test_answers_of_another_form_are_one_line(answer, monkeypatch):
     monkeypatch.setattr("common.client.BACKOFF", 0)
     with serve(lambda *request: answer) as (url, _), pytest.raises(InputError, match="not in the expected format"):
         retriever.load(url).search(["a query"])
-    with pytest.raises(
-        InputError, match=f"^{url}/retrieve: no answer: .*Connection refused; gave up after 4 attempts$"
-    ):
+    with pytest.raises(InputError, match=f"^{url}/retrieve: no answer: .*Connection refused; gave up after 4 attempts"):
         retriever.load(url).search(["a query"])  # the server has ended
 
 
