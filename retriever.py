@@ -40,8 +40,7 @@ class BuildConfig:
     # BM25. These defaults have the best recall on 100 HotpotQA training questions (bench/retriever.py recall).
     k1: float = option(1.5, "BM25: how much repetitions of a word add", at_least=0, at_most=1000)
     b: float = option(0.9, "BM25: how much long passages are penalised", at_least=0, at_most=1)
-    # Dense. The default is the paper's retriever.
-    encoder: str = option("intfloat/e5-base-v2", "dense: an encoder of the E5 family, name or folder")
+    encoder: str = option("intfloat/e5-base-v2", "dense: an encoder of the E5 family; the default is the paper's")
     vectors: str | None = option(None, "dense: use the vectors of this FAISS flat index, in the order of the passages")
     quiet: bool = option(False, "no progress bar")
 
@@ -60,7 +59,6 @@ class BuildConfig:
 #                     dense, unless the option "vectors" names a FAISS index:
 #     vectors         float32 [passages, dimensions]
 #   building-KEY/     while a build runs: for each finished chunk of passages a run (.npz and .postings)
-#
 # KEY is a hash of the options and the passages: a build with others does not continue these runs.
 # index.json is replaced when the new data is complete.
 
@@ -175,29 +173,26 @@ def merge_passages(runs, source, data):
 
 
 # The weights. The score of a passage is the sum of repeats(n) x value(term, passage) over the terms of the query, where
-# n is how often the query has the term: n for BM25, 1 + ln n for TF-IDF, which is then divided by the query's norm.
+# n is how often the query has the term.
+#
+# TF-IDF is scikit-learn's TfidfVectorizer(sublinear_tf=True): the cosine of vectors of (1 + ln n) idf, where idf is
+# ln((1 + N) / (1 + df)) + 1. value has the idf of both vectors and the passage's norm in it; repeats is 1 + ln n.
+# BM25 is that of Lucene 8 and bm25s' "lucene" (Kamphuis et al., "Which BM25 do you mean?", ECIR 2020): idf is
+# ln(1 + (N - df + 0.5) / (df + 0.5)); repeats is n. Stop words add to no length and to no norm.
 
 
 def term_idf(kind, df, count):
-    """Returns the weight of a term that occurs in df of count passages.
-
-    TF-IDF: ln((1 + N) / (1 + df)) + 1, as scikit-learn's TfidfVectorizer. BM25: ln(1 + (N - df + 0.5) / (df + 0.5)), as
-    Lucene 8 and bm25s' "lucene"; the variants are in Kamphuis et al., "Which BM25 do you mean?" (ECIR 2020).
-    """
+    """Returns the weight of a term that occurs in df of count passages."""
     return np.log((1 + count) / (1 + df)) + 1 if kind == "tfidf" else np.log(1 + (count - df + 0.5) / (df + 0.5))
 
 
 def passage_values(kind, tf, idf, factor):
-    """Returns the values of terms in passages where they occur tf times.
-
-    TF-IDF: the cosine with (1 + ln tf) idf weights, scikit-learn's sublinear_tf=True; one idf is that of the query, and
-    factor is the norm of the passage's vector. BM25: factor is k1 (1 - b + b length / mean length).
-    """
+    """Returns the values of terms in passages where they occur tf times. factor: see passage_factors."""
     return (1 + np.log(tf)) * idf**2 / factor if kind == "tfidf" else idf * tf / (tf + factor)
 
 
 def passage_factors(runs, terms, idf, config):
-    """Returns the factors of passage_values, float32 [passages]. Stop words add to no length and to no norm."""
+    """Returns k1 (1 - b + b length / mean length) or the norm of each passage, float32 [passages]."""
     lengths = np.concatenate([np.load(run)["lengths"] for run in runs])
     if config.kind == "bm25":
         factors = config.k1 * (1 - config.b + config.b * lengths / (lengths.mean() or 1))
@@ -318,16 +313,13 @@ class Index:
         start, end = self.offsets[doc : doc + 2].tolist()
         try:
             id, contents = parse_passage(os.pread(self.file.fileno(), end - start, start).split(b"\n", 1)[0])
-            return Hit(id, float(score), contents)
         except UNREADABLE:
             raise InputError(f"{self.file.name}: changed since the index was built; build it again") from None
+        return Hit(id, float(score), contents)
 
 
 def best_of(docs, scores, rank, k):
     """Returns the k best of some passages and their scores, best first, ties in the order of rank."""
-    if len(scores) > k:
-        keep = np.flatnonzero(scores >= np.partition(scores, -k)[-k])
-        docs, scores = docs[keep], scores[keep]
     order = np.lexsort((rank[docs], -scores))[:k]
     return docs[order], scores[order]
 
@@ -495,8 +487,7 @@ def search_vectors(vectors, queries, k, rank):
         columns = query, start + column, products[query, column]
         found.append([column.cpu().numpy() for column in columns])
     query, vector, product = map(np.concatenate, zip(*found, strict=True))
-    each = [query == number for number in range(len(queries))]
-    return [best_of(vector[own], product[own], rank, k) for own in each]
+    return [best_of(vector[query == i], product[query == i], rank, k) for i in range(len(queries))]
 
 
 KINDS = {"bm25": SparseIndex, "tfidf": SparseIndex, "dense": DenseIndex}
@@ -526,8 +517,8 @@ class RemoteIndex(Connection):
 
         def read(answer):
             found = [[(hit["document"], float(hit["score"])) for hit in hits] for hits in answer["result"]]
-            found = [found for _, found in zip(queries, found, strict=True)]
-            return [[Hit(str(row["id"]), score, "" + row["contents"]) for row, score in one] for one in found]
+            hits = [[Hit(str(row["id"]), score, "" + row["contents"]) for row, score in one] for one in found]
+            return [one for _, one in zip(queries, hits, strict=True)]
 
         try:
             return self.request("/retrieve", {"queries": queries, "topk": k, "return_scores": True}, read)[0]

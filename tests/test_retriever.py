@@ -34,7 +34,7 @@ SCRIPT = Path(retriever.__file__)
 
 def write_passages(path, texts, ids=None):
     rows = [{"id": str(ids[i]) if ids else f"p{i:05d}", "contents": text} for i, text in enumerate(texts)]
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
@@ -95,6 +95,7 @@ def test_stop_words_count_only_where_there_is_no_other_word(tmp_path, kind):
         assert index.search([query])[0][0].id == f"p{first:05d}", query
     assert index.search(["the novel of it"]) == index.search(["novel"])
     assert index.search(["the unknownword"]) == [[]]
+    assert len(build(tmp_path, ["the", "of the"], kind, name="no other").search(["the"])[0]) == 2
 
 
 # Scores
@@ -173,6 +174,8 @@ def test_hits_and_odd_queries(tmp_path):
     for query, title, text in (("other", "", "other words"), ("untitled", "", "untitled\ntwo lines")):
         (hit,) = index.search([query])[0]
         assert (hit.title, hit.text) == (title, text)
+    half = build(tmp_path, ["half \udc00 pair"], ids=["1\ud83d"], name="half").search(["half \udfff"])[0]
+    assert [(hit.id, hit.contents) for hit in half] == [("1?", "half ? pair")]
     assert index.search([]) == []
     assert index.search(["", "   ", "unknown", "?!"], k=10) == [[], [], [], []]
     assert len(index.search(["a unit other"], k=10**12)[0]) == 2
@@ -189,12 +192,11 @@ def test_hits_and_odd_queries(tmp_path):
 
 @pytest.mark.parametrize("kind", ["tfidf", "bm25"])
 def test_one_passage_many_repetitions_and_no_words(tmp_path, kind):
-    assert [hit.id for hit in build(tmp_path, ["one passage"], kind, name="one").search(["passage"])[0]] == ["p00000"]
+    assert len(build(tmp_path, ["one passage"], kind, name="one").search(["passage"])[0]) == 1
     index = build(tmp_path, ["w " * 70_000, "x w", "x x x w w y"], kind, name="many")
     assert index.search(["w"])[0][0].id == "p00000" and len(index.search(["w"])[0]) == 3
     with pytest.raises(InputError, match="no passage has a word"):
         build(tmp_path, ["...", ""], kind)
-    assert len(build(tmp_path, ["the", "of the"], kind, name="stop words").search(["the"])[0]) == 2
 
 
 @pytest.mark.parametrize("lines, problem", [
@@ -237,13 +239,6 @@ def test_bad_settings_and_paths(tmp_path):
     for nowhere in (tmp_path / "nowhere", path):
         with pytest.raises(InputError, match="no index of format 5 here; build it"):
             retriever.load(nowhere)
-
-
-def test_halves_of_surrogate_pairs_become_question_marks(tmp_path):
-    (tmp_path / "p.jsonl").write_text('{"id": "1\\ud83d", "contents": "half \\udc00 pair"}\n')
-    retriever.build(tmp_path / "p.jsonl", tmp_path / "index", quiet=True)
-    hits = retriever.load(tmp_path / "index").search(["half \udfff"])[0]
-    assert [(hit.id, hit.contents) for hit in hits] == [("1?", "half ? pair")]
 
 
 def test_folder_moves_with_its_passages_and_changes_are_noticed(tmp_path):
