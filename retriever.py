@@ -111,8 +111,7 @@ def _build(config, source, out):
 
 def relative_path(path, folder):
     """Returns the path from a folder to a file, without symbolic links before the name: both can be moved together."""
-    path = Path(path)
-    return os.path.relpath(path.parent.resolve() / path.name, Path(folder).resolve())
+    return os.path.relpath(Path(path).parent.resolve() / Path(path).name, Path(folder).resolve())
 
 
 def hash_file(path):
@@ -224,19 +223,13 @@ def read_run(file, terms, cuts):
 
 
 def merge_postings(files, data, config):
-    """Merge runs into the inverted index.
-
-    Memory: the vocabulary, about half a MiB for each run, and one range of postings. The postings are written in order:
-    a scatter into mapped files is shorter, but needs all of them in memory, and a full disk kills it without an error.
-    """
-    terms = set()
+    """Merge runs into the inverted index. Memory: the vocabulary, half a MiB for each run, and a range of postings."""
+    df = Counter()
     for file in files:
-        terms.update(np.load(file)["terms"].tolist())
-    terms = np.array(sorted(terms), TERM)
-    df = np.zeros(len(terms), np.int64)
-    for file in files:
-        with np.load(file) as run:
-            df[np.searchsorted(terms, run["terms"])] += run["counts"]
+        run = np.load(file)
+        df.update(dict(zip(run["terms"].tolist(), run["counts"].tolist(), strict=True)))
+    terms = np.array(sorted(df), TERM)
+    df = np.array([df[term] for term in terms.tolist()], np.int64)
     starts = np.concatenate([[0], np.cumsum(df)])
     if not starts[-1]:
         raise InputError(f"{config.passages}: no passage has a word")
@@ -455,10 +448,7 @@ class DenseIndex(Index):
             self.vectors = self.vectors.to(device)
 
     def top(self, queries, k):
-        """Returns [(passage numbers, scores)] of the k best passages for each query.
-
-        A GPU's torch.OutOfMemoryError is raised unchanged, so that the caller can free memory.
-        """
+        """Returns [(passage numbers, scores)] of the k best passages for each query."""
         vectors = self.encoder.encode([f"query: {query}" for query in queries])
         return search_vectors(self.vectors, vectors.to(self.vectors.device), k, self.rank)
 
