@@ -470,11 +470,16 @@ def search_vectors(vectors, queries, k, rank):
             products = queries @ part.T  # [queries, block]
         else:  # NumPy's matrix product was up to twice as fast as torch's for one query
             products = torch.from_numpy(queries.numpy() @ part.numpy().T)
-        groups = products[:, : len(part) // 32 * 32].unflatten(1, (32, -1)).amax(1)  # [queries, groups]
-        if groups.shape[1] >= k:
-            floor = torch.maximum(floor, groups.topk(k, dim=1).values[:, -1:])
-        query, column = torch.nonzero(products >= floor, as_tuple=True)
-        columns = query, start + column, products[query, column]
+        padding = -len(part) % 32
+        products = torch.nn.functional.pad(products, (0, padding), value=-torch.inf) if padding else products
+        products = products.view(len(queries), 32, -1)  # [queries, 32, groups]
+        maxima = products.amax(1)  # [queries, groups]; only groups that reach the floor are looked at
+        if maxima.shape[1] >= k:
+            floor = torch.maximum(floor, maxima.topk(k, dim=1).values[:, -1:])
+        query, group = torch.nonzero(maxima >= floor, as_tuple=True)
+        products = products[query, :, group]  # [pairs of query and group, 32]
+        pair, row = torch.nonzero((products >= floor[query]) & (products > -torch.inf), as_tuple=True)
+        columns = query[pair], start + row * maxima.shape[1] + group[pair], products[pair, row]
         found.append([column.cpu().numpy() for column in columns])
     query, vector, product = map(np.concatenate, zip(*found, strict=True))
     return [best_of(vector[query == i], product[query == i], rank, k) for i in range(len(queries))]
