@@ -121,8 +121,7 @@ def query_terms(query):
     return [index_term(word) for word in words if word not in STOP_WORDS] or list(map(index_term, words))
 
 
-# A passage's number, and how often it has the term, which merging replaces by its value.
-POSTING = np.dtype([("doc", np.uint32), ("value", np.float32)])
+POSTING = np.dtype([("doc", np.uint32), ("value", np.float32)])  # value: how often the passage has the term
 
 
 def invert(passages):
