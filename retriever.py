@@ -10,19 +10,16 @@ reads passages from it by offset. From Python:
 
     retriever.build("passages.jsonl", "runs/index", kind="bm25")
     hits = retriever.load("runs/index").search(["a query", "another"], k=3)
-
-In this order below: the index folder, the weights of TF-IDF and BM25, the inverted index, search, dense vectors, the
-server and its client. How a text becomes words is in common/passages.py.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
-import math
+import itertools
 import os
 import shutil
 import threading
-import types
 from collections import Counter
 from pathlib import Path
 from typing import Literal
@@ -31,8 +28,8 @@ import numpy as np
 
 import common
 from common import REQUIRED, InputError, option
-from common.client import BadRequest, Connection
-from common.passages import STOP_WORDS, WORD_BYTES, Hit, invert, parse_passage, query_terms, read_passages, valid_text
+from common.client import UNREADABLE, BadRequest, Connection
+from common.passages import POSTING, STOP_WORDS, TERM, Hit, invert, parse_passage, query_terms, read_chunk
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -43,8 +40,7 @@ class BuildConfig:
     # BM25. These defaults have the best recall on 100 HotpotQA training questions (bench/retriever.py recall).
     k1: float = option(1.5, "BM25: how much repetitions of a word add", at_least=0, at_most=1000)
     b: float = option(0.9, "BM25: how much long passages are penalised", at_least=0, at_most=1)
-    # Dense. The default is the paper's retriever.
-    encoder: str = option("intfloat/e5-base-v2", "dense: an encoder of the E5 family, name or folder")
+    encoder: str = option("intfloat/e5-base-v2", "dense: an encoder of the E5 family; the default is the paper's")
     vectors: str | None = option(None, "dense: use the vectors of this FAISS flat index, in the order of the passages")
     quiet: bool = option(False, "no progress bar")
 
@@ -52,22 +48,21 @@ class BuildConfig:
 # The index folder
 #
 #   index.json        the options of the build, "format", "passages" (their path from this folder), their "bytes",
-#                     "sha256" and "modified_ns", "data" ("data-1"), "files" of data-1 {name: bytes}
-#   data-1/           of every index:
-#     offsets.npy     int64 [passages]: where a passage's line begins in the passages file
-#     rank.npy        uint32 [passages]: a passage's place in the order of ids, which breaks ties between scores
+#                     "sha256" and "modified_ns", "data" (the folder's name), "files" of data {name: bytes}
+#   data-KEY/         plain arrays:
+#     offsets         int64 [passages + 1]: where a passage's line begins in the passages file, and the file's size
+#     rank            uint32 [passages]: a passage's place in the order of ids, which breaks ties between scores
 #                     of TF-IDF and BM25, an inverted index:
-#     terms.npy       S32 [terms]: sorted
-#     starts.npy      int64 [terms + 1]: the postings of term t are those from starts[t] to starts[t + 1]
-#     docs            uint32 [postings]: the passages that have the term, in order
-#     values          float32 [postings]: the term's value in each of them, see passage_values
+#     terms           S32 [terms]: sorted
+#     starts          int64 [terms + 1]: the postings of term t are those from starts[t] to starts[t + 1]
+#     postings        POSTINGs: the passages that have the term, in order, and its value in each: see passage_values
 #                     dense, unless the option "vectors" names a FAISS index:
 #     vectors         float32 [passages, dimensions]
-#   building/         while a build runs: plan.json, and for each finished chunk of passages a run (.npz and .npy)
-#
-# The runs survive a killed build, and are merged into the index. index.json is replaced when the new data is complete.
+#   building-KEY/     while a build runs: for each finished chunk of passages a run (.npz and .postings)
+# KEY is a hash of the options and the passages: a build with others does not continue these runs.
+# index.json is replaced when the new data is complete.
 
-FORMATS = {"bm25": 4, "tfidf": 4, "dense": 3}  # an index of another format is refused
+FORMAT = 5  # an index of another format is refused
 
 
 def build(passages, out, kind="bm25", **settings):
@@ -78,10 +73,8 @@ def build(passages, out, kind="bm25", **settings):
     """
     config = BuildConfig(passages=str(passages), out=str(out), kind=kind, **settings)
     common.check_numbers(config)
-    if kind not in FORMATS:
-        raise InputError(f"kind {kind!r}: must be one of {', '.join(FORMATS)}")
-    if not Path(passages).is_file():
-        raise InputError(f"{passages}: no such file")
+    if kind not in KINDS:
+        raise InputError(f"kind {kind!r}: must be one of {', '.join(KINDS)}")
     try:
         with common.Journal(Path(out, "build.lock")):  # refuses a second build in this folder at the same time
             _build(config, Path(passages), Path(out))
@@ -92,41 +85,33 @@ def build(passages, out, kind="bm25", **settings):
 def _build(config, source, out):
     plan = {name: value for name, value in vars(config).items() if name not in ("out", "quiet")}
     plan |= {name: plan[name] and relative_path(plan[name], out) for name in ("passages", "vectors")}
-    plan |= {"format": FORMATS[config.kind], "bytes": source.stat().st_size, "sha256": hash_file(source)}
+    plan |= {"format": FORMAT, "bytes": source.stat().st_size, "sha256": hash_file(source)}
     modified = {"modified_ns": source.stat().st_mtime_ns}
-    manifest = read_manifest(out)
-    if manifest.items() >= modified.items():
-        manifest.setdefault("sha256", plan["sha256"])  # the first dense indexes of format 3 have none
-    if manifest.items() >= plan.items() and not incomplete_files(out, manifest):
-        common.write_json(out / "index.json", manifest | modified)
-        print(f"{out}: already built")
-        return
-    work, dense = out / "building", config.kind == "dense"
-    if read_manifest(work, "plan.json") != plan:
-        shutil.rmtree(work, ignore_errors=True)
-        common.write_json(work / "plan.json", plan)
-    shutil.rmtree(work / "data", ignore_errors=True)
-    (work / "data").mkdir()
-    columns_of = invert
-    if dense:
-        columns_of = functools.partial(embed, None if config.vectors else Encoder(config.encoder))
-    with common.progress(desc="reading", total=plan["bytes"], unit="B", quiet=config.quiet) as bar:
-        runs = write_runs(columns_of, source, work, DENSE_CHUNK if dense else CHUNK, bar)
-    merge_passages(runs, source, work / "data")
-    (merge_vectors if dense else merge_postings)(runs, work / "data", config)
-    files = {path.name: path.stat().st_size for path in sorted((work / "data").iterdir())}
-    data = "data-2" if manifest.get("data") == "data-1" else "data-1"
-    shutil.rmtree(out / data, ignore_errors=True)
-    os.replace(work / "data", out / data)
-    common.write_json(out / "index.json", {**plan, **modified, "data": data, "files": files})
-    for folder in {work, *out.glob("data-*")} - {out / data}:
+    with contextlib.suppress(InputError, *UNREADABLE):
+        manifest = read_manifest(out)
+        if manifest.items() >= plan.items():
+            common.write_json(out / "index.json", manifest | modified)
+            print(f"{out}: already built")
+            return
+    key = hashlib.sha256(repr(plan).encode()).hexdigest()[:8]
+    work, data = out / f"building-{key}", out / f"data-{key}"
+    shutil.rmtree(data, ignore_errors=True)
+    columns_of, merge = invert, merge_postings
+    if config.kind == "dense":
+        columns_of = Encoder(config.encoder).columns if not config.vectors else lambda contents: {}
+        merge = merge_vectors
+    runs = write_runs(columns_of, source, work, config)
+    merge_passages(runs, source, data)
+    merge(runs, data, config)
+    files = {path.name: path.stat().st_size for path in sorted(data.iterdir())}
+    common.write_json(out / "index.json", {**plan, **modified, "data": data.name, "files": files})
+    for folder in {*out.glob("building*"), *out.glob("data-*")} - {data}:
         shutil.rmtree(folder)
 
 
 def relative_path(path, folder):
     """Returns the path from a folder to a file, without symbolic links before the name: both can be moved together."""
-    path = Path(path)
-    return os.path.relpath(path.parent.resolve() / path.name, Path(folder).resolve())
+    return os.path.relpath(Path(path).parent.resolve() / Path(path).name, Path(folder).resolve())
 
 
 def hash_file(path):
@@ -134,37 +119,41 @@ def hash_file(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_manifest(folder, name="index.json"):
-    path = folder / name
-    return common.parse_object(path.read_bytes(), str(path)) if path.exists() else {}
-
-
-def incomplete_files(folder, manifest):
-    """Returns the names of data files that do not have the size that the manifest says."""
-    sizes = {path: path.stat().st_size for path in folder.glob("data-*/*")}
-    files = manifest.get("files", {}).items()
-    return [name for name, size in files if sizes.get(folder / manifest["data"] / name) != size]
+def read_manifest(folder):
+    """Returns the content of index.json. Raises InputError if there is no complete index of this format."""
+    path, command = folder / "index.json", f"build it: python retriever.py build PASSAGES {folder}"
+    manifest = common.parse_object(path.read_bytes(), path) if path.exists() else {}
+    if manifest.get("format") != FORMAT:
+        raise InputError(f"{folder}: no index of format {FORMAT} here; {command}")
+    for name, size in manifest["files"].items():
+        file = folder / manifest["data"] / name
+        if not file.is_file() or file.stat().st_size != size:
+            raise InputError(f"{file} is missing or incomplete; {command} --kind {manifest['kind']}")
+    return manifest
 
 
 def save_array(path, array):
-    """np.save that raises an error if the disk is full. For a real file, np.save ignores the errors of closing it."""
     with common.replace_file(path, "wb") as file:
-        np.save(types.SimpleNamespace(write=file.write), array)
+        file.write(np.ascontiguousarray(array))
 
 
-def write_runs(columns_of, path, work, size, bar):
-    """Write columns_of(contents) for each chunk of `size` bytes that has no run. Returns the files of all runs."""
-    runs = []
-    for start in range(0, path.stat().st_size, size):
-        runs.append(work / f"run-{start // size:06d}.npz")
-        if not runs[-1].exists():
-            offsets, ids, contents = read_passages(path, start, start + size)
+def write_runs(columns_of, source, work, config):
+    """Write columns_of(contents) for each chunk of the passages that has no run. Returns the files of all runs."""
+    runs, count = [], 0
+    chunks = range(0, source.stat().st_size, CHUNK)
+    for number, start in enumerate(common.progress(chunks, desc="reading", unit="chunk", quiet=config.quiet)):
+        run = work / f"run-{number:06d}.npz"
+        if not run.exists():
+            offsets, ids, contents = read_chunk(source, start, start + CHUNK)
             columns = columns_of(contents)
             if "postings" in columns:  # in a file of their own, because they are read in parts
-                save_array(runs[-1].with_suffix(".npy"), columns.pop("postings"))
-            with common.replace_file(runs[-1], "wb") as file:
-                np.savez(file, offsets=np.array(offsets, np.int64), ids=np.array(ids or [], "S"), **columns)
-        bar.update(size)
+                postings = columns.pop("postings")
+                postings["doc"] += count
+                save_array(run.with_suffix(".postings"), postings)
+            with common.replace_file(run, "wb") as file:
+                np.savez(file, offsets=np.array(offsets, np.int64), ids=np.array(ids, "S"), **columns)
+        runs.append(run)
+        count += len(np.load(run)["ids"])
     return runs
 
 
@@ -178,115 +167,87 @@ def merge_passages(runs, source, data):
     same = np.flatnonzero(ids[order[1:]] == ids[order[:-1]])
     if same.size:
         raise InputError(f"{source}: the id {ids[order[same[0]]].decode()!r} occurs twice; ids must differ")
-    save_array(data / "rank.npy", np.argsort(order).astype(np.uint32))
-    save_array(data / "offsets.npy", np.concatenate(offsets))
+    save_array(data / "rank", np.argsort(order).astype(np.uint32))
+    save_array(data / "offsets", np.concatenate([*offsets, [source.stat().st_size]]))
 
 
 # The weights. The score of a passage is the sum of repeats(n) x value(term, passage) over the terms of the query, where
-# n is how often the query has the term: n for BM25, 1 + ln n for TF-IDF, which is then divided by the query's norm.
+# n is how often the query has the term.
+#
+# TF-IDF is scikit-learn's TfidfVectorizer(sublinear_tf=True): the cosine of vectors of (1 + ln n) idf, where idf is
+# ln((1 + N) / (1 + df)) + 1. value has the idf of both vectors and the passage's norm in it; repeats is 1 + ln n.
+# BM25 is that of Lucene 8 and bm25s' "lucene" (Kamphuis et al., "Which BM25 do you mean?", ECIR 2020): idf is
+# ln(1 + (N - df + 0.5) / (df + 0.5)); repeats is n. Stop words add to no length and to no norm.
 
 
 def term_idf(kind, df, count):
-    """Returns the weight of a term that occurs in df of count passages.
-
-    TF-IDF: ln((1 + N) / (1 + df)) + 1, as scikit-learn's TfidfVectorizer. BM25: ln(1 + (N - df + 0.5) / (df + 0.5)), as
-    Lucene 8 and bm25s' "lucene"; the variants are in Kamphuis et al., "Which BM25 do you mean?" (ECIR 2020).
-    """
+    """Returns the weight of a term that occurs in df of count passages."""
     return np.log((1 + count) / (1 + df)) + 1 if kind == "tfidf" else np.log(1 + (count - df + 0.5) / (df + 0.5))
 
 
 def passage_values(kind, tf, idf, factor):
-    """Returns the values of terms in passages where they occur tf times.
-
-    TF-IDF: the cosine with (1 + ln tf) idf weights, scikit-learn's sublinear_tf=True; one idf is that of the query, and
-    factor is the norm of the passage's vector. BM25: factor is k1 (1 - b + b length / mean length).
-    """
+    """Returns the values of terms in passages where they occur tf times. factor: see passage_factors."""
     return (1 + np.log(tf)) * idf**2 / factor if kind == "tfidf" else idf * tf / (tf + factor)
 
 
 def passage_factors(runs, terms, idf, config):
-    """Returns the factors of passage_values, float32 [passages]. Stop words add to no length and to no norm."""
-    lengths = np.concatenate([run.lengths for run in runs])
+    """Returns k1 (1 - b + b length / mean length) or the norm of each passage, float32 [passages]."""
+    lengths = np.concatenate([np.load(run)["lengths"] for run in runs])
     if config.kind == "bm25":
         factors = config.k1 * (1 - config.b + config.b * lengths / (lengths.mean() or 1))
     else:
         idf = np.where(np.isin(terms, list(STOP_WORDS)), 0, idf)
         squares = np.zeros(len(lengths))
         for run in runs:
-            postings = np.load(run.postings)
-            weights = (1 + np.log(postings["tf"])) * np.repeat(idf[run.places], run.counts)
-            np.add.at(squares, postings["doc"] + run.first_doc, weights**2)
+            [(places, postings)] = read_run(run, terms, [0, len(terms)])
+            np.add.at(squares, postings["doc"], ((1 + np.log(postings["value"])) * idf[places]) ** 2)
         factors = np.sqrt(np.where(squares > 0, squares, 1))
     return factors.astype(np.float32)
 
 
 # The inverted index of TF-IDF and BM25
 
-CHUNK = 4 << 20  # bytes of passages that are inverted at once; sets the memory of a build
+CHUNK = 4 << 20  # bytes of passages that are inverted or embedded at once; sets the memory of a build
 RANGE = 1 << 20  # postings that are merged at once
 
 
-class Run:
-    """The inverted index of one chunk, of which merge_postings takes the postings term by term."""
-
-    def __init__(self, file, terms, first_doc):
-        columns = np.load(file)
-        self.postings = file.with_suffix(".npy")
-        self.places = np.searchsorted(terms, columns["terms"]).astype(np.uint32)  # of its terms among all terms
-        self.counts = columns["counts"]
-        self.lengths = columns["lengths"]
-        self.first_doc = np.uint32(first_doc)
-        self.taken = 0
-
-    def take(self, first, last):
-        """Returns (places, passage numbers, tf) of the postings of terms first to last - 1, which come next."""
-        low, high = np.searchsorted(self.places, np.array([first, last], np.uint32))
-        places = np.repeat(self.places[low:high], self.counts[low:high])
-        # Copied, so that the file is mapped only now: mapped pages count as memory of the process.
-        postings = np.load(self.postings, mmap_mode="r")[self.taken :][: len(places)].copy()
-        self.taken += len(places)
-        return places, postings["doc"] + self.first_doc, postings["tf"]
+def read_run(file, terms, cuts):
+    """Yield (places of the terms, POSTINGs) of a run, for each range of terms between two cuts."""
+    with np.load(file) as run:
+        places, counts = np.searchsorted(terms, run["terms"]).astype(np.uint32), run["counts"]
+    taken = 0
+    for low, high in itertools.pairwise(np.searchsorted(places, cuts)):
+        found = np.repeat(places[low:high], counts[low:high])
+        yield found, np.fromfile(file.with_suffix(".postings"), POSTING, len(found), offset=taken * POSTING.itemsize)
+        taken += len(found)
 
 
 def merge_postings(files, data, config):
-    """Merge runs into the inverted index.
-
-    Memory: the vocabulary, about half a MiB for each run, and one range of postings. The postings are written in order:
-    a scatter into mapped files is shorter, but needs all of them in memory, and a full disk kills it without an error.
-    """
-    terms = set()
+    """Merge runs into the inverted index. Memory: the vocabulary, half a MiB for each run, and a range of postings."""
+    df = Counter()
     for file in files:
-        terms.update(np.load(file)["terms"].tolist())
-    terms = np.array(sorted(terms), f"S{WORD_BYTES}")
-    runs, count, df = [], 0, np.zeros(len(terms), np.int64)
-    for file in files:
-        runs.append(Run(file, terms, count))
-        count += len(runs[-1].lengths)
-        df[runs[-1].places] += runs[-1].counts
+        run = np.load(file)
+        df.update(dict(zip(run["terms"].tolist(), run["counts"].tolist(), strict=True)))
+    terms = np.array(sorted(df), TERM)
+    df = np.array([df[term] for term in terms.tolist()], np.int64)
     starts = np.concatenate([[0], np.cumsum(df)])
     if not starts[-1]:
         raise InputError(f"{config.passages}: no passage has a word")
-    idf = term_idf(config.kind, df, count).astype(np.float32)
-    factors = passage_factors(runs, terms, idf, config)
-    size = max(RANGE, 4096 * len(runs))  # opening a run takes as much time as merging 4,096 postings
-    first = 0
-    with (
-        common.progress(desc="merging", total=int(starts[-1]), quiet=config.quiet) as bar,
-        common.replace_file(data / "docs", "wb") as docs_file,
-        common.replace_file(data / "values", "wb") as values_file,
-    ):
-        while first < len(terms):
-            last = max(int(np.searchsorted(starts, starts[first] + size, side="right")) - 1, first + 1)
-            places, docs, tfs = map(np.concatenate, zip(*(run.take(first, last) for run in runs), strict=True))
+    idf = term_idf(config.kind, df, len(np.memmap(data / "rank", np.uint32))).astype(np.float32)
+    factors = passage_factors(files, terms, idf, config)
+    size = max(RANGE, 4096 * len(files))  # opening a run takes as much time as merging 4,096 postings
+    cuts = np.unique([*np.searchsorted(starts, np.arange(0, starts[-1], size)), len(terms)])
+    ranges = zip(*(read_run(file, terms, cuts) for file in files), strict=True)
+    with common.replace_file(data / "postings", "wb") as file:
+        for parts in common.progress(ranges, desc="merging", total=len(cuts) - 1, quiet=config.quiet):
+            places, postings = map(np.concatenate, zip(*parts, strict=True))
             order = np.argsort(places, kind="stable")  # stable: the passages of a term stay in order
-            places, docs, tfs = places[order], docs[order], tfs[order].astype(np.float32)
-            values = passage_values(config.kind, tfs, idf[places], factors[docs])
-            docs_file.write(docs)
-            values_file.write(values)
-            bar.update(len(docs))
-            first = last
-    save_array(data / "terms.npy", terms)
-    save_array(data / "starts.npy", starts)
+            places, postings = places[order], postings[order]
+            factor = factors[postings["doc"]]
+            postings["value"] = passage_values(config.kind, postings["value"], idf[places], factor)
+            file.write(postings)
+    save_array(data / "terms", terms)
+    save_array(data / "starts", starts)
 
 
 # Search
@@ -300,21 +261,11 @@ def load(where, device=None):
     """
     if str(where).startswith(("http://", "https://")):
         return RemoteIndex(str(where))
-    folder, command = Path(where), f"python retriever.py build PASSAGES {where}"
     try:
-        manifest = read_manifest(folder)
-        kind, found = manifest.get("kind"), manifest.get("format")
-        if not manifest:
-            raise InputError(f"{where}: no index here; build it: {command}")
-        if found != FORMATS.get(kind):
-            needed = FORMATS.get(kind, "one of this program")
-            raise InputError(f"{where}: index format {found}, not {needed}; build it: {command} --kind {kind}")
-        for name in incomplete_files(folder, manifest):
-            raise InputError(f"{where}: {name} is missing or incomplete; build it: {command} --kind {kind}")
-        return DenseIndex(folder, manifest, device) if kind == "dense" else SparseIndex(folder, manifest)
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise InputError(f"{where}: the index is damaged ({reason}); delete it and build it: {command}") from None
+        manifest = read_manifest(Path(where))
+        return KINDS[manifest["kind"]](Path(where), manifest, device)
+    except (OSError, *UNREADABLE) as error:
+        raise InputError(f"{where}: the index is damaged ({error!r}); delete it, and build it again") from None
 
 
 class Index:
@@ -324,14 +275,19 @@ class Index:
         path = Path(os.path.normpath(folder.resolve() / manifest["passages"]))
         same = path.is_file() and path.stat().st_size == manifest["bytes"]
         if same and path.stat().st_mtime_ns != manifest["modified_ns"]:  # copied, or edited?
-            same = manifest.get("sha256") in (None, hash_file(path))
+            same = manifest["sha256"] == hash_file(path)
         if not same:
             raise InputError(f"{path}: missing, or changed since {folder} was built from it; build the index again")
+        self.folder = folder
         self.manifest = manifest
-        self.data = folder / manifest["data"]
         self.file = open(path, "rb")
-        self.rank = np.load(self.data / "rank.npy")
-        self.offsets = np.load(self.data / "offsets.npy", mmap_mode="r")
+        self.offsets = self.array("offsets", np.int64)
+        self.rank = self.array("rank", np.uint32)
+        self.lock = threading.Lock()  # several searches at once would need as many times the memory
+
+    def array(self, name, dtype, mode="r"):
+        """Returns the array in a file of the index, mapped into memory. Slices of a np.memmap itself are slow."""
+        return np.asarray(np.memmap(self.folder / self.manifest["data"] / name, dtype, mode))
 
     def __len__(self):
         return len(self.rank)
@@ -342,23 +298,21 @@ class Index:
             raise InputError("queries must be a list of texts")
         if type(k) is not int or k < 1:
             raise InputError(f"the number of passages must be a whole number of at least 1, not {k!r}")
-        best = self.top(queries, min(k, len(self))) if queries else []
+        with self.lock:
+            best = self.top(queries, min(k, len(self))) if queries else []
         return [[self._hit(*found) for found in zip(*one, strict=True)] for one in best]
 
     def _hit(self, doc, score):
-        start, end = (*self.offsets[doc : doc + 2].tolist(), os.fstat(self.file.fileno()).st_size)[:2]
+        start, end = self.offsets[doc : doc + 2].tolist()
         try:
             id, contents = parse_passage(os.pread(self.file.fileno(), end - start, start).split(b"\n", 1)[0])
-            return Hit(id, float(score), contents)
-        except ValueError:
+        except UNREADABLE:
             raise InputError(f"{self.file.name}: changed since the index was built; build it again") from None
+        return Hit(id, float(score), contents)
 
 
 def best_of(docs, scores, rank, k):
     """Returns the k best of some passages and their scores, best first, ties in the order of rank."""
-    if len(scores) > k:
-        keep = np.flatnonzero(scores >= np.partition(scores, -k)[-k])
-        docs, scores = docs[keep], scores[keep]
     order = np.lexsort((rank[docs], -scores))[:k]
     return docs[order], scores[order]
 
@@ -366,91 +320,71 @@ def best_of(docs, scores, rank, k):
 class SparseIndex(Index):
     """TF-IDF or BM25. A query's scores are added up in float32, one term after another, in an array of all passages."""
 
-    def __init__(self, folder, manifest):
+    def __init__(self, folder, manifest, device=None):
         super().__init__(folder, manifest)
-        # Plain arrays of the mapped files, because slices of an np.memmap are slow.
-        self.terms = np.asarray(np.load(self.data / "terms.npy", mmap_mode="r"))
-        self.starts = np.asarray(np.load(self.data / "starts.npy", mmap_mode="r"))
-        self.docs = np.asarray(np.memmap(self.data / "docs", np.uint32, "r"))
-        self.values = np.asarray(np.memmap(self.data / "values", np.float32, "r"))
-        self.find = functools.lru_cache(1 << 16)(self._find)  # a search of the vocabulary takes 5 us
-        self.scores = np.zeros(len(self), np.float32)
-        self.lock = threading.Lock()
-
-    def _find(self, term):
-        """Returns the (start, stop) of a term's postings, or None if no passage has it."""
-        key = np.array(term, self.terms.dtype)
-        place = int(np.searchsorted(self.terms, key))
-        found = place < len(self.terms) and self.terms[place] == key
-        return tuple(self.starts[place : place + 2].tolist()) if found else None
+        self.terms = self.array("terms", TERM)
+        self.starts = self.array("starts", np.int64)
+        self.postings = self.array("postings", POSTING)
+        self.scores = np.zeros((len(self) // 1024 + 1, 1024), np.float32)
 
     def top(self, queries, k):
-        """Returns [(passage numbers, scores)] of the k best passages for each query."""
-        with self.lock:
-            return [self._best(query, k) for query in queries]
+        """Returns [(passage numbers, scores)] of the k best passages for each query, of those with a word of it."""
+        return [self._best(Counter(query_terms(query)), k) for query in queries]
 
-    def _best(self, query, k):
-        """Returns (passage numbers, scores) of the k best passages of those with a word of the query."""
-        squares = 0.0  # of the query's weights, for TF-IDF
+    def _best(self, repeats, k):
+        terms = np.array(list(repeats), TERM)
+        weights = np.array(list(repeats.values()), np.float32)
+        # The postings of an unknown term start where they stop.
+        starts, stops = (self.starts[np.searchsorted(self.terms, terms, side)] for side in ("left", "right"))
+        norm = 1
+        if self.manifest["kind"] == "tfidf":
+            weights = 1 + np.log(weights)
+            norm = np.linalg.norm((stops > starts) * weights * term_idf("tfidf", stops - starts, len(self))) or 1
         self.scores.fill(0)
-        for (start, stop), repeats in Counter(filter(None, map(self.find, query_terms(query)))).items():
-            if self.manifest["kind"] == "tfidf":
-                repeats = 1 + math.log(repeats)
-                squares += (repeats * term_idf("tfidf", stop - start, len(self))) ** 2
-            values = self.values[start:stop] if repeats == 1 else self.values[start:stop] * np.float32(repeats)
-            np.add.at(self.scores, self.docs[start:stop].astype(np.intp), values)
-        docs = np.flatnonzero(self.scores >= max(self._floor(k), 1e-30))
-        docs, scores = best_of(docs, self.scores[docs], self.rank, k)
-        return docs, scores / np.float32(math.sqrt(squares) or 1)
-
-    def _floor(self, k):
-        """A lower bound of the k-th best score: the k-th greatest of the maxima of at least 16 k groups of passages."""
-        groups = max(1024, 16 * k)
-        rows = len(self) // groups
-        maxima = self.scores[: rows * groups].reshape(rows, groups).max(0) if rows else self.scores
-        return float(np.partition(maxima, -k)[-k]) if k <= len(maxima) else 0.0
+        scores = self.scores.reshape(-1)
+        for start, stop, weight in zip(starts.tolist(), stops.tolist(), weights, strict=True):
+            postings = self.postings[start:stop]
+            values = postings["value"] if weight == 1 else postings["value"] * weight
+            np.add.at(scores, postings["doc"].astype(np.intp), values)
+        # The k-th greatest of the maxima of 1024 groups of passages is a lower bound of the k-th best score.
+        floor = np.partition(self.scores.max(0), -k)[-k] if k <= 1024 else 0
+        docs = np.flatnonzero(scores >= max(floor, 1e-30))
+        docs, scores = best_of(docs, scores[docs], self.rank, k)
+        return docs, scores / np.float32(norm)
 
 
 # Dense retrieval: inner products with the vectors of a Hugging Face encoder, as in the paper. torch and transformers
 # are imported only here: that takes seconds, and a sparse index does not need them.
 
-DENSE_CHUNK = 1 << 20  # bytes of passages that are embedded between two saves
-DENSE_BATCH = 64  # texts that are embedded at once
-# E5 (its model card): the mean of the token vectors, and a prefix. An index that names others is refused.
-QUERY_PREFIX, PASSAGE_PREFIX = "query: ", "passage: "
-RECIPE = {"query_prefix": QUERY_PREFIX, "passage_prefix": PASSAGE_PREFIX, "pooling": "mean", "dtype": "float32"}
-
 
 class Encoder:
-    """A Hugging Face encoder on a device: texts in, vectors of length 1 out."""
+    """A Hugging Face encoder on a device: texts in, vectors of length 1 out.
+
+    As E5 needs it (its model card): the mean of the token vectors, and "query: " or "passage: " before the text.
+    """
 
     def __init__(self, name, device=None):
         import torch
         import transformers
 
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if device.type == "cuda" and device.index is None:  # in another thread, the current GPU would be GPU 0
-            device = torch.device("cuda", torch.cuda.current_device())
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(name)
             self.model = transformers.AutoModel.from_pretrained(name, dtype=torch.float32).eval()
-            self.dimensions = self.model.config.hidden_size
-            self.max_length = min(512, self.model.config.max_position_embeddings)
         except Exception as error:  # whatever is wrong with its files
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise InputError(f"{name}: no encoder could be loaded: {reason}") from None
-        self.model.to(device)
+            raise InputError(f"{name}: no encoder could be loaded: {error!r:.300}") from None
+        self.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = self.model.device  # with the GPU's number: in another thread, the current GPU would be GPU 0
         self.torch = torch
-        self.device = device
 
     def encode(self, texts):
         """Returns the vectors of texts: float32 [texts, dimensions], on the encoder's device."""
-        texts = [valid_text(text) for text in texts]
+        texts = [text.encode("utf-8", "replace").decode() for text in texts]  # no halves of surrogate pairs
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # texts of similar length need little padding
-        vectors = self.torch.empty((len(texts), self.dimensions), device=self.device)
-        how = {"padding": True, "truncation": True, "max_length": self.max_length, "return_tensors": "pt"}
-        for start in range(0, len(order), DENSE_BATCH):
-            batch = order[start : start + DENSE_BATCH]
+        vectors = self.torch.empty((len(texts), self.model.config.hidden_size), device=self.device)
+        length = min(512, self.model.config.max_position_embeddings)
+        how = {"padding": True, "truncation": True, "max_length": length, "return_tensors": "pt"}
+        for start in range(0, len(order), 64):
+            batch = order[start : start + 64]
             tokens = self.tokenizer([texts[i] for i in batch], **how).to(self.device)
             with self.torch.inference_mode():
                 hidden = self.model(**tokens).last_hidden_state  # [batch, tokens, dimensions]
@@ -459,27 +393,23 @@ class Encoder:
                 vectors[batch] = self.torch.nn.functional.normalize(mean, dim=-1)
         return vectors
 
-
-def embed(encoder, contents):
-    """Returns the columns of a run: the vectors of its passages, unless encoder is None."""
-    if not contents or not encoder:
-        return {}
-    return {"vectors": encoder.encode([PASSAGE_PREFIX + text for text in contents]).cpu().numpy()}
+    def columns(self, contents):
+        """Returns the columns of a run: the vectors of its passages."""
+        return {"vectors": self.encode([f"passage: {text}" for text in contents]).cpu().numpy()}
 
 
 def merge_vectors(runs, data, config):
     """Write the vectors of all runs into one file [passages, dimensions], or check those of a FAISS index."""
     if config.vectors:
-        if len(open_flat_index(config.vectors)) != len(np.load(data / "rank.npy")):
-            raise InputError(f"{config.vectors}: it does not have one vector for each passage")
+        open_flat_index(config.vectors, len(np.memmap(data / "rank", np.uint32)))
         return
     with common.replace_file(data / "vectors", "wb") as file:
         for run in common.progress(runs, desc="merging", quiet=config.quiet):
-            file.write(np.load(run).get("vectors", b""))
+            file.write(np.load(run)["vectors"])
 
 
-def open_flat_index(path):
-    """Returns the vectors of a FAISS flat inner-product index, mapped into memory: float32 [vectors, dimensions].
+def open_flat_index(path, expected):
+    """Returns the vectors of a FAISS flat inner-product index, mapped into memory: float32 [expected, dimensions].
 
     Its header (faiss/impl/index_write.cpp): "IxFI", dimensions, number of vectors, two unused numbers, trained, metric
     (0 is the inner product), number of floats.
@@ -487,12 +417,12 @@ def open_flat_index(path):
     try:
         header = np.fromfile(path, np.dtype("S4, <i4, <i8, 2<i8, u1, <i4, <u8"), 1)
         kind, dimensions, count, _, _, metric, floats = header[0].tolist()
-        if kind != b"IxFI" or metric != 0 or floats != count * dimensions:
-            raise ValueError(f"it starts with {kind!r}, metric {metric}")
+        if kind != b"IxFI" or metric != 0 or floats != count * dimensions or count != expected:
+            raise ValueError(f"it starts with {header[0]}")
         # Copy-on-write ("c"), because torch warns about read-only arrays.
         return np.memmap(path, "<f4", "c", header.nbytes, (count, dimensions))
     except (OSError, ValueError, IndexError) as error:
-        raise InputError(f"{path}: not a complete FAISS flat inner-product index: {error}") from None
+        raise InputError(f"{path}: no complete FAISS flat inner-product index of {expected} vectors: {error}") from None
 
 
 class DenseIndex(Index):
@@ -504,31 +434,23 @@ class DenseIndex(Index):
 
     def __init__(self, folder, manifest, device=None):
         super().__init__(folder, manifest)
-        for name, value in RECIPE.items():
-            if manifest.get(name, value) != value:
-                raise InputError(f"{folder}: built with {name} {manifest[name]!r}, not {value!r}; build it again")
         if manifest["vectors"]:
-            vectors = open_flat_index(os.path.normpath(folder.resolve() / manifest["vectors"]))
+            vectors = open_flat_index(os.path.normpath(folder.resolve() / manifest["vectors"]), len(self))
         else:
-            vectors = np.memmap(self.data / "vectors", np.float32, "c").reshape(len(self), -1)
+            vectors = self.array("vectors", np.float32, "c").reshape(len(self), -1)  # "c": see open_flat_index
         self.encoder = Encoder(manifest["encoder"], device)
-        if vectors.shape != (len(self), self.encoder.dimensions):
-            described = f"{vectors.shape[0]} vectors of {vectors.shape[1]} dimensions"
-            raise InputError(f"{folder}: {described}, but {len(self)} of {self.encoder.dimensions} are needed")
+        size = self.encoder.model.config.hidden_size
+        if vectors.shape[1] != size:
+            raise InputError(f"{folder}: vectors of {vectors.shape[1]} dimensions, but the encoder has {size}")
         torch, device = self.encoder.torch, self.encoder.device
         self.vectors = torch.from_numpy(np.asarray(vectors))  # [passages, dimensions]
         if device.type == "cuda" and vectors.nbytes < 0.8 * torch.cuda.mem_get_info(device)[0]:
             self.vectors = self.vectors.to(device)
-        self.lock = threading.Lock()
 
     def top(self, queries, k):
-        """Returns [(passage numbers, scores)] of the k best passages for each query.
-
-        A GPU's torch.OutOfMemoryError is raised unchanged, so that the caller can free memory.
-        """
-        with self.lock:  # several threads at once would need as many times the memory
-            vectors = self.encoder.encode([QUERY_PREFIX + query for query in queries])
-            return search_vectors(self.vectors, vectors.to(self.vectors.device), k, self.rank)
+        """Returns [(passage numbers, scores)] of the k best passages for each query."""
+        vectors = self.encoder.encode([f"query: {query}" for query in queries])
+        return search_vectors(self.vectors, vectors.to(self.vectors.device), k, self.rank)
 
 
 def search_vectors(vectors, queries, k, rank):
@@ -560,10 +482,10 @@ def search_vectors(vectors, queries, k, rank):
         columns = query[pair], start + row * maxima.shape[1] + group[pair], products[pair, row]
         found.append([column.cpu().numpy() for column in columns])
     query, vector, product = map(np.concatenate, zip(*found, strict=True))
-    order = np.argsort(query, kind="stable")
-    parts = np.split(order, np.searchsorted(query[order], np.arange(1, len(queries))))  # one for each query
-    return [best_of(vector[own], product[own], rank, k) for own in parts]
+    return [best_of(vector[query == i], product[query == i], rank, k) for i in range(len(queries))]
 
+
+KINDS = {"bm25": SparseIndex, "tfidf": SparseIndex, "dense": DenseIndex}
 
 # The server and its client: Search-R1's /retrieve protocol (search_r1/search/retrieval_server.py). POST /retrieve
 # {"queries": [...], "topk": 3, "return_scores": true} is answered with {"result": [[{"document": {"id", "contents"},
@@ -589,10 +511,9 @@ class RemoteIndex(Connection):
         """As Index.search. Raises what Connection.request raises if the server is gone or answers anything else."""
 
         def read(answer):
-            if len(answer["result"]) != len(queries):
-                raise ValueError("another number of results than of queries")
             found = [[(hit["document"], float(hit["score"])) for hit in hits] for hits in answer["result"]]
-            return [[Hit(str(row["id"]), score, valid_text(row["contents"])) for row, score in one] for one in found]
+            hits = [[Hit(str(row["id"]), score, "" + row["contents"]) for row, score in one] for one in found]
+            return [one for _, one in zip(queries, hits, strict=True)]
 
         try:
             return self.request("/retrieve", {"queries": queries, "topk": k, "return_scores": True}, read)[0]

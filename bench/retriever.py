@@ -35,6 +35,7 @@ import retriever  # noqa: E402
 from common import REQUIRED, option, run_command_line  # noqa: E402
 
 CUTS = (2, 3, 5, 10)
+ROUNDS = 7
 
 
 def read_questions(path):
@@ -71,7 +72,8 @@ class Peer:
 
 
 class Ours(Peer):
-    kind = "bm25"
+    def __init__(self, kind):
+        self.kind = kind
 
     def build(self, path, folder):
         retriever.build(path, folder, self.kind, quiet=True)
@@ -83,31 +85,26 @@ class Ours(Peer):
         return [docs for docs, _ in self.index.top(queries, k)]
 
 
-class OursTfIdf(Ours):
-    kind = "tfidf"
-
-
 class Bm25s(Peer):
     """As in its README: English stop words, no stemmer, all texts in a list; with numba, its fastest way."""
 
-    def tokens(self, texts):
+    def __init__(self):
         import bm25s
 
-        return bm25s.tokenize(texts, stopwords="en", show_progress=False)
+        self.bm25s = bm25s
+
+    def tokens(self, texts):
+        return self.bm25s.tokenize(texts, stopwords="en", show_progress=False)
 
     def build(self, path, folder):
-        import bm25s
-
         with open(path, encoding="utf-8") as file:
             texts = [json.loads(line)["contents"] for line in file]
-        index = bm25s.BM25(backend="numba")
+        index = self.bm25s.BM25(backend="numba")
         index.index(self.tokens(texts), show_progress=False)
         index.save(folder)
 
     def load(self, folder):
-        import bm25s
-
-        self.index = bm25s.BM25.load(folder)
+        self.index = self.bm25s.BM25.load(folder)
         self.index.backend = "numba"
         self.index.activate_numba_scorer()
 
@@ -115,7 +112,7 @@ class Bm25s(Peer):
         return self.index.retrieve(self.tokens(queries), k=k, show_progress=False, n_threads=1).documents
 
 
-PEERS = {"ours, BM25": Ours, "ours, TF-IDF": OursTfIdf, "bm25s": Bm25s}
+PEERS = {"ours, BM25": lambda: Ours("bm25"), "ours, TF-IDF": lambda: Ours("tfidf"), "bm25s": Bm25s}
 
 
 def start(name):
@@ -137,8 +134,7 @@ def peer(name):
 def work(name, method, *arguments):
     started = time.perf_counter()
     result = getattr(peer(name), method)(*arguments)
-    seconds = time.perf_counter() - started
-    return result, seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return result, time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -149,7 +145,8 @@ class Recall:
 
 def recall(config):
     """Mean recall of supporting passages, for every peer."""
-    questions, corpus = read_questions(config.questions), json.loads(Path(config.corpus).read_text(encoding="utf-8"))
+    questions = read_questions(config.questions)
+    corpus = json.loads(Path(config.corpus).read_text(encoding="utf-8"))
     titles = list(corpus)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "passages.jsonl")
@@ -161,51 +158,44 @@ def recall(config):
             call("build", path, f"{folder}/{name}")
             call("load", f"{folder}/{name}")
             best = call("search", [question for question, _ in questions], max(CUTS))[0]
-            shares = {k: [] for k in CUTS}
-            for (_, gold), numbers in zip(questions, best, strict=True):
-                for k in CUTS:
-                    shares[k].append(len(gold.intersection(titles[number] for number in numbers[:k])) / len(gold))
-            print(f"| {name} |", " | ".join(f"{statistics.mean(shares[k]):.3f}" for k in CUTS), "|", flush=True)
+            pairs = list(zip([gold for _, gold in questions], best, strict=True))
+            for k in CUTS:
+                shares = [len(gold & {titles[number] for number in numbers[:k]}) / len(gold) for gold, numbers in pairs]
+                name += f" | {statistics.mean(shares):.3f}"
+            print(f"| {name} |", flush=True)
 
 
 @dataclasses.dataclass(kw_only=True)
 class Speed(Recall):
     passages: int = option(100_000, "how many synthetic passages")
-    rounds: int = option(7, "rounds of queries")
 
 
 def speed(config):
-    """Build speed and memory, and queries per second, one by one and all at once."""
+    """Build speed and memory, and queries per second, asked one by one."""
     queries = [question for question, _ in read_questions(config.questions)]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "passages.jsonl")
-        write_passages(
-            path, synthetic_passages(json.loads(Path(config.corpus).read_text(encoding="utf-8")), config.passages)
-        )
-        peers, rows, seconds = {}, {}, {}
-        for name in ("ours, BM25", "bm25s"):
+        corpus = json.loads(Path(config.corpus).read_text(encoding="utf-8"))
+        write_passages(path, synthetic_passages(corpus, config.passages))
+        peers, rows, seconds = {}, {}, {"ours, BM25": [], "bm25s": []}
+        for name in seconds:
             _, built, memory = start(name)("build", path, f"{folder}/{name}")
-            rows[name] = [f"{config.passages / built:,.0f}", f"{memory:.2f}"]
+            rows[name] = f"| {name} | {config.passages / built:,.0f} | {memory:.2f} |"
             peers[name] = start(name)
             peers[name]("load", f"{folder}/{name}")
-            peers[name]("search", queries)  # not measured: numba compiles
-            seconds[name] = {"search_each": [], "search": []}
-        for _ in range(config.rounds):
-            for name, methods in seconds.items():
-                for method, times in methods.items():
-                    times.append(peers[name](method, queries)[1])
-        print(f"{config.passages:,} passages, one core\n\n| | build passages/s | peak GiB | queries/s one | batch |")
-        print("|---|---|---|---|---|")
-        for name, methods in seconds.items():
-            rates = [f"{len(queries) / statistics.median(times):,.0f}" for times in methods.values()]
-            print(f"| {name} |", " | ".join(rows[name] + rates), "|")
+            peers[name]("search_each", queries)  # not measured: numba compiles
+        for _ in range(ROUNDS):
+            for name, times in seconds.items():
+                times.append(peers[name]("search_each", queries)[1])
+        print(f"{config.passages:,} passages, one core\n\n| | build passages/s | peak GiB | queries/s |")
+        print("|---|---|---|---|")
+        for name, times in seconds.items():
+            print(rows[name], f"{len(queries) / statistics.median(times):,.0f} |")
 
 
 @dataclasses.dataclass(kw_only=True)
 class Dense:
-    vectors: int = option(100_000, "how many")
-    dimensions: int = option(384, "of each")
-    rounds: int = option(7, "rounds of queries")
+    vectors: int = option(100_000, "how many, of 384 dimensions")
 
 
 def compare_dense(config):
@@ -217,37 +207,35 @@ def compare_dense(config):
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
     generator = np.random.default_rng(0)
-    with tempfile.TemporaryDirectory() as folder:
-        vectors = generator.standard_normal((config.vectors, config.dimensions), dtype=np.float32)
-        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-        vectors.tofile(f"{folder}/vectors")
-        mapped = np.memmap(f"{folder}/vectors", np.float32, "c", 0, vectors.shape)  # as an open index has them
-        mapped = torch.from_numpy(np.asarray(mapped))
-        queries = generator.standard_normal((64, config.dimensions), dtype=np.float32)
-        rank = np.arange(config.vectors)
-        ways = {"ours": lambda batch: retriever.search_vectors(mapped, torch.from_numpy(batch), 3, rank)}
-        index = faiss.IndexFlatIP(config.dimensions)
-        index.add(vectors)
+    vectors = generator.standard_normal((config.vectors, 384), dtype=np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    queries = generator.standard_normal((64, 384), dtype=np.float32)
+    rank = np.arange(config.vectors)
+    index = faiss.IndexFlatIP(384)
+    index.add(vectors)
 
-        def search(batch, threshold):
-            faiss.cvar.distance_compute_blas_threshold = threshold
-            return index.search(batch, 3)
+    def ours(batch):
+        retriever.search_vectors(torch.from_numpy(vectors), torch.from_numpy(batch), 3, rank)
 
-        shipped = faiss.cvar.distance_compute_blas_threshold
-        ways["faiss as shipped"] = lambda batch: search(batch, shipped)
-        ways["faiss, BLAS from 20 queries on"] = lambda batch: search(batch, 20)
-        seconds = {name: {1: [], 64: []} for name in ways}
-        for _ in range(config.rounds):
-            for name, way in ways.items():
-                for size, times in seconds[name].items():
-                    way(queries[:size])  # not measured: the previous way left other vectors in the caches
-                    started = time.perf_counter()
-                    way(queries[:size])
-                    times.append((time.perf_counter() - started) / size)
-        print(f"{config.vectors:,} vectors of {config.dimensions}, one core, queries per second\n")
-        print("| | batch 1 | batch 64 |\n|---|---|---|")
-        for name, sizes in seconds.items():
-            print(f"| {name} |", " | ".join(f"{1 / statistics.median(times):,.1f}" for times in sizes.values()), "|")
+    def faiss_search(threshold, batch):
+        faiss.cvar.distance_compute_blas_threshold = threshold
+        index.search(batch, 3)
+
+    thresholds = 20, faiss.cvar.distance_compute_blas_threshold  # the second as shipped
+    ways = {f"faiss, BLAS from {n} queries on": functools.partial(faiss_search, n) for n in thresholds}
+    ways["ours"] = ours
+    seconds = {name: {1: [], 64: []} for name in ways}
+    for _ in range(ROUNDS):
+        for name, way in ways.items():
+            for size, times in seconds[name].items():
+                way(queries[:size])  # not measured: the previous way left other vectors in the caches
+                started = time.perf_counter()
+                way(queries[:size])
+                times.append((time.perf_counter() - started) / size)
+    print(f"{config.vectors:,} vectors of 384, one core, queries per second\n")
+    print("| | batch 1 | batch 64 |\n|---|---|---|")
+    for name, sizes in seconds.items():
+        print(f"| {name} |", " | ".join(f"{1 / statistics.median(times):,.1f}" for times in sizes.values()), "|")
 
 
 if __name__ == "__main__":

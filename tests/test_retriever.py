@@ -16,7 +16,6 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,7 +34,7 @@ SCRIPT = Path(retriever.__file__)
 
 def write_passages(path, texts, ids=None):
     rows = [{"id": str(ids[i]) if ids else f"p{i:05d}", "contents": text} for i, text in enumerate(texts)]
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
@@ -62,32 +61,25 @@ def data_files(folder):
 # Words
 
 
-@pytest.mark.parametrize(
-    "text, words",
-    [
-        ("The CAT, the cat's  hat!", "the cat the cat s hat"),
-        ("Beyoncé BEYONCE\u0301 beyonce", "beyonce beyonce beyonce"),
-        ("Straße ẞ ΣΊΣΥΦΟΣ Çelik ĐORĐE", "strasse ss σισυφοσ celik dorde"),
-        ("Łódź ŁÓDŹ Ærø ØRESUND œuvre Þór Guðrún Ħal ısı ǽ", "lodz lodz aero oresund oeuvre thor gudrun hal isi ae"),
-        ("Москва – МОСКВА… “москва”", "москва москва москва"),
-        ("İstanbul ﬁnance ½ x²", "istanbul finance 1 2 x2"),
-        ("東京都 ひらがな 한국", "東 京 都 ひ ら か な " + unicodedata.normalize("NFKD", "한국")),
-        ("snake_case a\u00a0b\u200bc 3.14", "snake case a b c 3 14"),
-        ("हिन्दी", "हिनदी"),
-        ("\ud800 lone", "lone"),
-        ("", ""),
-    ],
-)
+@pytest.mark.parametrize("text, words", [
+    ("The CAT, the cat's  hat!", "the cat the cat s hat"),
+    ("Beyoncé BEYONCE\u0301 beyonce", "beyonce beyonce beyonce"),
+    ("Straße ẞ ΣΊΣΥΦΟΣ Çelik ĐORĐE", "strasse ss σισυφοσ celik dorde"),
+    ("Łódź ŁÓDŹ Ærø ØRESUND œuvre Þór Guðrún Ħal ısı ǽ", "lodz lodz aero oresund oeuvre thor gudrun hal isi ae"),
+    ("Москва – МОСКВА… “москва”", "москва москва москва"),
+    ("İstanbul ﬁnance ½ x²", "istanbul finance 1 2 x2"),
+    ("東京都 ひらがな 한국", "東 京 都 ひ ら か な " + unicodedata.normalize("NFKD", "한국")),
+    ("snake_case a\u00a0b\u200bc 3.14", "snake case a b c 3 14"),
+    ("हिन्दी", "हिनदी"),
+    ("\ud800 lone", "lone"),
+])  # fmt: skip
 def test_words_of_any_script(text, words):
     assert [word.decode() for word in split_words(text)] == words.split()
 
 
-def test_long_words_are_cut_into_pieces():
-    words = split_words("a" * 70 + " " + "a" * 71)
-    assert [len(word) for word in words] == [32, 32, 6, 32, 32, 7]
-
-
-def test_singulars_are_indexed():
+def test_long_words_and_singulars(tmp_path):
+    index = build(tmp_path, ["a" * 70, "ä" * 71, "a"])
+    assert [[hit.id for hit in hits] for hits in index.search(["a" * 71, "a" * 30])] == [["p00000", "p00001"], []]
     words = [b"films", b"ladies", b"glass", b"virus", b"does", b"film", b"days"]
     assert [index_term(word) for word in words] == [b"film", b"lady", b"glass", b"virus", b"does", b"film", b"day"]
 
@@ -102,6 +94,7 @@ def test_stop_words_count_only_where_there_is_no_other_word(tmp_path, kind):
         assert index.search([query])[0][0].id == f"p{first:05d}", query
     assert index.search(["the novel of it"]) == index.search(["novel"])
     assert index.search(["the unknownword"]) == [[]]
+    assert len(build(tmp_path, ["the", "of the"], kind, name="no other").search(["the"])[0]) == 2
 
 
 # Scores
@@ -111,39 +104,29 @@ def terms_of(text):
     return [index_term(word) for word in split_words(text) if word not in STOP_WORDS]
 
 
-def plain_scores(texts, query, kind, k1=1.5, b=0.9):
-    """The formulas of the docstrings, one passage at a time, in float64. texts have no titles."""
-    counts = [collections.Counter(terms_of(text)) for text in texts]
-    df = collections.Counter(word for count in counts for word in count)
-    n, mean = len(texts), sum(sum(count.values()) for count in counts) / len(texts)
-    asked = {word: times for word, times in collections.Counter(terms_of(query)).items() if word in df}
+def plain_scores(texts, queries, kind, k1=1.5, b=0.9):
+    """The formulas of the docstrings in float64: [queries, passages]. texts have no titles."""
+    words = sorted({word for text in texts for word in terms_of(text)})
+    counters = [[collections.Counter(terms_of(text)) for text in group] for group in (queries, texts)]
+    asked, tf = (np.array([[counter[word] for word in words] for counter in group], float) for group in counters)
+    df, length = (tf > 0).sum(0), tf.sum(1, keepdims=True)
     if kind == "bm25":
-        idf = {w: math.log(1 + (n - df[w] + 0.5) / (df[w] + 0.5)) for w in df}
-        return [
-            sum(q * idf[w] * c[w] / (c[w] + k1 * (1 - b + b * sum(c.values()) / mean)) for w, q in asked.items())
-            for c in counts
-        ]
-    idf = {w: math.log((1 + n) / (1 + df[w])) + 1 for w in df}
-
-    def vector(count):
-        raw = {w: (1 + math.log(times)) * idf[w] for w, times in count.items()}
-        norm = math.sqrt(sum(x * x for x in raw.values())) or 1.0
-        return {w: x / norm for w, x in raw.items()}
-
-    q = vector(asked)
-    return [sum(x * v.get(w, 0.0) for w, x in q.items()) for v in map(vector, counts)]
+        idf = np.log(1 + (len(texts) - df + 0.5) / (df + 0.5))
+        return asked @ (idf * tf / (tf + k1 * (1 - b + b * length / length.mean()))).T
+    idf = np.log((1 + len(texts)) / (1 + df)) + 1
+    weights = [(n > 0) * (1 + np.log(np.maximum(n, 1))) * idf for n in (asked, tf)]
+    vectors = [weight / np.maximum(np.linalg.norm(weight, axis=1, keepdims=True), 1e-9) for weight in weights]
+    return vectors[0] @ vectors[1].T
 
 
 @pytest.mark.parametrize("kind", ["tfidf", "bm25"])
 def test_scores_are_those_of_the_formulas(tmp_path, kind):
     texts = [*zipf_texts(300, 200), "w1 " * 300, "Ünïcode wörds w1", "..."]
-    index = build(tmp_path, texts, kind)
-    for query in ("w1 w2 w3", "w1 w1 w150", "unicode WORDS", "w7 w199 nosuchword", *zipf_texts(20, 200, seed=1)):
-        expected = plain_scores(texts, query, kind)
-        docs, scores = index.top([query], len(texts))[0]
-        assert len(docs) == sum(score > 0 for score in expected)
-        np.testing.assert_allclose(scores, [expected[doc] for doc in docs], rtol=1e-5)
-        assert all(np.diff(scores) <= 0)
+    queries = ["w1 w2 w3", "w1 w1 w150", "unicode WORDS", "w7 w199 nosuchword", *zipf_texts(20, 200, seed=1)]
+    found = build(tmp_path, texts, kind).top(queries, len(texts))
+    for expected, (docs, scores) in zip(plain_scores(texts, queries, kind), found, strict=True):
+        assert len(docs) == sum(expected > 0) and all(np.diff(scores) <= 0)
+        np.testing.assert_allclose(scores, expected[docs], rtol=1e-5)
 
 
 def test_the_words_of_the_title_count_twice(tmp_path):
@@ -174,18 +157,6 @@ def test_ties_are_in_the_order_of_ids(tmp_path):
         assert [hit.id for hit in index.search(["text"], k)[0]] == sorted(ids)[:k]
 
 
-def in_threads(count, function):
-    with ThreadPoolExecutor(count) as pool:
-        return list(pool.map(function, range(count)))
-
-
-def test_threads_share_an_index(tmp_path):
-    index = build(tmp_path, zipf_texts(2000), "bm25")
-    queries = zipf_texts(40, seed=3)
-    expected = index.search(queries)
-    assert in_threads(4, lambda _: index.search(queries)) == [expected] * 4
-
-
 # Input
 
 
@@ -197,6 +168,8 @@ def test_hits_and_odd_queries(tmp_path):
     for query, title, text in (("other", "", "other words"), ("untitled", "", "untitled\ntwo lines")):
         (hit,) = index.search([query])[0]
         assert (hit.title, hit.text) == (title, text)
+    half = build(tmp_path, ["half \udc00 pair"], ids=["1\ud83d"], name="half").search(["half \udfff"])[0]
+    assert [(hit.id, hit.contents) for hit in half] == [("1?", "half ? pair")]
     assert index.search([]) == []
     assert index.search(["", "   ", "unknown", "?!"], k=10) == [[], [], [], []]
     assert len(index.search(["a unit other"], k=10**12)[0]) == 2
@@ -213,42 +186,34 @@ def test_hits_and_odd_queries(tmp_path):
 
 @pytest.mark.parametrize("kind", ["tfidf", "bm25"])
 def test_one_passage_many_repetitions_and_no_words(tmp_path, kind):
-    assert [hit.id for hit in build(tmp_path, ["one passage"], kind, name="one").search(["passage"])[0]] == ["p00000"]
+    assert len(build(tmp_path, ["one passage"], kind, name="one").search(["passage"])[0]) == 1
     index = build(tmp_path, ["w " * 70_000, "x w", "x x x w w y"], kind, name="many")
     assert index.search(["w"])[0][0].id == "p00000" and len(index.search(["w"])[0]) == 3
     with pytest.raises(InputError, match="no passage has a word"):
         build(tmp_path, ["...", ""], kind)
-    assert len(build(tmp_path, ["the", "of the"], kind, name="stop words").search(["the"])[0]) == 2
 
 
-@pytest.mark.parametrize(
-    "lines, problem",
-    [
-        (b'{"id": "1", "contents": "x"}\n\n{"id": "2", "contents": \n', ":3: not a passage"),
-        (b'{"id": "1", "contents": "x"}\n{"id": 2, "contents": "y"}\n', ":2: not a passage"),
-        (b'{"id": "1", "contents": ["x"]}\n', ":1: not a passage"),
-        (b'{"id": "1", "text": "x"}\n', ":1: not a passage"),
-        (b'["1", "x"]\n', ":1: not a passage"),
-        (b"null\n", ":1: not a passage"),
-        (b"[" * 100_000, ":1: not a passage"),
-        (b'{"id": "1", "contents": "' + b"x" * (1 << 24), ":1: not a passage: longer than 16 MiB"),
-        (b'{"id": "' + b"1" * 1000 + b'", "contents": "x"}\n', ":1: not a passage: an id of more than 256"),
-        (b'\xef\xbb\xbf{"id": "1", "contents": "x"}\n', ":1: not a passage"),
-        ('{"id": "1", "contents": "Zürich"}\n'.encode("latin-1"), ":1: not a passage"),
-        ('{"id": "1", "contents": "x"}\n'.encode("utf-16"), ":1: not a passage"),
-        (b'{"id": "1", "contents": "x"}\n{"id": "2", "contents": "\xff"}\n', ":2: not a passage"),
-        (b'{"id": "1", "contents": "x"}\n\n{"id": "1", "contents": "z"}\n', ": the id '1' occurs twice"),
-        (b"", ": no passages in it"),
-        (b"\n\n", ": no passages in it"),
-    ],
-)
+@pytest.mark.parametrize("lines, problem", [
+    (b'{"id": "1", "contents": "x"}\n\n{"id": "2", "contents": \n', ":3: not a passage"),
+    (b'{"id": "1", "contents": "x"}\n{"id": 2, "contents": "y"}\n', ":2: not a passage"),
+    (b'{"id": "1", "text": "x"}\n', ":1: not a passage"),
+    (b"null\n", ":1: not a passage"),
+    (b"[" * 100_000, ":1: not a passage"),
+    (b'{"id": "1", "contents": "' + b"x" * (1 << 24), ":1: not a passage"),
+    (b'{"id": "' + b"1" * 1000 + b'", "contents": "x"}\n', "an id of more than 256"),
+    (b'\xef\xbb\xbf{"id": "1", "contents": "x"}\n', ":1: not a passage"),
+    ('{"id": "1", "contents": "x"}\n'.encode("utf-16"), ":1: not a passage"),
+    (b'{"id": "1", "contents": "x"}\n{"id": "2", "contents": "\xff"}\n', ":2: not a passage"),
+    (b'{"id": "1", "contents": "x"}\n\n{"id": "1", "contents": "z"}\n', ": the id '1' occurs twice"),
+    (b"\n\n", ": no passages in it"),
+])  # fmt: skip
 def test_bad_passages_are_refused_with_their_line(tmp_path, monkeypatch, lines, problem):
     monkeypatch.setattr(retriever, "CHUNK", 40)
     path = tmp_path / "bad.jsonl"
     path.write_bytes(lines)
     with pytest.raises(InputError) as error:
         retriever.build(path, tmp_path / "index", quiet=True)
-    assert f"{path}{problem}" in str(error.value) and "\n" not in str(error.value)
+    assert str(path) in str(error.value) and problem in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "index" / "index.json").exists()
 
 
@@ -258,22 +223,15 @@ def test_bad_settings_and_paths(tmp_path):
         with pytest.raises(InputError):
             retriever.build(path, tmp_path / "index", **wrong)
     for passages, out, problem in (
-        (tmp_path / "none.jsonl", tmp_path / "index", "no such file"),
-        (tmp_path, tmp_path / "index", "no such file"),
+        (tmp_path / "none.jsonl", tmp_path / "index", "No such file"),
+        (tmp_path, tmp_path / "index", "Is a directory"),
         (path, path, f"{path}: File exists|{path}/build.lock: Not a directory"),
     ):
         with pytest.raises(InputError, match=problem):
             retriever.build(passages, out)
     for nowhere in (tmp_path / "nowhere", path):
-        with pytest.raises(InputError, match="no index here; build it"):
+        with pytest.raises(InputError, match="no index of format 5 here; build it"):
             retriever.load(nowhere)
-
-
-def test_halves_of_surrogate_pairs_become_question_marks(tmp_path):
-    (tmp_path / "p.jsonl").write_text('{"id": "1\\ud83d", "contents": "half \\udc00 pair"}\n')
-    retriever.build(tmp_path / "p.jsonl", tmp_path / "index", quiet=True)
-    hits = retriever.load(tmp_path / "index").search(["half \udfff"])[0]
-    assert [(hit.id, hit.contents) for hit in hits] == [("1?", "half ? pair")]
 
 
 def test_folder_moves_with_its_passages_and_changes_are_noticed(tmp_path):
@@ -317,15 +275,12 @@ def edit_manifest(folder, **changes):
 
 
 @pytest.mark.parametrize("changes, problem", [
-    ({"format": 3}, "index format 3, not 4; build it: .*build PASSAGES .*index --kind bm25"),
-    ({"format": 99}, "index format 99, not 4; build it"),
-    ({"format": None}, "index format None"),
-    ({"kind": "bm52"}, "index format 4, not one of this program"),
-    ({"kind": []}, "damaged"),
-    ({"data": None}, "damaged"),
-    ({"data": "data-9"}, "missing or incomplete; build it"),
+    ({"format": 4}, "no index of format 5 here; build it: .*build PASSAGES .*index"),
+    ({"kind": "bm52"}, "damaged"),
+    ({"data": "data-9"}, "data-9.* is missing or incomplete; build it"),
     ({"passages": 1}, "damaged"),
-    ({"files": {"docs": 1}}, "docs is missing or incomplete"),
+    ({"files": {"terms": 1}}, "terms is missing or incomplete; build it: .*build PASSAGES .*index --kind bm25"),
+    ({"files": []}, "damaged"),
     (b"\x00\xff", "not JSON"),
 ])  # fmt: skip
 def test_an_index_that_cannot_be_opened_is_one_line(tmp_path, changes, problem):
@@ -337,6 +292,7 @@ def test_an_index_that_cannot_be_opened_is_one_line(tmp_path, changes, problem):
     with pytest.raises(InputError, match=problem) as error:
         retriever.load(tmp_path / "index")
     assert "\n" not in str(error.value)
+    assert len(build(tmp_path, ["a text", "another"]).search(["text"])[0]) == 1  # the same build repairs it
 
 
 def test_incomplete_files_are_refused_and_the_same_build_repairs_them(tmp_path):
@@ -344,13 +300,13 @@ def test_incomplete_files_are_refused_and_the_same_build_repairs_them(tmp_path):
     expected = index.search(["w1 w2"])
     for name, content in data_files(tmp_path / "index").items():
         path = tmp_path / "index" / index.manifest["data"] / name
-        for damaged in (content[:-1], content[: len(content) // 2], b"", None):
+        for damaged in (content[:-1], b"", None):
             path.unlink() if damaged is None else path.write_bytes(damaged)
             with pytest.raises(InputError, match=f"{name} is missing or incomplete; build it"):
                 retriever.load(tmp_path / "index")
         index = build(tmp_path, zipf_texts(300))
         assert index.search(["w1 w2"]) == expected
-    shutil.rmtree(index.data)
+    shutil.rmtree(tmp_path / "index" / index.manifest["data"])
     assert build(tmp_path, zipf_texts(300)).search(["w1 w2"]) == expected
 
 
@@ -375,79 +331,58 @@ def test_a_full_disk_is_an_error_and_the_same_build_continues(tmp_path):
 # Building: chunks, kills
 
 
-def test_chunks_do_not_change_the_index(tmp_path, monkeypatch):
-    build(tmp_path, zipf_texts(1500), "bm25", name="whole")
-    monkeypatch.setattr(retriever, "CHUNK", 50_000)
-    monkeypatch.setattr(retriever, "RANGE", 1000)
-    out = tmp_path / "chunks"
-    retriever.build(tmp_path / "whole.jsonl", out, "bm25", quiet=True)
-    assert data_files(out) == data_files(tmp_path / "whole")
-    assert sorted(path.name for path in out.iterdir()) == ["build.lock", "data-1", "index.json"]
-
-
-BUILD_SLOWLY = """
-import sys, time
+BUILD_AND_DIE = """
+import os, sys
 sys.path.insert(0, sys.argv[1])
 import retriever
 retriever.CHUNK = 20_000
-read_passages = retriever.read_passages
-def slow(*arguments):
-    time.sleep(0.15)
-    return read_passages(*arguments)
-retriever.read_passages = slow
-retriever.build(sys.argv[2], sys.argv[3], "bm25", quiet=True)
+read = retriever.read_chunk
+retriever.read_chunk = lambda path, start, end: os.kill(os.getpid(), 9) if start == 60_000 else read(path, start, end)
+retriever.build(sys.argv[2], sys.argv[3], quiet=True)
 """
 
 
 def test_killed_build_continues_and_killed_rebuild_leaves_the_old_index(tmp_path, monkeypatch):
     first = write_passages(tmp_path / "first.jsonl", ["the old passage"])
     second = write_passages(tmp_path / "second.jsonl", zipf_texts(1500))
+    retriever.build(second, tmp_path / "whole", "bm25", quiet=True)  # in one chunk and one range
     monkeypatch.setattr(retriever, "CHUNK", 20_000)
-    retriever.build(second, tmp_path / "whole", "bm25", quiet=True)
+    monkeypatch.setattr(retriever, "RANGE", 1000)
     out = tmp_path / "killed"
     retriever.build(first, out, quiet=True)
-    process = subprocess.Popen([sys.executable, "-c", BUILD_SLOWLY, SCRIPT.parent, second, out])
-    while len(list(out.glob("building/run-*.npz"))) < 3:
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
+    assert subprocess.run([sys.executable, "-c", BUILD_AND_DIE, SCRIPT.parent, second, out]).returncode == -9
     assert [hit.contents for hit in retriever.load(out).search(["passage"])[0]] == ["the old passage"]
-    kept = {path.name for path in out.glob("building/run-*.npz")}
-    made, read = [], retriever.read_passages
-    monkeypatch.setattr(retriever, "read_passages", lambda *chunk: made.append(chunk[1]) or read(*chunk))
+    made, read = [], retriever.read_chunk
+    monkeypatch.setattr(retriever, "read_chunk", lambda *chunk: made.append(chunk[1]) or read(*chunk))
     retriever.build(second, out, "bm25", quiet=True)
-    assert len(kept) >= 3 and made == list(range(20_000 * len(kept), second.stat().st_size, 20_000))
+    assert made == list(range(60_000, second.stat().st_size, 20_000))
     assert data_files(out) == data_files(tmp_path / "whole")
-    assert sorted(path.name for path in out.iterdir()) == ["build.lock", "data-2", "index.json"]
+    assert sorted(path.name.partition("-")[0] for path in out.iterdir()) == ["build.lock", "data", "index.json"]
 
 
-def test_unfinished_build_of_other_settings_is_discarded(tmp_path, monkeypatch):
-    path = write_passages(tmp_path / "p.jsonl", zipf_texts(300))
-    monkeypatch.setattr(retriever, "merge_postings", lambda *arguments: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        retriever.build(path, tmp_path / "index", quiet=True)
-    monkeypatch.undo()
-    write_passages(path, zipf_texts(300, seed=1))
+def test_a_killed_build_of_other_passages_is_not_continued(tmp_path):
+    path = write_passages(tmp_path / "p.jsonl", zipf_texts(4000))
+    subprocess.run([sys.executable, "-c", BUILD_AND_DIE, SCRIPT.parent, path, tmp_path / "index"])
+    expected = build(tmp_path, zipf_texts(300, seed=1), name="fresh")
+    shutil.copyfile(tmp_path / "fresh.jsonl", path)
     retriever.build(path, tmp_path / "index", quiet=True)
-    retriever.build(path, tmp_path / "fresh", quiet=True)
     assert data_files(tmp_path / "index") == data_files(tmp_path / "fresh")
+    assert expected.search(["w1"]) == retriever.load(tmp_path / "index").search(["w1"])
 
 
 def test_two_builders_and_a_finished_index(tmp_path, capsys):
     path = write_passages(tmp_path / "p.jsonl", ["some words"])
-    with (
-        retriever.common.Journal(tmp_path / "index" / "build.lock"),
-        pytest.raises(InputError, match="another process"),
-    ):
-        retriever.build(path, tmp_path / "index", quiet=True)
+    with retriever.common.Journal(tmp_path / "index" / "build.lock"):
+        with pytest.raises(InputError, match="another process"):
+            retriever.build(path, tmp_path / "index", quiet=True)
+    retriever.build(path, tmp_path / "index", quiet=True)
     retriever.build(path, tmp_path / "index", quiet=True)
     retriever.build(path, tmp_path / "index", quiet=True)
     assert "already built" in capsys.readouterr().out
     open_index = retriever.load(tmp_path / "index")
-    retriever.build(path, tmp_path / "index", "bm25", quiet=True)  # replaces it; the open index still answers
+    retriever.build(path, tmp_path / "index", "tfidf", quiet=True)  # replaces it; the open index still answers
     assert len(open_index.search(["words"])[0]) == 1
-    assert retriever.load(tmp_path / "index").manifest["kind"] == "bm25"
+    assert retriever.load(tmp_path / "index").manifest["kind"] == "tfidf"
 
 
 # Dense
@@ -489,8 +424,7 @@ def reference_vectors(encoder, texts):
     for text in texts:
         with torch.no_grad():
             tokens = tokenizer(text, return_tensors="pt", truncation=True, max_length=64)
-            hidden = model(**tokens).last_hidden_state[0]
-        vector = hidden.mean(0)
+            vector = model(**tokens).last_hidden_state[0].mean(0)
         vectors.append((vector / vector.norm()).numpy())
     return np.array(vectors)
 
@@ -538,10 +472,8 @@ def test_faiss_flat_index_is_opened_as_it_is(tmp_path, encoder):
     (tmp_path / "e5_Flat.index").write_bytes(flat_index_bytes(own.vectors.numpy()))
     index = build(tmp_path, texts, "dense", encoder=encoder, vectors=str(tmp_path / "e5_Flat.index"))
     queries = zipf_texts(5, 150, seed=2)
-    for hits, same in zip(
-        index.search(queries), own.search(queries), strict=True
-    ):  # products may differ in the last bit
-        assert [hit.id for hit in hits] == [hit.id for hit in same]
+    found = [[[hit.id for hit in hits] for hits in each.search(queries)] for each in (index, own)]
+    assert found[0] == found[1]  # but scores may differ in the last bit
     wrong = {
         "fewer": flat_index_bytes(np.zeros((39, 32))),
         "l2": flat_index_bytes(np.zeros((40, 32)), b"IxF2", 1),
@@ -552,43 +484,17 @@ def test_faiss_flat_index_is_opened_as_it_is(tmp_path, encoder):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(InputError, match=name):
             build(tmp_path, texts, "dense", encoder=encoder, vectors=str(tmp_path / name), name="wrong")
+    edit_manifest(tmp_path / "index", encoder=str(tmp_path / "own"))  # not the folder of an encoder
+    with pytest.raises(InputError, match="own: no encoder could be loaded"):
+        retriever.load(tmp_path / "index", "cpu")
 
 
-def test_dense_indexes_of_the_previous_edition_open(tmp_path, encoder, capsys):
-    index = build(tmp_path, ["w1 w2", "w3"], "dense", encoder=encoder)
-    expected, folder = index.search(["w1"]), tmp_path / "index"
-    older = {"pooling": "mean", "dtype": "float32", "query_prefix": "query: ", "passage_prefix": "passage: "}
-    edit_manifest(folder, sha256=None, files=None, **older)
-    assert retriever.load(folder, "cpu").search(["w1"]) == expected
-    build(tmp_path, ["w1 w2", "w3"], "dense", encoder=encoder)  # writes the passages file anew: embeds again
-    edit_manifest(folder, sha256=None, files=None, **older)
-    retriever.build(tmp_path / "index.jsonl", folder, "dense", encoder=encoder, quiet=True)
-    assert "already built" in capsys.readouterr().out
-    for changes in ({"dtype": "float16"}, {"pooling": "cls"}, {"query_prefix": ""}):
-        edit_manifest(folder, **older | changes)
-        with pytest.raises(InputError, match=f"built with {next(iter(changes))} .*build it again"):
-            retriever.load(folder, "cpu")
-    (tmp_path / "empty").mkdir()
-    edit_manifest(folder, encoder=str(tmp_path / "empty"), **older)
-    with pytest.raises(InputError, match="no encoder could be loaded"):
-        retriever.load(folder, "cpu")
-
-
-def test_threads_share_a_dense_index(tmp_path, encoder):
-    index = build(tmp_path, zipf_texts(50, 150), "dense", encoder=encoder)
+@pytest.mark.parametrize("kind", ["bm25", "dense"])
+def test_threads_share_an_index(tmp_path, kind, encoder):
+    index = build(tmp_path, zipf_texts(200, 150), kind, **{"encoder": encoder} if kind == "dense" else {})
     ask = lambda n: [[hit.id for hit in hits] for hits in index.search([f"w{n}", f"w{n + 1}"], 1 + n % 2)]  # noqa: E731
-    assert in_threads(8, ask) == [ask(n) for n in range(8)]
-
-
-def test_out_of_memory_is_raised_as_it_is(tmp_path, monkeypatch, encoder):
-    import torch
-
-    index = build(tmp_path, ["w1", "w2"], "dense", encoder=encoder)
-    with monkeypatch.context() as patch:
-        patch.setattr(index.encoder, "encode", lambda texts: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
-        with pytest.raises(torch.OutOfMemoryError):
-            index.search(["w1"])
-    assert len(index.search(["w1"])[0]) == 2  # and the index can be used again
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(ask, range(8))) == [ask(n) for n in range(8)]
 
 
 # The server
@@ -622,32 +528,19 @@ def test_search_r1_protocol(served):
     assert requests.get(f"{url}/elsewhere", timeout=10).status_code == 404
 
 
-@pytest.mark.parametrize("topk", [0, True, "3", 1.5])
-def test_bad_requests_are_answered_with_a_reason(served, topk):
-    for body in ({}, {"queries": "n7"}, {"queries": [7]}, {"queries": ["n7"], "topk": topk}):
+def test_bad_requests_are_answered_with_a_reason(served):
+    bodies = [{"queries": ["n7"], "topk": topk} for topk in (0, True, "3", 1.5)]
+    for body in ({}, {"queries": "n7"}, {"queries": [7]}, *bodies):
         status, answer = ask(served[1], body)
         assert status == 400 and "must be" in answer["error"]
 
 
-def test_a_failed_search_is_reported_and_the_server_continues(served, monkeypatch):
-    index, url = served
-    with monkeypatch.context() as patch:
-        patch.setattr(index, "top", lambda queries, k: 1 / 0)
-        assert ask(url, {"queries": ["n7"]}) == (500, {"error": "ZeroDivisionError: division by zero"})
-    assert ask(url, {"queries": ["n7"]})[0] == 200
-
-
-def test_remote_index_gives_the_same_hits(served, monkeypatch):
+def test_remote_index_gives_the_same_hits(served):
     index, url = served
     remote = retriever.load(url)
     queries = ["n7", "passage", "nothing"]
     assert remote.search(queries, 2) == index.search(queries, 2)
-    assert in_threads(8, lambda n: remote.search([f"n{n}"])) == [index.search([f"n{n}"]) for n in range(8)]
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody is there
-    monkeypatch.delenv("no_proxy", raising=False)
-    for local in (url, url.replace("127.0.0.1", "localhost"), f"{url}/retrieve/"):
-        assert retriever.load(local).search(queries, 2) == index.search(queries, 2)
+    assert retriever.load(f"{url}/retrieve/").search(queries, 2) == index.search(queries, 2)
     with pytest.raises(InputError, match="http.*: 400: .*the number of passages"):
         remote.search(["n7"], 0)
 
@@ -658,22 +551,16 @@ DOCUMENT = {"id": "1", "contents": "text"}
 @pytest.mark.parametrize("answer", [
     ("raw", b"<html>\nlogin\n</html>"),
     [],
-    {"results": []},
-    {"result": None},
     {"result": []},
-    {"result": [[DOCUMENT]]},
     {"result": [[{"document": DOCUMENT, "score": None}]]},
     {"result": [[{"document": DOCUMENT | {"contents": ["text"]}, "score": 1}]]},
     {"result": [[{"document": {"contents": "text"}, "score": 1}]]},
-    {"result": [[None]]},
 ])  # fmt: skip
 def test_answers_of_another_form_are_one_line(answer, monkeypatch):
     monkeypatch.setattr("common.client.BACKOFF", 0)
     with serve(lambda *request: answer) as (url, _), pytest.raises(InputError, match="not in the expected format"):
         retriever.load(url).search(["a query"])
-    with pytest.raises(
-        InputError, match=f"^{url}/retrieve: no answer: .*Connection refused; gave up after 4 attempts$"
-    ):
+    with pytest.raises(InputError, match=f"^{url}/retrieve: no answer: .*Connection refused; gave up after 4 attempts"):
         retriever.load(url).search(["a query"])  # the server has ended
 
 

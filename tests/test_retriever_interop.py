@@ -110,10 +110,10 @@ def test_faiss_files_are_opened(tmp_path, vectors):
     ):
         made.add(vectors)
         faiss.write_index(made, str(tmp_path / name))
-        opened = retriever.open_flat_index(tmp_path / name)
+        opened = retriever.open_flat_index(tmp_path / name, 5000)
         assert isinstance(opened, np.memmap) and np.array_equal(opened, vectors)
     for other in (faiss.IndexFlatL2(48), faiss.index_factory(48, "HNSW8")):
         other.add(vectors[:100])
         faiss.write_index(other, str(tmp_path / "other"))
-        with pytest.raises(retriever.InputError, match="not a complete FAISS flat inner-product index"):
-            retriever.open_flat_index(tmp_path / "other")
+        with pytest.raises(retriever.InputError, match="no complete FAISS flat inner-product index of 100 vectors"):
+            retriever.open_flat_index(tmp_path / "other", 100)
