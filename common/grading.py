@@ -141,10 +141,8 @@ def exact_match(prediction, answers):
 
 # ------------- Answers of chain-of-thought replies
 
-
-BOX = re.compile(
-    r"\\(?:boxed|fbox)(?![a-zA-Z])\s*(?:\{|(\\?[^\s$\\{}]*[^\s$\\{}.,;]))|\\.|[{}]", re.DOTALL
-)  # \boxed{, \boxed 5, \{, {
+# \boxed{ or \boxed 5; \{ and \}; { and }
+BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*(?:\{|(\\?[^\s$\\{}]*[^\s$\\{}.,;]))|\\.|[{}]", re.DOTALL)
 
 
 def boxed_answer(text):
@@ -304,18 +302,17 @@ def read_inequality(text):
         sides, signs, names = [*sides, r"\infty"], [*signs, "<"], [*names, False]
     if not set(signs) <= set("<≤") or names != [False, True, False]:
         raise Unreadable(text)
-    kind = ("(" if signs[0] == "<" else "[") + (")" if signs[1] == "<" else "]")
-    return Group("=", (sides[1], group(kind + "interval" * (kind == "[]"), map(read_text, sides[::2]))))
+    kind = {"<<": "()", "<≤": "(]", "≤<": "[)", "≤≤": "[]interval"}["".join(signs)]
+    return Group("=", (sides[1], group(kind, map(read_text, sides[::2]))))
 
 
 def group(kind, items):
     """A Group; a single item stands for itself, unless it is a row of numbers. x=1, x=2 becomes x = (1, 2)."""
     items = tuple(items)
     names = [item.items[0] for item in items if is_group(item, "=")]
-    if len(items) == 1 and (
-        isinstance(items[0], Value) or (is_group(items[0], "=", "()", "{}", "names") and items[0].items)
-    ):
-        return items[0]
+    single = items[0] if len(items) == 1 else None
+    if isinstance(single, Value) or (is_group(single, "=", "()", "{}", "names") and single.items):
+        return single
     if len(items) == len(set(names)) > 1:
         return Group("names", items)
     if len(set(names)) == 1 and is_group(items[0], "=") and len(names) in (1, len(items)):
@@ -402,18 +399,9 @@ def same_equation(prediction, gold):
 
 
 # Which brackets of a prediction may stand for which of a gold answer. A Python list cannot say that an end is open.
-BRACKETS = {
-    "": ("json", "[]", "{}", "()", "names"),
-    "{}": ("json", "[]", ""),
-    "()": ("json", "names"),
-    "[]": ("json", "[]interval"),
-}
-BRACKETS |= {
-    "json": ("[]", "()", "{}", ""),
-    "names": ("json", "[]", "()", ""),
-    "∪": ("",),
-    "[]interval": ("[]", "json"),
-}
+BRACKETS = {"": ("json", "[]", "{}", "()", "names"), "{}": ("json", "[]", ""), "∪": ("",), "()": ("json", "names")}
+BRACKETS |= {"json": ("[]", "()", "{}", ""), "names": ("json", "[]", "()", ""), "[]": ("json", "[]interval")}
+BRACKETS["[]interval"] = ("json", "[]")
 
 
 def same_group(prediction, gold, question):
@@ -424,9 +412,8 @@ def same_group(prediction, gold, question):
         return prediction.items == gold.items
     # x = 1, y = 2 is not 2, 1, but it is y = 2, x = 1
     letters = {item.items[0][:1] for item in (*prediction.items, *gold.items) if is_group(item, "=")}
-    ordered = (
-        gold.kind not in ("", "{}", "∪", "names") or "()" in kinds or (kinds.count("names") == 1 and len(letters) > 1)
-    )
+    named = kinds.count("names") == 1 and len(letters) > 1
+    ordered = gold.kind not in ("", "{}", "∪", "names") or "()" in kinds or named
     items = list(prediction.items)
     for item in gold.items:
         i = next((i for i, other in enumerate(items) if same_node(other, item, question)), None)
