@@ -15,12 +15,17 @@ STUDENT ?= $(PACKAGED)
 TEACHER_URL ?=
 TEACHER_MODEL ?=
 SEEDS ?= 0
-# Training questions, and test questions for each of the eight tasks.
-QUESTIONS ?= 600
-TESTS ?= 25
+# Training questions, and test questions for each of the eight tasks; of these, SC-action answers the first SC_TESTS.
+QUESTIONS ?= 320
+TESTS ?= 20
+SC_TESTS ?= 8
 RUNS ?= runs/miniature
-# Where these differ from the paper: one epoch at a higher rate, because the miniature has few questions; no dropout.
-TRAIN_OPTIONS ?= --epochs 1 --lr 1e-3 --dropout 0 --warmup-steps 5
+# Every text that a model is shown. Another folder needs another RUNS.
+PROMPTS ?= prompts
+# Where these differ from the paper (2 epochs, batch 8, lr 2e-4, dropout 0.05, no warm-up; 1,024 new tokens): a student of
+# 135M on a CPU has time for one pass over few questions, so its steps are smaller, more and larger in rate.
+TRAIN_OPTIONS ?= --epochs 1 --batch-size 4 --lr 1e-3 --dropout 0 --warmup-steps 5
+COLLECT_OPTIONS ?=
 EVALUATE_OPTIONS ?= --max-tokens 192
 
 ifeq ($(VENV),)
@@ -59,19 +64,18 @@ $(VENV)/.ready: requirements.txt requirements-miniature.txt
 # A killed make may leave a running stage behind. The lock makes the next make wait for it.
 LOCK = $(if $(shell command -v flock),flock $(RUNS)/.lock)
 reproduce: $(READY)  ## the miniature, offline: world, teacher, students, evaluation, table
-	@mkdir -p $(RUNS)
-	@for seed in $(SEEDS); do for student in $(STUDENT); do \
+	@mkdir -p $(RUNS); for seed in $(SEEDS); do for student in $(STUDENT); do \
 	  $(LOCK) $(MAKE) --no-print-directory one SEED=$$seed STUDENT=$$student || exit; \
 	done; done
 	@$(RUN) evaluate.py report $(RUNS)
 	@printf '\nThe teacher without and with the first-thought prefix:\n'; cat $(SEEDS:%=$(RUNS)/seed%/teacher/gain.md)
 
 SEED ?= 0
-STUDENT_NAME := $(notdir $(firstword $(STUDENT)))
+STUDENT_NAME := $(notdir $(patsubst %/,%,$(firstword $(STUDENT))))
 D := $(RUNS)/seed$(SEED)
 S := $(D)/$(STUDENT_NAME)
-ROWS ?= agent.greedy cot.cot base.cot cot.cot-rag base.agent agent.sc8
-one: $(ROWS:%=$(D)/eval/$(STUDENT_NAME).%/.done) $(D)/teacher/gain.md
+ROWS ?= agent.greedy cot.cot cot.cot-rag base.cot base.agent prefix.greedy agent.sc8 prefix.sc8
+one: $(D)/seen $(ROWS:%=$(D)/eval/$(STUDENT_NAME).%/.done) $(D)/teacher/gain.md
 
 # 1. World: passages, training questions, eight test sets.
 $(D)/world/.done:
@@ -84,7 +88,8 @@ $(D)/index/.done: $(D)/world/.done
 	touch $@
 
 # 3. Teacher: CoT (Eq. 2), agent trajectories (Eq. 3), and some with the first-thought prefix (Eq. 5), over HTTP.
-COLLECT = $(RUN) agent_distill.py collect $(D)/world/train.jsonl --seed $(SEED)
+COLLECT = $(RUN) agent_distill.py collect $(D)/world/train.jsonl --seed $(SEED) --prompts $(PROMPTS) $(COLLECT_OPTIONS)
+FILTER = $(RUN) agent_distill.py filter --prompts $(PROMPTS)
 ifeq ($(TEACHER_URL),)
 ASK = $(RUN) -m miniature.teacher $(D)/world $(TEACHER_OPTIONS) --then "$(COLLECT) --url \$$TEACHER_URL --concurrency 4 $(1)"
 else
@@ -93,13 +98,13 @@ endif
 SEARCH = --search $(D)/index --top-k 3
 $(D)/teacher/cot.train.jsonl: $(D)/world/.done
 	$(call ASK,--method cot --out $(@D)/cot.jsonl)
-	$(RUN) agent_distill.py filter $(@D)/cot.jsonl --out $@
+	$(FILTER) $(@D)/cot.jsonl --out $@
 $(D)/teacher/agent.train.jsonl: $(D)/index/.done
 	$(call ASK,$(SEARCH) --out $(@D)/agent.jsonl)
-	$(RUN) agent_distill.py filter $(@D)/agent.jsonl --out $@
+	$(FILTER) $(@D)/agent.jsonl --out $@
 $(D)/teacher/prefix.train.jsonl: $(D)/teacher/cot.train.jsonl $(D)/index/.done
 	$(call ASK,$(SEARCH) --first-thought $(@D)/cot.jsonl --out $(@D)/prefix.jsonl)
-	$(RUN) agent_distill.py filter $(@D)/prefix.jsonl --out $@
+	$(FILTER) $(@D)/prefix.jsonl --out $@
 $(D)/teacher/gain.md: $(D)/teacher/agent.train.jsonl $(D)/teacher/prefix.train.jsonl
 	$(RUN) evaluate.py compare $(@D)/agent.jsonl $(@D)/prefix.jsonl > $@.new
 	mv $@.new $@
@@ -114,15 +119,20 @@ else
 MODEL := $(STUDENT)
 endif
 MODEL_DONE := $(if $(filter $(PACKAGED),$(STUDENT)),$(MODEL)/.done)
+# A first look: one of the teacher's trajectories, as the student reads it. Between the marks are the tokens in the loss.
+$(D)/seen: $(D)/teacher/agent.train.jsonl $(MODEL_DONE)
+	$(RUN) train.py show $< --model $(MODEL) --example 2
+	touch $@
 $(S)/%/.done: $(D)/teacher/%.train.jsonl $(MODEL_DONE)
 	$(RUN) train.py $< --model $(MODEL) --out $(@D) --seed $(SEED) $(TRAIN_OPTIONS)
 	touch $@
 
 # 5. Evaluation: eight tasks. The name of a row: what the student learned from, the method, the decoding.
-EVALUATE = $(RUN) evaluate.py $(D)/world/test/*.jsonl --out $(@D) --name $(STUDENT_NAME) --seed $(SEED) $(EVALUATE_OPTIONS)
+EVALUATE = $(RUN) evaluate.py $(D)/world/test/*.jsonl --out $(@D) --name $(STUDENT_NAME) --seed $(SEED) \
+  --prompts $(PROMPTS) $(EVALUATE_OPTIONS)
 ROW := $(D)/eval/$(STUDENT_NAME)
-# Given the long prompt with examples, the untrained model writes no code that runs: five questions per task show that.
-BASE_AGENT ?= --limit 5 --max-steps 3
+# Given the long prompt with examples, the untrained model writes no code that runs: one question per task shows that.
+BASE_AGENT ?= --limit 1 --max-steps 3
 $(ROW).base.cot/.done: $(D)/world/.done $(MODEL_DONE)
 	$(EVALUATE) --model $(MODEL) --method cot
 	touch $@
@@ -139,7 +149,7 @@ $(ROW).%.greedy/.done: $(S)/%/.done $(D)/index/.done
 	$(EVALUATE) --model $(<D) --method agent $(SEARCH)
 	touch $@
 $(ROW).%.sc8/.done: $(S)/%/.done $(D)/index/.done
-	$(EVALUATE) --model $(<D) --method agent $(SEARCH) --sc 8
+	$(EVALUATE) --model $(<D) --method agent $(SEARCH) --sc 8 --limit $(SC_TESTS)
 	touch $@
 
 report: $(READY)  ## the tables of what has been run so far

@@ -17,10 +17,12 @@ import functools
 import hashlib
 import itertools
 import json
-import pkgutil
 import random
 import re
+import sys
+import textwrap
 import time
+from operator import eq
 from pathlib import Path
 from typing import Literal
 
@@ -32,6 +34,12 @@ from common.report import table
 from sandbox import Observation, Sandbox
 
 # ------------- Prompts and tools: what an episode is given
+
+SHOWN = {  # by the episodes of each method, beside the system prompt
+    "agent": ["question", "observation", "error", "no_code", "search_result"],
+    "cot": [],
+    "cot-rag": ["cot_rag_question", "search_result"],
+}
 
 
 class Prompts:
@@ -51,31 +59,61 @@ class Prompts:
         """The prompt with its {placeholders} replaced, in one pass: braces inside a value stay as they are."""
         return re.sub(r"\{(\w+)\}", lambda m: str(values.get(m[1], m[0])), getattr(self, name))
 
-    def system(self, name, tools):
+    def system(self, name, tools, max_steps=5):
         """A system prompt. {tools} becomes the descriptions of the tools, {calls} a list of their signatures.
 
-        tools: names. Each is described in prompts/tools/NAME.txt: a signature, a colon, and what the tool does.
-        Raises InputError for a tool that is not described.
+        tools: names. Raises InputError for a tool that prompts/tools/NAME.txt does not describe.
         """
-        described = [read_text(self.folder / "tools" / f"{tool}.txt") for tool in (*tools, "final_answer")]
-        calls = [re.sub(r":[^,)]*", "", text[: text.index(")") + 1]) for text in described]  # without annotations
-        return self.fill(name, tools="\n".join(f"- {text}" for text in described), calls=", ".join(calls))
+        described, calls = [], []
+        for tool in (*tools, "final_answer"):
+            path = self.folder / "tools" / f"{tool}.txt"
+            text = read_text(path) if path.exists() else ""
+            if not (signature := re.match(rf"{re.escape(tool)}\(.*?\)", text)):
+                raise InputError(f"{path}: describes a tool of --tools, as {tool}(argument: type): what it does")
+            described.append(f"- {text}")
+            calls.append(re.sub(r":[^,)]*", "", signature[0]))  # without annotations
+        return self.fill(name, tools="\n".join(described), calls=", ".join(calls), max_steps=max_steps)
 
-    @functools.cached_property
-    def sha256(self):
-        """One hash of all prompts of the folder. Results made with other prompts must not be mixed with these."""
-        texts = {str(path.relative_to(self.folder)): read_text(path) for path in sorted(self.folder.rglob("*.txt"))}
-        return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+    def sha256(self, method):
+        """A hash of the texts of SHOWN. Results made with other texts must not be mixed with these."""
+        return hashlib.sha256(json.dumps([getattr(self, name) for name in SHOWN[method]]).encode()).hexdigest()
+
+
+def check_options(config, prompts, kinds=()):
+    """Check what the options name, before anything is loaded. kinds: of the tasks.
+
+    Returns what results depend on beside the options, for common.keep_config: hashes of prompts and of source code.
+    """
+    if not config.search and (config.method == "cot-rag" or (config.method == "agent" and "fact" in kinds)):
+        raise InputError(f"--method {config.method} needs passages: name an index or a /retrieve URL with --search")
+    facts = {"prompts_sha256": prompts.sha256(config.method)}
+    for name, like in (("tools", lambda: {}), ("episode", agent_episode), ("choose", choose)):
+        if dotted := getattr(config, name):
+            if config.method != "agent":
+                raise InputError(f"--{name} {dotted}: only --method agent uses it")
+            facts[f"{name}_sha256"] = common.source_hash(common.resolve(dotted, like, f"--{name}"))
+    if config.method == "agent":
+        facts["tool_names"] = [*further_tools(config), *(["web_search"] if config.search else [])]
+        prompts.system("agent_system", facts["tool_names"])  # refuses a tool without a description
+    return facts
+
+
+def further_tools(config):
+    """The tools of --tools, {name: function}."""
+    tools = common.resolve(config.tools, name="--tools")() if config.tools else {}
+    if not isinstance(tools, dict) or not all(map(callable, tools.values())):
+        raise InputError(f"--tools {config.tools}: {{name: function}} was expected, not {tools!s:.80}")
+    return tools
 
 
 def open_tools(config, prompts, device=None):
     """The tools of an agent, {name: function}: web_search, and those of --tools.
 
-    A tool takes and returns JSON values, runs in this process, and must be thread-safe. It is described in
-    prompts/tools/NAME.txt. The model reads a tool's exception, except an InputError, which ends the run: an index that
-    is out of memory, or a server that is gone, would change the results. device: where a dense index keeps its vectors.
+    A tool takes and returns JSON values, runs in this process, and must be thread-safe. The model reads its exception,
+    except an InputError, which ends the run: if search fails, the run stops. device: where a dense index keeps its
+    vectors.
     """
-    tools = dict(named(config.tools, dict)())
+    tools = dict(further_tools(config))
     if config.search:
         index = retriever.load(config.search, device)
 
@@ -86,13 +124,11 @@ def open_tools(config, prompts, device=None):
                 raise InputError(f"web_search failed: {type(error).__name__}: {error}") from None
             texts = []
             for rank, hit in enumerate(hits, 1):
-                title, _, text = hit.contents.partition("\n")
-                values = {"title": title.strip('"'), "text": text, "score": f"{hit.score:.2f}"}
-                texts.append(prompts.fill("search_result", rank=rank, place=rank - 1, **values))
+                values = {"rank": rank, "place": rank - 1, "title": hit.title, "text": hit.text}
+                texts.append(prompts.fill("search_result", **values, score=f"{hit.score:.2f}"))
             return "\n\n".join(texts) or "No passages found."
 
         tools["web_search"] = web_search
-    prompts.system("agent_system", tools)  # refuses a tool without a description
     return tools
 
 
@@ -106,45 +142,83 @@ STOP = ["<end_code>", "\nObservation:"]
 
 @dataclasses.dataclass
 class Action:
-    """text: what stays in the context. code: None if there is none to run."""
+    """text: what stays in the context. code: None if there is none to run. thinking: cut off, kept in the step only."""
 
     text: str
     thought: str
     code: str | None
+    thinking: str = ""
 
 
-# A fence opens on a line of its own, or behind "Code:", and ends at the next ``` that begins or ends a line.
-_FENCE = re.compile(r"^[ \t]*(?:Code:[ \t]*)?```[ \t]*(\w*)[ \t]*\n(.*?)(?:^[ \t]*```|```[ \t]*$|\Z)", re.M | re.S)
-_CODE_LABEL = re.compile(r"^[ \t]*Code:[ \t]*$", re.M)
+_THINKING = re.compile(r"\s*+(?:<think>(.*?)(?:</think>|\Z)|((?:(?!<think>).)*?)</think>)\s*", re.S)
+
+
+def split_thinking(text):
+    """Returns (thinking, the rest) of a reply that begins with <think>...</think>.
+
+    Some templates open the tag in the prompt, so it may be missing. A tag that never closes leaves an empty rest.
+    """
+    thinking = []
+    while match := _THINKING.match(text):
+        thinking.append((match[1] or match[2] or "").strip())
+        text = text[match.end() :]
+    return "\n\n".join(thinking), text
+
+
+_LABEL = r"^[ \t#*_]*+code[ \t*_]*+:[ \t*_]*+"  # "Code:", "code:", "**Code:**"
+_FENCE = re.compile(
+    rf"""
+    (?P<label> {_LABEL} \s*+ | ^ )                       # "Code:" on the same line or above it
+    (?: [ \t]*+ (?: [-*+] | \d++[.)] ) [ \t] )? [ \t]*+  # the fence may be an item of a list
+    ```+ [ \t]*+
+    (?: (?P<python> (?: i?py(?:thon)? [\d.]* | tool_code ) (?![\w+#.-]) [ \t]* ) | (?P<other> [\w+#.-]+ [ \t]* $ ) )?
+    (?P<code> (?: \"{{3}}.*?\"{{3}} | '{{3}}.*?'{{3}} | \#[^\n`]* | [^`"'\#\n]+ | . )*? )  # a string may hold a fence
+    (?P<close> ^[ \t]*```+(?!\w) | ```+[ \t]*$ | (?=^[ \t]*```\w) | \Z )
+    """,
+    re.M | re.S | re.I | re.X,
+)
+_UNFENCED = re.compile(rf"{_LABEL}(?:\s*<code>)?|<code>", re.M | re.I)
+_UNFENCED_END = re.compile(r"</code>|^[ \t]*```|```[ \t]*$|^Observation:", re.M)
 _OBSERVATION = re.compile(r"^Observation:", re.M)
+_STOP_BEGUN = re.compile(r"((?<=```)<\w*|<end_\w*|\nObserv\w*)\Z")  # a reply that ended inside a stop string
 _THOUGHT = re.compile(r"^\s*Thought:[ \t]*")
 
 
-def parse_action(text):
-    """Read the thought and the code from a model's text. Returns an Action.
+def parse_action(text, opening=""):
+    """Read the thinking, the thought and the code from `opening` and the text that continues it. Returns an Action.
 
-    Accepted: fences marked py, python or nothing; several fences (joined, as in smolagents); a fence that never
-    closes; code without a fence after a line `Code:`. The text ends at <end_code>, or where the model starts to write
-    an observation of its own outside the code.
+    The code is what a reader would run: all fences marked as Python (py, Python, python3, tool_code), joined as in
+    smolagents; without one, the first fence that names no language; without a fence, what follows `Code:` or stands in
+    <code> tags, which is then given a fence. A fence may be indented, on one line, or never closed. The text ends at
+    <end_code>, or where the model starts to write an observation of its own outside the code.
     """
-    text = text.replace("\r\n", "\n").split("<end_code>")[0].strip()
-    fences = [match for match in _FENCE.finditer(text) if match[1] in ("py", "python", "")]
+    thinking, rest = split_thinking(text)
+    text = _STOP_BEGUN.sub("", (opening + rest).replace("\r\n", "\n").split("<end_code>")[0].strip()).rstrip()
+    fences = _python_fences(text)
     for own in _OBSERVATION.finditer(text):
-        if not any(fence.start() < own.start() < fence.end() for fence in fences):
+        if not any(fence["close"] and fence.start() < own.start() < fence.end() for fence in fences):
             text = text[: own.start()].rstrip()
-            fences = [fence for fence in fences if fence.start() < own.start()]
+            fences = _python_fences(text)
             break
-    label = _CODE_LABEL.search(text)
-    if fences:
-        code = "\n\n".join(fence[2].strip("\n") for fence in fences if fence[2].strip())
-        start = min(fences[0].start(), label.start() if label else len(text))
-    elif label:
-        code, start = text[label.end() :].strip("\n"), label.start()
-    else:
-        code, start = "", len(text)
+    start = _UNFENCED.search(text)
+    # A lone unmarked fence some lines after `Code:` closes the code and does not open it.
+    if start and not any(fence["python"] or fence["label"] or fence["close"] for fence in fences):
+        code = textwrap.dedent(_UNFENCED_END.split(text[start.end() :])[0]).strip("`\n")
+        if code.strip():
+            text = f"{text[: start.start()].rstrip()}\nCode:\n{CODE_OPEN}\n{code}\n```".lstrip()
+            fences = _python_fences(text)
+    codes = [textwrap.dedent(fence["code"]).strip("\n").rstrip() for fence in fences]
+    thought = text[: fences[0].start()] if fences else text
     if text.endswith("```"):
         text += "<end_code>"  # generation stops before this string; the context shows it
-    return Action(text, _THOUGHT.sub("", text[:start]).strip(), code or None)
+    return Action(text, _THOUGHT.sub("", thought).strip(), "\n\n".join(filter(None, codes)) or None, thinking)
+
+
+def _python_fences(text):
+    """The fences that say they are Python, otherwise the one after `Code:`, otherwise the first without a language."""
+    fences = [fence for fence in _FENCE.finditer(text) if not fence["other"]]
+    marked = [fence for fence in fences if fence["python"]]
+    return marked or [fence for fence in fences if fence["label"]][:1] or fences[:1]
 
 
 # ------------- The episode
@@ -178,6 +252,14 @@ class Episode:
     error: str | None = None
 
 
+def merge_equal(answers, same):
+    """Equal answers, each written as the first of them, so that a vote can compare them."""
+    merged = []
+    for answer in answers:
+        merged.append(next((other for other in merged if same(answer, other)), answer))
+    return merged
+
+
 def votes_of(observations):
     """The vote of each candidate: equal numbers mean equal observations. None: it failed to parse or to run."""
     numbers, votes = {}, []
@@ -201,66 +283,72 @@ def choose(actions, observations, rng):
     return votes.index(counts.most_common(1)[0][0])  # of equal counts, the first
 
 
-def agent_episode(question, prompts, open_sandbox, *, system, max_steps=5, first_thought="", rng=random, choose=choose):
+def agent_episode(
+    question, prompts, open_sandbox, *, system, max_steps=5, first_thought="", rng=random, choose=choose, same=eq
+):
     """The agent's loop: thought, code, observation, until final_answer or the step limit.
 
     first_thought: with the first-thought prefix (Eq. 5), the first step of the teacher's chain of thought. It opens
-    the first thought, and the model continues it. choose: another vote, with the arguments of `choose`.
+    the first thought, and the model continues it. choose: another vote, with the arguments of `choose`. same(a, b):
+    whether two final answers are one answer in the vote.
     """
     task = prompts.fill("question", question=question)
     messages, steps = [{"role": "system", "content": system}, {"role": "user", "content": task}], []
     with open_sandbox() as sandbox:
         for step in range(max_steps):
-            opening = f"Thought: {first_thought}" if first_thought and step == 0 else ""
+            opening = f"Thought: {first_thought.strip()}" if first_thought and step == 0 else ""
             try:
                 candidates = yield Turn(messages, opening)
             except TurnFailed as failure:
                 return Episode(messages, steps, None, "error", str(failure))
-            actions = [parse_action(opening + text) for text in candidates]
-            # Each distinct code runs once, all from the same state. The chosen candidate's state is kept.
+            actions = [parse_action(text, opening) for text in candidates]  # (r_t, a_t)
             codes = list(dict.fromkeys(action.code for action in actions if action.code is not None))
-            ran = dict(zip(codes, sandbox.run_candidates(codes), strict=True)) if codes else {}
-            ran[None] = Observation(error=prompts.no_code, error_kind="no_code")
-            observations = [ran[action.code] for action in actions]
+            observations = observe(sandbox, actions, codes, prompts, same)  # o_t
             chosen = choose(actions, observations, rng)
             action, observation = actions[chosen], observations[chosen]
             if action.code is not None:
-                sandbox.commit(codes.index(action.code))
+                sandbox.commit(codes.index(action.code))  # the chosen candidate's state is kept
             messages = [*messages, {"role": "assistant", "content": action.text}]
-            steps.append(_step(actions, observations, chosen, prompts))
+            steps.append(_step(actions, observations, chosen, choose, prompts))
             if observation.is_final:
                 return Episode(messages, steps, observation.final_answer, "final_answer")
             messages = [*messages, {"role": "user", "content": steps[-1]["observation"]}]
     return Episode(messages, steps, None, "max_steps")
 
 
-def _step(actions, observations, chosen, prompts):
-    """The step as it is stored: the chosen candidate, and all candidates if there were several."""
+def observe(sandbox, actions, codes, prompts, same):
+    """Run each distinct code once, all from the same state. Returns an Observation for each action."""
+    ran = dict(zip(codes, sandbox.run_candidates(codes), strict=True)) if codes else {}
+    ran[None] = Observation(error=prompts.no_code, error_kind="no_code")
+    answers = merge_equal([ran[action.code].final_answer for action in actions], same)
+    pairs = zip(actions, answers, strict=True)
+    return [dataclasses.replace(ran[action.code], final_answer=answer) for action, answer in pairs]
+
+
+def _step(actions, observations, chosen, vote, prompts):
+    """The step as it is stored: the chosen candidate, and all candidates if there were several.
+
+    The observation o_t is there as the model reads it.
+    """
+    # Another vote than `choose` is stored as one vote, for the candidate that it chose.
+    votes = votes_of(observations) if vote is choose else [0 if i == chosen else None for i in range(len(actions))]
     candidates = []
-    for action, observation, vote in zip(actions, observations, votes_of(observations), strict=True):
-        candidates.append({
-            "thought": action.thought,
-            "code": action.code,
-            "observation": observation_text(observation, prompts),
-            "error_kind": observation.error_kind,
-            "vote": vote,
-        })  # fmt: skip
-        if observation.is_final:
-            candidates[-1]["final_answer"] = observation.final_answer
+    for action, o, vote in zip(actions, observations, votes, strict=True):
+        shown = {"stdout": o.stdout.removesuffix("\n"), "error": o.error, "result": o.result}
+        candidate = {"thought": action.thought, "code": action.code}
+        candidate["observation"] = prompts.fill("error" if o.error_kind else "observation", **shown)
+        candidate |= {"error_kind": o.error_kind, "vote": vote}
+        candidate |= {"thinking": action.thinking} if action.thinking else {}
+        candidate |= {"final_answer": o.final_answer} if o.is_final else {}
+        candidates.append(candidate)
     several = {"candidates": candidates, "chosen": chosen} if len(actions) > 1 else {}
     return candidates[chosen] | several
 
 
-def observation_text(observation, prompts):
-    """The observation o_t as the model reads it."""
-    name, stdout = "error" if observation.error_kind else "observation", observation.stdout.removesuffix("\n")
-    return prompts.fill(name, stdout=stdout, error=observation.error, result=observation.result)
-
-
-def cot_episode(question, prompts, *, system, search=None):
+def cot_episode(question, prompts, *, system, search=None, same=eq):
     """Chain of thought: one turn, no tools. search: for CoT + RAG, the passages for the question are shown with it.
 
-    With several candidates (self-consistency), the majority of the answers wins.
+    With several candidates (self-consistency), the majority of the answers wins; same: as in agent_episode.
     """
     if search is not None:
         question = prompts.fill("cot_rag_question", passages=search(question), question=question)
@@ -269,27 +357,32 @@ def cot_episode(question, prompts, *, system, search=None):
         candidates = yield Turn(messages)
     except TurnFailed as failure:
         return Episode(messages, [], None, "error", str(failure))
-    answers = [grading.cot_answer(text) for text in candidates]
+    thoughts = [split_thinking(text) for text in candidates]
+    answers = merge_equal([grading.cot_answer(text) for _, text in thoughts], same)
     counts = collections.Counter(answer for answer in answers if answer is not None)
     chosen = answers.index(counts.most_common(1)[0][0]) if counts else 0
-    step = {"thought": candidates[chosen], "code": None, "observation": None, "error_kind": None}
-    if len(candidates) > 1:
-        pairs = zip(candidates, answers, strict=True)
-        step |= {"candidates": [{"thought": text, "answer": answer} for text, answer in pairs], "chosen": chosen}
-    messages = [*messages, {"role": "assistant", "content": candidates[chosen].strip()}]
+    steps = []
+    for (thinking, text), answer in zip(thoughts, answers, strict=True):
+        steps.append({"thought": text.strip(), "answer": answer} | ({"thinking": thinking} if thinking else {}))
+    several = {"candidates": steps, "chosen": chosen} if len(steps) > 1 else {}
+    step = steps[chosen] | {"code": None, "observation": None, "error_kind": None} | several
+    messages = [*messages, {"role": "assistant", "content": step["thought"]}]
     return Episode(messages, [step], answers[chosen], "no_answer" if answers[chosen] is None else "final_answer")
 
 
 def first_step(cot):
     """The first step of a chain of thought: the text up to the first blank line. It is the prefix of Eq. 5."""
-    return re.split(r"\n[ \t]*\n", cot.strip().replace("\r\n", "\n"))[0].strip()
+    text = split_thinking(cot)[1].replace("\r\n", "\n").strip()
+    return re.split(r"\n[ \t]*\n", text)[0].strip()
 
 
 class Running:
     """An episode under way. turn: what it asks for now, None after its end. result: the Episode, None until then."""
 
     def __init__(self, episode):
-        self.episode, self.turn, self.result = episode, None, None
+        self.episode = episode
+        self.turn = None
+        self.result = None
         self.advance(None)
 
     def advance(self, candidates):
@@ -328,27 +421,27 @@ class EpisodeConfig:
     tools: str | None = option(None, "MODULE.FUNCTION that returns further tools, {name: function}")
     episode: str | None = option(None, "another loop than agent_episode, as MODULE.FUNCTION")
     choose: str | None = option(None, "another vote over candidates, as MODULE.FUNCTION (default: the majority)")
-    prompts: str = option(str(Prompts.default), "folder of prompts")
-    api_key_env: str = option("OPENAI_API_KEY", "environment variable that holds the server's key")
+    # The hash of the prompts' texts is compared, not their folder.
+    prompts: str = option(str(Prompts.default), "folder of prompts", changes_results=False)
+    api_key_env: str = option("OPENAI_API_KEY", "environment variable with the server's key", changes_results=False)
 
 
-def open_episode(config, question, prompts, tools, *, system, first_thought="", rng=random):
-    """The episode of one question by config.method: "agent", "cot" or "cot-rag"."""
+def open_episode(config, question, prompts, tools, *, system, kind=None, first_thought="", rng=random):
+    """The episode of one question by config.method: "agent", "cot" or "cot-rag". kind: "fact" or "math", for votes."""
+    same = functools.partial(grading.same, kind) if kind else eq
     if config.method != "agent":
         search = tools["web_search"] if config.method == "cot-rag" else None
-        return cot_episode(question, prompts, system=system, search=search)
+        return cot_episode(question, prompts, system=system, search=search, same=same)
     open_sandbox = functools.partial(Sandbox, tools=tools, timeout=config.timeout, isolation=config.isolation)
-    options = {"system": system, "max_steps": config.max_steps, "first_thought": first_thought, "rng": rng}
-    episode, vote = named(config.episode, agent_episode), named(config.choose, choose)
-    return episode(question, prompts, open_sandbox, choose=vote, **options)
+    episode = common.resolve(config.episode, name="--episode") if config.episode else agent_episode
+    vote = common.resolve(config.choose, name="--choose") if config.choose else choose
+    options = {"system": system, "max_steps": config.max_steps, "first_thought": first_thought}
+    return episode(question, prompts, open_sandbox, **options, rng=rng, choose=vote, same=same)
 
 
-def named(dotted, default):
-    """The function that MODULE.FUNCTION names, or the default if nothing is named."""
-    try:
-        return pkgutil.resolve_name(dotted) if dotted else default
-    except (ImportError, ValueError, AttributeError) as error:
-        raise InputError(f"no function {dotted}: {error}") from None
+def task_key(row):
+    """What tells questions apart in tasks and in rows, also where two files use the same ids."""
+    return row["task"], row["id"], row["question"], json.dumps(row["answer"])
 
 
 def trajectory_row(task, method, episode, usage):
@@ -358,8 +451,8 @@ def trajectory_row(task, method, episode, usage):
     row |= {"method": method, **dataclasses.asdict(episode)}
     if episode.stop == "no_answer" and usage.get("truncated"):
         row["stop"] = "truncated"  # the reply was cut at --max-tokens before it gave an answer
-    aliases = task.get("aliases", ())
-    verdict = grading.grade(task["kind"], episode.prediction, task["answer"], aliases, task["question"])
+    gold = task["answer"], task.get("aliases") or (), task["question"]
+    verdict = grading.grade(task["kind"], episode.prediction, *gold)
     return row | {"correct": verdict.correct, "why": verdict.why, "usage": dict(usage)}
 
 
@@ -368,97 +461,121 @@ def trajectory_row(task, method, episode, usage):
 
 @dataclasses.dataclass(kw_only=True)
 class CollectConfig(EpisodeConfig):
-    tasks: list[str] = option(REQUIRED, "task files: JSONL, or JSON with a list of examples", positional=True)
-    out: str = option(REQUIRED, "trajectories are appended to this JSONL file; finished questions are not asked again")
+    tasks: list[str] = option(REQUIRED, 'JSONL or {"examples": [...]}', positional=True, changes_results=False)
+    out: str = option(REQUIRED, "JSONL file to which trajectories are appended", changes_results=False)
     method: Literal["agent", "cot"] = option("agent", "agent (Eq. 3) or plain chain of thought (Eq. 2)")
     first_thought: str | None = option(None, "file of --method cot; its first steps open the first thoughts (Eq. 5)")
-    url: str = option(REQUIRED, "the teacher's server, ending in /v1")
+    url: str = option(REQUIRED, "the teacher's server, ending in /v1", changes_results=False)
     model: str | None = option(None, "the model's name at the server (default: the first one that it lists)")
     kind: Literal["fact", "math"] | None = option(None, "kind of the tasks, for files that do not state it")
-    limit: int | None = option(None, "only the first n tasks of each file", above=0)
+    limit: int | None = option(None, "only the first n tasks of each file", above=0, changes_results=False)
     samples: int = option(1, "trajectories per question (paper: 1); more need a temperature", above=0)
-    temperature: float = option(0.0, "0 is greedy")
-    top_p: float = option(1.0, "nucleus sampling", above=0)
+    temperature: float = option(0.0, "0 is greedy", at_least=0)
+    top_p: float = option(1.0, "nucleus sampling", above=0, at_most=1)
     prefix_mode: Literal["continue", "completions"] = option(
         "continue", "how the server continues a prefix: continue_final_message (vLLM), or the text of the whole chat"
     )
     tokenizer: str | None = option(None, "whose chat template --prefix-mode completions renders (default: --model)")
-    concurrency: int = option(16, "episodes at once", above=0)
-    retries: int = option(8, "further attempts for a request that failed")
-    request_timeout: float = option(600.0, "seconds for one request", above=0)
+    concurrency: int = option(16, "episodes at once", above=0, changes_results=False)
     seed: int = option(0, "seeds every request")
-    quiet: bool = option(False, "no progress bar")
-
-
-# What does not alter answers. The hash of the prompts' texts is compared, not their folder.
-MAY_CHANGE = "url concurrency retries request_timeout limit quiet out tasks api_key_env prompts".split()
+    quiet: bool = option(False, "no progress bar", changes_results=False)
 
 
 def collect(config):
     """Ask a teacher for one trajectory per question, over HTTP, and append each to a file.
 
-    The same command continues after an interruption: finished questions are not asked again.
+    The same command continues after an interruption: what is finished is not asked again, what ended in an error is.
+    Returns 1, as exit status, if all ended in an error.
     """
     if config.samples > 1 and config.temperature == 0:
         raise InputError("--samples above 1 repeats the same greedy answer: give a --temperature")
+    if config.first_thought and config.method != "agent":
+        raise InputError("--first-thought opens the thoughts of an agent: --method agent")
     tasks = common.load_tasks(config.tasks, config.kind, config.limit)
-    if config.method == "agent" and not config.search and any(task["kind"] == "fact" for task in tasks):
-        raise InputError("fact questions need web_search: name an index folder or a /retrieve URL with --search")
     prompts = Prompts(config.prompts)
-    with common.Journal(config.out) as journal:
-        settings = dataclasses.asdict(config) | {"prompts_sha256": prompts.sha256}
-        common.keep_config(f"{config.out}.run.json", settings, MAY_CHANGE, binding=bool(journal.rows))
-        done = {(row["task"], row["id"], row["sample"]) for row in journal.rows}
-        items = [(task, sample) for task in tasks for sample in range(config.samples)]
-        todo = [item for item in items if (item[0]["task"], item[0]["id"], item[1]) not in done]
+    facts = check_options(config, prompts, {task["kind"] for task in tasks})
+    system = prompts.cot_system
+    if config.method == "agent":
+        system = prompts.system("agent_system", facts["tool_names"], config.max_steps)
+    facts["system_prompt_sha256"] = hashlib.sha256(system.encode()).hexdigest()
+    prefixes = first_thoughts(config.first_thought, tasks) if config.first_thought else {}
+    items = {(*task_key(task), sample): (task, sample) for task in tasks for sample in range(config.samples)}
+    with common.Journal(config.out, ("task", "id", "question", "answer", "sample", "stop")) as journal:
+        done = {(*task_key(row), row["sample"]) for row in journal.rows if row["stop"] != "error"}
+        todo = [item for key, item in items.items() if key not in done]
+        facts["model"] = config.model or (journal.rows[0]["model"] if done else None)
+        common.keep_config(f"{config.out}.run.json", config, binding=bool(done), **facts)
         if todo:
-            ask = Collector(config, prompts)
-            before = len(items) - len(todo)
-            with common.progress(total=len(items), done=before, desc=config.method, quiet=config.quiet) as bar:
+            client = Client(config.url, config.model, config.api_key_env)
+            facts["model"] = client.model  # is it still the same one that the server has?
+            common.keep_config(f"{config.out}.run.json", config, binding=bool(done), **facts)
+            ask = teacher(config, prompts, system, prefixes, client)
+            journal.drop(lambda row: row["stop"] == "error")
+            done = len(items) - len(todo)
+            with common.progress(total=len(items), done=done, desc=config.method, quiet=config.quiet) as bar:
                 for row in in_parallel(ask, todo, config.concurrency):
                     journal.append(row)
                     bar.update()
                     bar.set_postfix_str(_summary(journal.rows), refresh=False)
         print(f"{config.out}: {len(journal.rows)} trajectories; {_summary(journal.rows)}")
+        return int(all(row["stop"] == "error" for row in journal.rows))
 
 
-class Collector:
-    """Turns one (task, sample) into one trajectory row. Threads share it."""
+def question_key(text):
+    """Questions that differ in case and white space alone are one question."""
+    return " ".join(text.casefold().split())
 
-    def __init__(self, config, prompts):
-        self.config, self.prompts, self.tools = config, prompts, open_tools(config, prompts)
-        self.system = prompts.cot_system if config.method == "cot" else prompts.system("agent_system", self.tools)
-        self.prefixes = {}  # without one, the teacher opens its first thought itself
-        for _, row in read_jsonl(config.first_thought) if config.first_thought else ():
-            if row["stop"] != "error":
-                self.prefixes[row["task"], row["id"]] = first_step(row["messages"][-1]["content"])
-        client = Client(config.url, config.model, config.api_key_env, config.request_timeout, config.retries)
-        sampling = {"temperature": config.temperature, "top_p": config.top_p, "max_tokens": config.max_tokens}
-        sampling["stop"] = STOP if config.method == "agent" else None
-        self.teacher = Served(client, config.prefix_mode, config.tokenizer or client.model, **sampling)
-        self.teacher.probe(opening=bool(config.first_thought))
 
-    def __call__(self, item):
+def first_thoughts(path, tasks):
+    """{question_key: the first step of its chain of thought} (Eq. 5), from a file of `collect --method cot`.
+
+    Without one, the teacher opens its first thought itself: says for how many of the tasks.
+    """
+    prefixes = {}
+    for row in sorted(read_trajectories(path), key=lambda row: row.get("sample", 0)):
+        if row["method"] == "cot" and row["stop"] != "error":
+            prefixes.setdefault(question_key(row["question"]), first_step(row["messages"][-1]["content"]))
+    missing = sum(not prefixes.get(question_key(task["question"])) for task in tasks)
+    if missing == len(tasks):
+        raise InputError(f"--first-thought {path}: it has a chain of thought for none of the {missing} questions")
+    if missing:
+        print(f"note: {path} has no first thought for {missing} of {len(tasks)} questions", file=sys.stderr)
+    return prefixes
+
+
+def teacher(config, prompts, system, prefixes, client):
+    """Returns a function that turns one (task, sample) into one trajectory row. Threads share it."""
+    tools = open_tools(config, prompts) if config.method == "agent" else {}
+    sampling = {"temperature": config.temperature, "top_p": config.top_p, "max_tokens": config.max_tokens}
+    sampling["stop"] = STOP if config.method == "agent" else None
+    served = Served(client, config.prefix_mode, config.tokenizer or client.model, **sampling)
+    served.probe(opening=bool(prefixes))
+    facts = {"model": client.model, "tools": list(tools), "prompts_sha256": prompts.sha256(config.method)}
+
+    def ask(item):
         task, sample = item
         start, usage, turns = time.perf_counter(), collections.Counter(), itertools.count()
 
         def answer(turn):
-            seed = stable_seed(self.config.seed, task["task"], task["id"], sample, next(turns))
-            return self.teacher.answer(turn, usage, seed=seed)
+            seed = stable_seed(config.seed, task["task"], task["id"], sample, next(turns))
+            return served.answer(turn, usage, seed=seed)
 
-        prefix = self.prefixes.get((task["task"], task["id"]), "")
-        options = {"system": self.system, "first_thought": prefix}
-        episode = open_episode(self.config, task["question"], self.prompts, self.tools, **options)
-        row = trajectory_row(task, self.config.method, drive(episode, answer), usage)
-        row |= {"sample": sample, "model": self.teacher.client.model, "prefix": prefix, "tools": list(self.tools)}
-        return row | {"seconds": round(time.perf_counter() - start, 3)}
+        prefix = prefixes.get(question_key(task["question"]), "")
+        options = {"system": system, "kind": task["kind"], "first_thought": prefix}
+        episode = drive(open_episode(config, task["question"], prompts, tools, **options), answer)
+        row = trajectory_row(task, config.method, episode, usage) | facts
+        return row | {"sample": sample, "prefix": prefix, "seconds": round(time.perf_counter() - start, 3)}
+
+    return ask
 
 
 def _summary(rows):
     usage = sum((collections.Counter(row["usage"]) for row in rows), collections.Counter())
-    trouble = "".join(f", {usage[name]} {name}" for name in ("retries", "truncated") if usage[name])
     right = sum(row["correct"] for row in rows) / max(len(rows), 1)
-    return f"{right:.1%} right, {usage['prompt_tokens']:,} + {usage['completion_tokens']:,} tokens{trouble}"
+    text = f"{right:.1%} right, {usage['prompt_tokens']:,} + {usage['completion_tokens']:,} tokens"
+    text += "".join(f", {usage[name]} {name}" for name in ("retries", "truncated") if usage[name])
+    errors = collections.Counter(row["error"] for row in rows if row["stop"] == "error").most_common(1)
+    return text + "".join(f", {sum(row['stop'] == 'error' for row in rows)} errors ({error})" for error, _ in errors)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -482,23 +599,34 @@ def drop_reason(row):
     return None
 
 
+def read_trajectories(path):
+    """Returns the rows of a file that `collect` wrote. Raises InputError in one line for anything else."""
+    rows = []
+    for number, row in read_jsonl(path):
+        for field in ("id", "task", "kind", "question", "messages", "steps", "correct", "stop", "method"):
+            if field not in row:
+                raise InputError(f"{path}:{number}: not a trajectory: the field {field!r} is missing")
+        for field, part in (("messages", "content"), ("steps", "error_kind")):
+            if not isinstance(row[field], list) or not all(isinstance(x, dict) and part in x for x in row[field]):
+                raise InputError(f"{path}:{number}: not a trajectory: {field} must be a list of objects with {part!r}")
+        if row["method"] == "agent" and not isinstance(row.get("tools"), list):
+            raise InputError(f'{path}:{number}: the tools are not stated: add a list, as "tools": ["web_search"]')
+        rows.append(row)
+    return rows
+
+
 def filter_trajectories(config):
     """Keep the trajectories with a right answer and without parse errors. Prints what was dropped and why.
 
     Each conversation gets the short system prompt that the student will be given (paper, Sec. 4).
     """
-    prompts, rows = Prompts(config.prompts), []
-    for path in config.trajectories:
-        for number, row in read_jsonl(path):
-            for field in ("id", "task", "kind", "question", "messages", "steps", "correct", "stop", "method"):
-                if field not in row:
-                    raise InputError(f"{path}:{number}: not a trajectory: the field {field!r} is missing")
-            rows.append(row)
+    prompts = Prompts(config.prompts)
+    rows = [row for path in config.trajectories for row in read_trajectories(path)]
     # Rows are stored in the order in which they finished; training must not depend on that.
     rows.sort(key=lambda row: (row["task"], str(row["id"]), row.get("sample", 0)))
     kept, times, counts = [], collections.Counter(), collections.defaultdict(collections.Counter)
     for row in rows:
-        question = " ".join(row["question"].casefold().split())
+        question = question_key(row["question"])
         reason = drop_reason(row) or ("duplicate" if times[question] >= config.per_question else None)
         if not reason:
             times[question] += 1
@@ -508,15 +636,21 @@ def filter_trajectories(config):
         raise InputError(f"{', '.join(config.trajectories)}: none of {len(rows)} trajectories can be kept")
     common.write_jsonl(config.out, kept)
     columns = ["asked", "right", "kept", "wrong", "no answer", "parse error", "error", "duplicate"]
+    others = sum(row.get("prompts_sha256") not in (None, prompts.sha256(row["method"])) for row in kept)
+    if others:
+        print(f"note: {others} of {len(kept)} were collected with other prompts than {prompts.folder}", file=sys.stderr)
+    if len({tuple(row["tools"]) for row in kept if row["method"] == "agent"}) > 1:
+        print("note: not all trajectories were collected with the same tools", file=sys.stderr)
     counts["all"] = sum(counts.values(), collections.Counter())
     print(table(["task", *columns], [[name, *(row[c] for c in columns)] for name, row in counts.items()]))
 
 
 def _training_row(row, prompts):
     agent = row["method"] == "agent"
-    system = prompts.system("agent_student_system", row.get("tools", ())) if agent else prompts.cot_system
+    system = prompts.system("agent_student_system", row["tools"]) if agent else prompts.cot_system
     messages = [{"role": "system", "content": system}, *(m for m in row["messages"] if m["role"] != "system")]
-    fields = {name: row[name] for name in ("id", "task", "kind", "question", "method")}
+    names = ("id", "task", "kind", "question", "method", "tools", "prompts_sha256")
+    fields = {name: row[name] for name in names if name in row}
     steps = [{"error_kind": step["error_kind"]} for step in row["steps"]]
     return fields | {"prefix": bool(row.get("prefix")), "messages": messages, "steps": steps}
 

@@ -29,22 +29,82 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+# Read when PyTorch is imported: its idle threads sleep early, so that a busy neighbour does not halve the speed.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
 import torch
 import transformers
-from torch.nn.utils.rnn import pad_sequence
+from torch.nn.functional import pad
 
 import agent_distill
 import common
-import train
 from agent_distill import STOP, EpisodeConfig, Prompts, Running, TurnFailed, drive, open_episode, open_tools
 from common import REQUIRED, InputError, grading, option, pictures, report, stable_seed
-from common.client import Client, Served, cut_at_stop, in_parallel
-from common.decoding import Layer, SampleNucleus, SharedPrompts
-from common.devices import choose_device, uses_bf16
-from common.judge import Judge
-from common.lora import load_model, lora_layers, training_record
+from common.client import Client, Judge, Served, cut_at_stop, in_parallel
+from common.models import (
+    TEMPLATE_OPTIONS,
+    choose_device,
+    load_model,
+    lora_layers,
+    render,
+    training_record,
+    uses_bf16,
+)
 
 # ------------- The student
+
+
+class GrowingLayer(transformers.cache_utils.DynamicLayer):
+    """The keys and values of one layer, with room for SPARE more tokens.
+
+    DynamicLayer copies itself for every new token; on a CPU, that takes half of the time of SC-action.
+    """
+
+    SPARE = 64  # tokens
+
+    def __init__(self):
+        super().__init__()
+        self.room = {}  # "keys", "values" -> (rows, heads, tokens and spare room, size)
+
+    def update(self, keys, values, *args, **kwargs):
+        start = self.get_seq_length()
+        end = start + keys.shape[-2]
+        for name, new in (("keys", keys), ("values", values)):
+            if start == 0 or self.room[name].shape[-2] < end:
+                self.room[name] = new.new_empty(*new.shape[:2], end + self.SPARE, new.shape[-1])
+                if start:
+                    self.room[name][..., :start, :] = getattr(self, name)
+            self.room[name][..., start:end, :] = new
+            setattr(self, name, self.room[name][..., :end, :])
+        self.is_initialized = True
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        length = self.get_seq_length()
+        self.room = {name: room[indices] for name, room in self.room.items()}
+        self.keys, self.values = (self.room[name][..., :length, :] for name in ("keys", "values"))
+
+
+class SampleNucleus(transformers.LogitsProcessor):
+    """Temperature and nucleus (top-p) sampling among the HEAD likeliest tokens. All scores but that of the drawn token
+    become -inf, so generate is called with do_sample=False.
+
+    transformers' top-p sorts the whole vocabulary for every token: 24 instead of 2 ms per sample and token on a CPU
+    with Qwen2.5's 151,936 tokens. For a model that is unsure of its words, whose HEAD likeliest tokens hold less than
+    top_p, this is top-k sampling.
+    """
+
+    HEAD = 256
+
+    def __init__(self, temperature, top_p):
+        self.temperature = temperature
+        self.top_p = top_p
+
+    def __call__(self, input_ids, scores):
+        p, tokens = (scores / self.temperature).softmax(-1).topk(min(self.HEAD, scores.shape[-1]))  # (rows, HEAD)
+        p = p.masked_fill(p.cumsum(-1) - p >= self.top_p, 0)  # kept: the smallest set that holds top_p
+        drawn = tokens.gather(-1, p.multinomial(1))
+        return torch.full_like(scores, -torch.inf).scatter_(-1, drawn, 0)
 
 
 @dataclasses.dataclass
@@ -57,151 +117,220 @@ class Answer:
     truncated: int
 
 
+@dataclasses.dataclass
+class Sample:
+    """One text while it is written.
+
+    limit: of its tokens. ids: its tokens so far, with the end-of-turn token; up to a stop string if one ended it.
+    ended: None, "end of turn", "stop string" or "limit".
+    """
+
+    limit: int
+    ids: list = dataclasses.field(default_factory=list)
+    text: str = ""
+    ended: str | None = None
+
+
+class BatchSize:
+    """How many turns are answered at once: half as many when memory runs out, and twice as many some calls later."""
+
+    PATIENCE = 8  # calls
+
+    def __init__(self, largest):
+        self.largest = largest
+        self.now = largest
+        self.calls = 0
+
+    def shrink(self, tried):
+        self.now = tried // 2
+        self.calls = 0
+
+    def grow(self):
+        self.calls += 1
+        if self.calls > self.PATIENCE:
+            self.now = min(self.largest, 2 * self.now)
+            self.calls = 0
+
+
+def end_tokens(model, tokenizer):
+    """Returns the ids that end a turn, and makes generate use nothing else of the checkpoint's generation_config.json.
+
+    Its repetition_penalty, top_k, ... would change what is sampled, and greedy answers too.
+    """
+    ends = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    pad = min(ends) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    model.generation_config = transformers.GenerationConfig(eos_token_id=sorted(ends), pad_token_id=pad)
+    return ends
+
+
 class Student:
     """A Hugging Face model that answers the turns of many episodes, n candidates each.
 
     model, tokenizer: as from load_model. temperature: 0 is greedy; otherwise candidates are sampled, with top_p.
-    batch: turns in one generate call; by default 64 on a CPU, and what fits the memory on a GPU. It is halved when
-    memory runs out, and grows again later. on_tokens: called with the number of new tokens while they are generated.
+    largest_batch: turns in one generate call; by default what fits. It is halved when memory runs out, and grows again
+    later. on_tokens: called with the number of new tokens while they are generated.
+    Raises InputError for a model that cannot be asked in batches.
     """
 
     def __init__(
         self, model, tokenizer, n=1, temperature=0.0, top_p=0.8, max_tokens=1024, batch=None, seed=0, on_tokens=None
     ):
-        self.model, self.tokenizer, self.n, self.max_tokens = model, tokenizer, n, max_tokens
-        self.seed, self.on_tokens, self.device = seed, on_tokens or (lambda tokens: None), model.device
+        self.model = model
+        self.tokenizer = tokenizer
+        self.n = n
+        self.max_tokens = max_tokens
+        self.seed = seed
+        self.on_tokens = on_tokens or (lambda tokens: None)
         self.processors = [SampleNucleus(temperature, top_p)] if temperature > 0 else []
+        self.ends = end_tokens(model, tokenizer)
+        self.pad = model.generation_config.pad_token_id
+        self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
         # Tokens per generate call. After each, the rows that have ended leave the batch: on a CPU, SC-action was 1.2
-        # times as fast with 4 as with 16. A GPU, where rows cost little, would rather set up fewer calls.
-        self.segment = 4 if self.device.type == "cpu" else 16
-        # What else a checkpoint's generation_config.json sets (repetition_penalty, top_k, ...) is not used.
-        ends = model.generation_config.eos_token_id
-        ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-        self.pad = min(ends) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        self.ends = ends | {self.pad}
-        model.generation_config = transformers.GenerationConfig(eos_token_id=sorted(ends), pad_token_id=self.pad)
-        model.set_attn_implementation("shared_prompt")
-        config = model.config.get_text_config()
-        self.context = getattr(config, "max_position_embeddings", None) or 10**9
-        for layer in transformers.DynamicCache(config=config).layers:
-            if not isinstance(layer, transformers.cache_utils.DynamicLayer):
-                raise InputError(f"{type(layer).__name__} is not supported: serve the model and give its --url")
-            self.context = min(self.context, getattr(layer, "sliding_window", self.context))  # no mask for more
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.shape = (config.num_hidden_layers, 2, heads, size)  # the keys and values of one token
-        self.slice = 2048 if self.device.type == "cpu" else 16384  # tokens of prompts in one forward pass
-        self.batch = self.largest_batch = batch or self._batch_that_fits()
-        self.calls = 0  # since the batch was changed
-        self.drawn = 0  # generate calls so far
+        # times as fast with 4 as with 16. On a GPU, where rows cost little, longer segments are faster.
+        self.segment = 4 if model.device.type == "cpu" else 16
+        self.layers, self.one_by_one = check_architecture(model.config.get_text_config())
+        self.size = BatchSize(batch or batch_that_fits(model, n, max_tokens))
+        self.drawn = 0  # generations so far
 
-    def _batch_that_fits(self, prompt=4096):
-        """How many turns with prompts of 4,096 tokens fit the free memory, at most 256."""
-        if self.device.type == "cpu":
-            return 64
-        config, item = self.model.config.get_text_config(), self.model.dtype.itemsize
-        token = item * torch.Size(self.shape).numel()
-        logits = config.vocab_size * 24  # bytes: sampling makes float32 copies
-        # The prompts twice, because SharedPrompts.keep copies those that still have samples.
-        turn = 2 * prompt * token + self.n * (self.max_tokens * token + logits)
-        reading = self.slice * (4 * config.intermediate_size + 12 * config.hidden_size) * item
-        torch.cuda.empty_cache()
-        free = 0.9 * torch.cuda.mem_get_info(self.device)[0] - reading
-        return max(1, min(256, int(free / turn)))
+    @property
+    def batch(self):
+        return self.size.now
 
     def answer(self, turns, stop=()):
         """Returns an Answer for each turn, or None for a turn that is too long for the model's context.
 
         Raises InputError if a single turn does not fit the memory.
         """
-        texts = [train.render(self.tokenizer, turn.messages, reply=True) + turn.opening for turn in turns]
+        texts = [render(self.tokenizer, turn.messages, reply=True) + turn.opening for turn in turns]
         prompts = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         todo = sorted((i for i, ids in enumerate(prompts) if len(ids) < self.context), key=lambda i: len(prompts[i]))
-        answers, self.calls = [None] * len(turns), self.calls + 1
-        if self.calls > 8:
-            self.batch, self.calls = min(self.largest_batch, 2 * self.batch), 0
+        answers = [None] * len(turns)
+        self.size.grow()
         while todo:
-            chunk, got = todo[: self.batch], None
+            chunk = todo[: 1 if self.one_by_one else self.batch]
+            groups = None
             with contextlib.suppress(torch.OutOfMemoryError):
-                got = self._generate([prompts[i] for i in chunk], stop)
-            if got is None:  # out of memory; the tensors of the attempt are freed only now
+                groups = self.write([prompts[i] for i in chunk], stop)
+            if groups is None:  # out of memory; the tensors of the attempt are freed only now
                 if len(chunk) == 1:
                     tokens = f"{len(prompts[chunk[0]]):,} + {self.max_tokens:,} tokens, {self.n} times"
-                    raise InputError(f"{tokens}, do not fit into the memory of {self.device}")
-                self.batch, self.calls = len(chunk) // 2, 0
+                    raise InputError(f"{tokens}, do not fit into the memory of {self.model.device}")
+                self.size.shrink(len(chunk))
                 gc.collect()
                 torch.cuda.empty_cache()
                 continue
-            for i, answer in zip(chunk, got, strict=True):
-                answers[i] = answer
+            for i, samples in zip(chunk, groups, strict=True):
+                written = sum(len(sample.ids) for sample in samples)
+                truncated = sum(sample.ended == "limit" for sample in samples)
+                answers[i] = Answer([sample.text for sample in samples], len(prompts[i]), written, truncated)
             todo = todo[len(chunk) :]
         return answers
 
-    @torch.inference_mode()
-    def _read(self, prompts):
-        """The keys and values of all tokens of prompts but the last: (layers, 2, prompts, heads, length, size).
+    def _read(self, prompt):
+        """Returns the cache of a prompt without its last token. It is read alone: nothing depends on its neighbours."""
+        cache = transformers.Cache(layers=[transformers.cache_utils.DynamicLayer() for _ in range(self.layers)])
+        ids = torch.tensor([prompt[:-1]], device=self.model.device)
+        self.model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+        return cache
 
-        A prompt stands on the left of its row: its tokens see no padding under causal attention, and need no mask.
-        Its last token is not read, because generate needs one to begin with.
-        """
-        layers, _, heads, size = self.shape
-        length, options = max(map(len, prompts)) - 1, {"dtype": self.model.dtype, "device": self.device}
-        states = torch.zeros(layers, 2, len(prompts), heads, length, size, **options)  # padding must not be NaN
-        end = len(prompts)
-        while end:  # rows first to end - 1 are read in one forward pass; neighbours are of similar length
-            first = max(0, end - max(1, self.slice // len(prompts[end - 1])))
-            ids = [torch.tensor(ids[:-1], dtype=torch.long) for ids in prompts[first:end]]
-            ids = pad_sequence(ids, batch_first=True)  # (rows, tokens)
-            if ids.shape[1]:
-                cache = transformers.Cache([Layer(layer[:, first:end]) for layer in states])
-                self.model(input_ids=ids.to(self.device), past_key_values=cache, logits_to_keep=1)
-            end = first
-        return states
+    def _join(self, caches):
+        """Returns one cache with n rows for each of these, padded on the left. The given ones are emptied."""
+        longest = max(cache.get_seq_length() for cache in caches)
+        joined = transformers.Cache(layers=[GrowingLayer() for _ in range(self.layers)])
+        for layer in joined.layers:
+            alone = [cache.layers.pop(0) for cache in caches]
+            sides = []
+            for name in ("keys", "values"):
+                rows = [getattr(one, name) for one in alone]  # (1, heads, tokens, size) each
+                rows = [pad(row, (0, 0, longest - row.shape[-2], 0)) for row in rows]
+                sides.append(torch.cat(rows).repeat_interleave(self.n, 0))  # (prompts * n, heads, longest, size)
+            layer.update(*sides)
+        return joined
 
     @torch.inference_mode()
-    def _generate(self, prompts, stop):
-        """Returns an Answer for each prompt. prompts: lists of token ids, short ones first."""
-        n, states = self.n, self._read(prompts)
-        ids = torch.full((len(prompts), states.shape[-2] + 1), self.pad)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):  # the padding is between the last two tokens
-            ids[row, : len(prompt) - 1], ids[row, -1] = torch.tensor(prompt[:-1]), prompt[-1]
-            mask[row, : len(prompt) - 1] = mask[row, -1] = 1
-        cache = SharedPrompts(states, mask[:, :-1], n)
-        ids, mask = (x.repeat_interleave(n, 0).to(self.device) for x in (ids, mask))  # (prompts * n, length + 1)
-        # The limit of a row depends on its own prompt, not on longer ones beside it.
-        limits = [min(self.max_tokens, self.context - len(prompt)) for prompt in prompts for _ in range(n)]
-        written, texts, truncated = [[] for _ in limits], [""] * len(limits), [0] * len(limits)
-        rows = list(range(len(limits)))  # the samples that have not ended
+    def write(self, prompts, stop=()):
+        """Returns n Samples for each prompt. prompts: lists of at least two token ids."""
+        cache = self._join([self._read(prompt) for prompt in prompts])  # generate begins with the last tokens
+        longest, device = max(map(len, prompts)), self.model.device
+        samples, ids, mask = [], [], []
+        for prompt in prompts:
+            padding = longest - len(prompt)
+            # The limit depends on the prompt alone, not on longer ones beside it.
+            samples += [Sample(min(self.max_tokens, self.context - len(prompt))) for _ in range(self.n)]
+            ids += [[self.pad] * padding + prompt] * self.n
+            mask += [[0] * padding + [1] * len(prompt)] * self.n
+        ids, mask = torch.tensor(ids, device=device), torch.tensor(mask, device=device)  # (prompts * n, longest)
         self.drawn += 1
         torch.manual_seed(stable_seed(self.seed, self.drawn))  # a turn that is asked again gets other samples
-        while rows:
-            segment = min(self.segment, max(limits[r] - len(written[r]) for r in rows))
-            cache.keep(rows, segment)
-            options = {"max_new_tokens": segment, "logits_processor": self.processors, "do_sample": False}
-            ids = self.model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **options)
-            grown = ids[:, mask.shape[1] :].tolist()
-            going = []
-            for at, (r, tokens) in enumerate(zip(rows, grown, strict=True)):
-                end = next((i for i, token in enumerate(tokens) if token in self.ends), None)
-                written[r] = (written[r] + tokens[:end])[: limits[r]]
-                text = self.tokenizer.decode(written[r], skip_special_tokens=True)
-                texts[r] = cut_at_stop(text, stop)
-                if len(texts[r]) < len(text):
-                    written[r] = self.tokenizer(texts[r], add_special_tokens=False)["input_ids"]
-                elif end is None and len(written[r]) < limits[r]:
-                    going.append(at)
-                else:
-                    truncated[r] = int(end is None)
-            self.on_tokens(sum(map(len, grown)))
-            rows = [rows[at] for at in going]
-            mask = torch.cat([mask, mask.new_ones(len(mask), ids.shape[1] - mask.shape[1])], 1)[going]
-            ids = ids[going]
-        answers = []
-        for i, prompt in enumerate(prompts):
-            mine = slice(i * n, (i + 1) * n)
-            answers.append(Answer(texts[mine], len(prompt), sum(map(len, written[mine])), sum(truncated[mine])))
-        return answers
+        going = samples
+        while going:
+            segment = min(self.segment, *(sample.limit - len(sample.ids) for sample in going))
+            out = self.model.generate(
+                input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=segment, do_sample=False,
+                logits_processor=self.processors, return_dict_in_generate=True,
+            )  # fmt: skip
+            ids, cache = out.sequences, out.past_key_values  # another cache where longrope has changed its factors
+            new = ids[:, mask.shape[1] :]
+            mask = torch.cat([mask, torch.ones_like(new)], 1)
+            for sample, tokens in zip(going, new.tolist(), strict=True):
+                self._extend(sample, tokens, stop)
+            self.on_tokens(new.numel())
+            rows = [row for row, sample in enumerate(going) if not sample.ended]
+            if 0 < len(rows) < len(going):
+                kept = torch.tensor(rows, device=device)
+                cache.batch_select_indices(kept)
+                ids, mask = ids[kept], mask[kept]
+            going = [going[row] for row in rows]
+        return [samples[i : i + self.n] for i in range(0, len(samples), self.n)]
+
+    def _extend(self, sample, tokens, stop):
+        """Add the new tokens to a sample, and see whether they end it."""
+        end = next((i for i, token in enumerate(tokens) if token in self.ends), None)
+        text = self.tokenizer.decode(sample.ids + tokens[:end], skip_special_tokens=True)
+        sample.ids += tokens if end is None else tokens[: end + 1]
+        sample.text = cut_at_stop(text, stop)
+        if sample.text != text:
+            sample.ids = self.tokenizer(sample.text, add_special_tokens=False)["input_ids"]
+            sample.ended = "stop string"
+        elif end is not None:
+            sample.ended = "end of turn"
+        elif len(sample.ids) == sample.limit:
+            sample.ended = "limit"
+
+
+def check_architecture(config):
+    """Returns (layers, whether prompts must be answered one by one). config: of the text model.
+
+    Raises InputError for a model whose answers would depend on the other rows of its batch.
+    """
+    layers = transformers.DynamicCache(config=config).layers
+    cached = (transformers.cache_utils.DynamicLayer, transformers.cache_utils.DynamicSlidingWindowLayer)
+    rope = getattr(config, "rope_parameters", None) or {}  # of the model, or {type of layer: rope parameters}
+    kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
+    odd = {type(layer).__name__ for layer in layers if type(layer) not in cached}
+    odd |= {f"rope type {kind}" for kind in kinds if kind and "dynamic" in kind}
+    if odd:
+        raise InputError(f"{', '.join(sorted(odd))}: not supported; serve the model and give its --url")
+    return len(layers), "longrope" in kinds  # longrope's factors depend on the longest sequence of a batch
+
+
+def bytes_per_token(model):
+    """Returns the bytes of the keys and values of one token."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize
+
+
+def batch_that_fits(model, n, max_tokens, prompt=4096):
+    """Returns how many turns with prompts of 4,096 tokens fit the memory, at most 256; on a CPU, 64 samples."""
+    if model.device.type == "cpu":
+        return max(1, 64 // n)
+    logits = 24 * model.config.get_text_config().vocab_size  # bytes: sampling makes float32 copies
+    torch.cuda.empty_cache()
+    free = 0.9 * torch.cuda.mem_get_info(model.device)[0]
+    return max(1, min(256, int(free / (n * ((prompt + max_tokens) * bytes_per_token(model) + logits)))))
 
 
 # ------------- Episodes in lockstep
@@ -248,17 +377,25 @@ class SpeakConfig(EpisodeConfig):
     """Who answers and how: what `run` and `ask` have in common. Defaults are the paper's."""
 
     model: str | None = option(None, "Hugging Face name or folder, or an adapter; with --url, the server's name for it")
-    url: str | None = option(None, "evaluate a served model: an OpenAI-compatible server's address, ending in /v1")
+    url: str | None = option(
+        None, "evaluate a served model: an OpenAI-compatible server's address, ending in /v1", changes_results=False
+    )
     method: Literal["agent", "cot", "cot-rag"] = option("agent", "agent, chain of thought, or CoT with passages")
     sc: int = option(1, "candidates per step; 1: greedy; 8: the paper's SC-action (cot: self-consistency)", above=0)
     sample: bool = option(False, "sample a single candidate, too (default: greedy, as in the paper)")
     temperature: float = option(0.4, "of sampled candidates (paper: 0.4)")
     top_p: float = option(0.8, "of sampled candidates (paper: 0.8)", above=0)
-    system_prompt: str | None = option(None, "file with a system prompt (default: that of the student's training)")
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+    system_prompt: str | None = option(
+        None, "file with a system prompt (default: that of the student's training)", changes_results=False
+    )
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...", changes_results=False)
     precision: Literal["auto", "bf16", "fp32"] = option("auto", "of weights; auto: bf16 where the hardware has it")
-    batch: int | None = option(None, "episodes at once (default: 64 on a CPU; what fits on a GPU)", above=0)
-    concurrency: int = option(16, "sandboxes that run at once; against a server, episodes at once", above=0)
+    batch: int | None = option(
+        None, "episodes at once (default: 64 on a CPU; what fits on a GPU)", above=0, changes_results=False
+    )
+    concurrency: int = option(
+        16, "sandboxes that run at once; against a server, episodes at once", above=0, changes_results=False
+    )
     seed: int = option(0, "seeds the sampling")
 
 
@@ -299,8 +436,9 @@ class Speaker:
         sampling = {"temperature": config.temperature, "top_p": config.top_p} if sampled else {"temperature": 0.0}
         if config.url:
             client = Client(config.url, config.model, config.api_key_env)
-            self.student = Served(client, max_tokens=config.max_tokens, stop=self.stop or None, **sampling)
-            self.student.probe()
+            sampling |= {"max_tokens": config.max_tokens, "stop": self.stop or None}
+            self.student = Served(client, template_options=TEMPLATE_OPTIONS, **sampling)
+            self.student.probe(config.sc)
             self.about["model"] = client.model
         else:
             dtype = torch.bfloat16 if uses_bf16(config.precision, self.device) else torch.float32
@@ -335,24 +473,30 @@ class Speaker:
 
 @dataclasses.dataclass(kw_only=True)
 class JudgeConfig:
-    judge_url: str | None = option(None, "LLM judge of factual answers (default: exact match alone)")
-    judge_model: str = option("gpt-4o-mini", "the judge's name at its server (paper: gpt-4o-mini)")
-    api_key_env: str = option("OPENAI_API_KEY", "environment variable that holds the servers' key")
-    prompts: str = option(str(Prompts.default), "folder of prompts")
+    judge_url: str | None = option(
+        None, "LLM judge of factual answers (default: exact match alone)", changes_results=False
+    )
+    judge_model: str = option(
+        "gpt-4o-mini", "the judge's name at its server (paper: gpt-4o-mini)", changes_results=False
+    )
+    api_key_env: str = option(
+        "OPENAI_API_KEY", "environment variable that holds the servers' key", changes_results=False
+    )
+    prompts: str = option(str(Prompts.default), "folder of prompts", changes_results=False)
 
 
 @dataclasses.dataclass(kw_only=True)
 class RunConfig(JudgeConfig, SpeakConfig):
-    tasks: list[str] = option(REQUIRED, "task files: JSONL, or JSON with a list of examples", positional=True)
-    out: str = option(REQUIRED, "run folder; the same command continues there after an interruption")
-    name: str | None = option(None, "the student's name in tables (default: --model)")
+    tasks: list[str] = option(
+        REQUIRED, "task files: JSONL, or JSON with a list of examples", positional=True, changes_results=False
+    )
+    out: str = option(
+        REQUIRED, "run folder; the same command continues there after an interruption", changes_results=False
+    )
+    name: str | None = option(None, "the student's name in tables (default: --model)", changes_results=False)
     kind: Literal["fact", "math"] | None = option(None, "kind of the tasks, for files that do not state it")
-    limit: int | None = option(None, "only the first n questions of each file", above=0)
-    quiet: bool = option(False, "no progress bar")
-
-
-# What does not alter answers. The texts of prompts are compared by their hashes, and all rows are graded at the end.
-MAY_CHANGE = (report.NOT_SETTINGS - {"seed"}) | {"judge_url", "judge_model"}
+    limit: int | None = option(None, "only the first n questions of each file", above=0, changes_results=False)
+    quiet: bool = option(False, "no progress bar", changes_results=False)
 
 
 def run(config):
@@ -362,15 +506,15 @@ def run(config):
     for task in tasks:
         task.setdefault("domain", report.TASKS[task["task"]].domain if task["task"] in report.TASKS else "out")
     speaker = Speaker(config, {task["kind"] for task in tasks})
-    settings = dataclasses.asdict(config) | {
-        "questions": collections.Counter(task["task"] for task in tasks),
-        "prompts_sha256": speaker.prompts.sha256,
+    notes = {"questions": collections.Counter(task["task"] for task in tasks)}
+    facts = {
+        "prompts_sha256": speaker.prompts.sha256(config.method),
         "system_prompt_sha256": hashlib.sha256(speaker.system.encode()).hexdigest(),
     }
     path, mine = out / f"transcripts.{rank}.jsonl", {(task["task"], task["id"]): task for task in tasks[rank::size]}
     with common.Journal(path) as journal:
         done = {(row["task"], row["id"]) for row in report.transcripts(out)}
-        common.keep_config(out / "run.json", settings, MAY_CHANGE, binding=bool(done))
+        common.keep_config(out / "run.json", config, binding=bool(done), notes=notes, **facts)
         todo = {key: task for key, task in mine.items() if key not in done}
         if todo:
             _answer_all(speaker, todo, len(mine), journal)

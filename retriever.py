@@ -1,6 +1,6 @@
 """Search over passages: exact TF-IDF, BM25 and dense retrieval, from a thousand passages to all of Wikipedia.
 
-    python retriever.py build passages.jsonl runs/index --kind bm25       # killed? the same command continues
+    python retriever.py build passages.jsonl runs/index                   # BM25; killed? the same command continues
     python retriever.py build passages.jsonl runs/e5 --kind dense         # intfloat/e5-base-v2, the paper's retriever
     python retriever.py search runs/index "Who founded the company that makes the Walkman?"
     python retriever.py serve runs/index --port 8000                      # POST /retrieve, as in Search-R1
@@ -10,146 +10,181 @@ reads passages from it by offset. From Python:
 
     retriever.build("passages.jsonl", "runs/index", kind="bm25")
     hits = retriever.load("runs/index").search(["a query", "another"], k=3)
+
+In this order below: the index folder, the weights of TF-IDF and BM25, the inverted index, search, dense vectors, the
+server and its client. How a text becomes words is in common/passages.py.
 """
 
 import dataclasses
 import functools
-import json
+import hashlib
 import math
 import os
-import queue
+import re
 import shutil
 import threading
-from collections import Counter, namedtuple
-from concurrent.futures import Future
+import types
+from collections import Counter
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import requests
 
 import common
 from common import REQUIRED, InputError, option
-from common.passages import WORD_BYTES, index_term, invert, read_passages, split_words
-from common.search_r1 import Hit, RemoteIndex, answer_request
-
-FORMAT = 3  # of the index folder; an index of another format is refused
+from common.passages import STOP_WORDS, WORD_BYTES, Hit, invert, parse_passage, query_terms, read_passages, valid_text
 
 
 @dataclasses.dataclass(kw_only=True)
 class BuildConfig:
     passages: str = option(REQUIRED, "passages: JSON lines with id and contents", positional=True)
     out: str = option(REQUIRED, "folder of the index", positional=True)
-    kind: Literal["tfidf", "bm25", "dense"] = option("tfidf", "how passages are scored")
+    kind: Literal["bm25", "tfidf", "dense"] = option("bm25", "how passages are scored")
     # BM25. These defaults have the best recall on 100 HotpotQA training questions (bench/retriever.py recall).
-    k1: float = option(1.5, "BM25: how much repetitions of a word add")
-    b: float = option(0.9, "BM25: how much long passages are penalised, 0 to 1")
-    # Dense. The defaults are those of the paper's retriever: e5-base-v2 and its model card.
-    encoder: str = option("intfloat/e5-base-v2", "dense: a Hugging Face encoder, name or folder")
-    pooling: Literal["mean", "cls"] = option("mean", "dense: how token vectors become one vector")
-    query_prefix: str = option("query: ", "dense: text put before a query")
-    passage_prefix: str = option("passage: ", "dense: text put before a passage")
-    dtype: Literal["float32", "float16"] = option("float32", "dense: number format of the stored vectors")
+    k1: float = option(1.5, "BM25: how much repetitions of a word add", at_least=0, at_most=1000)
+    b: float = option(0.9, "BM25: how much long passages are penalised", at_least=0, at_most=1)
+    # Dense. The default is the paper's retriever.
+    encoder: str = option("intfloat/e5-base-v2", "dense: an encoder of the E5 family, name or folder")
     vectors: str | None = option(None, "dense: use the vectors of this FAISS flat index, in the order of the passages")
     quiet: bool = option(False, "no progress bar")
 
 
-# Building. Chunks of the passages file become runs, which a killed build keeps; the runs are merged into an index.
-# An index is a folder with index.json, which names the data folder. It is replaced only when the new data is complete.
+# The index folder
+#
+#   index.json        the options of the build, "format", "passages" (their path from this folder), their "bytes",
+#                     "sha256" and "modified_ns", "data" ("data-1"), "files" of data-1 {name: bytes}
+#   data-1/           of every index:
+#     offsets.npy     int64 [passages]: where a passage's line begins in the passages file
+#     rank.npy        uint32 [passages]: a passage's place in the order of ids, which breaks ties between scores
+#                     of TF-IDF and BM25, an inverted index:
+#     terms.npy       S32 [terms]: sorted
+#     starts.npy      int64 [terms + 1]: the postings of term t are those from starts[t] to starts[t + 1]
+#     docs            uint32 [postings]: the passages that have the term, in order
+#     values          float32 [postings]: the term's value in each of them, see passage_values
+#                     dense, unless the option "vectors" names a FAISS index:
+#     vectors         float32 [passages, dimensions]
+#   building/         while a build runs: plan.json, and for each finished chunk of passages a run (.npz and .npy)
+#
+# The runs survive a killed build, and are merged into the index. index.json is replaced when the new data is complete.
+
+FORMATS = {"bm25": 4, "tfidf": 4, "dense": 3}  # an index of another format is refused
 
 
-def build(passages, out, kind="tfidf", **settings):
+def build(passages, out, kind="bm25", **settings):
     """Build an index of a passages file in the folder `out`. An existing index is replaced when the new one is done.
 
     settings: the fields of BuildConfig. If a build is killed, the same call continues with the chunks that are left.
-    Raises InputError for bad settings, and for bad passages with file and line.
+    Raises InputError for bad settings, for bad passages with file and line, and if a file cannot be read or written.
     """
     config = BuildConfig(passages=str(passages), out=str(out), kind=kind, **settings)
-    source, out = Path(passages), Path(out)
-    if kind not in ("tfidf", "bm25", "dense") or not 0 <= config.b <= 1 or config.k1 < 0:
-        raise InputError("kind must be tfidf, bm25 or dense; b from 0 to 1; k1 at least 0")
-    if not source.is_file():
-        raise InputError(f"{source}: no such file")
+    common.check_numbers(config)
+    if kind not in FORMATS:
+        raise InputError(f"kind {kind!r}: must be one of {', '.join(FORMATS)}")
+    if not Path(passages).is_file():
+        raise InputError(f"{passages}: no such file")
+    try:
+        with common.Journal(Path(out, "build.lock")):  # refuses a second build in this folder at the same time
+            _build(config, Path(passages), Path(out))
+    except OSError as error:
+        raise InputError(f"{error.filename or out}: {error.strerror or error}; the same command continues") from None
+
+
+def _build(config, source, out):
     plan = {name: value for name, value in vars(config).items() if name not in ("out", "quiet")}
-    plan |= {"format": FORMAT, "bytes": source.stat().st_size, "modified_ns": source.stat().st_mtime_ns}
-    # Paths are relative to the index folder, so that both can be moved together.
-    plan |= {name: plan[name] and os.path.relpath(plan[name], out) for name in ("passages", "vectors")}
-    work, dense = out / "building", kind == "dense"
-    with common.Journal(out / "build.lock"):  # refuses a second build in this folder at the same time
-        manifest = _read_json(out / "index.json")
-        if manifest.items() >= plan.items():
-            print(f"{out}: already built")
-            return
-        if _read_json(work / "plan.json") != plan:
-            shutil.rmtree(work, ignore_errors=True)
-            common.write_json(work / "plan.json", plan)
-        shutil.rmtree(work / "data", ignore_errors=True)
-        (work / "data").mkdir()
-        with common.progress(desc="reading", total=source.stat().st_size, unit="B", quiet=config.quiet) as bar:
-            if dense:
-                encoder = None if config.vectors else Encoder(config.encoder, config.pooling)
-                runs = write_runs(functools.partial(embed_chunk, encoder, config), source, work, DENSE_CHUNK, bar)
-            else:
-                runs = write_runs(invert_chunk, source, work, CHUNK, bar)
-        merge_passages(runs, source, work / "data")
-        (merge_vectors if dense else merge_postings)(runs, work / "data", config)
-        data = f"data-{int(manifest.get('data', 'data-0')[5:]) + 1}"
-        shutil.rmtree(out / data, ignore_errors=True)
-        os.replace(work / "data", out / data)
-        common.write_json(out / "index.json", {**plan, "data": data})
-        for folder in {work, *out.glob("data-*")} - {out / data}:
-            shutil.rmtree(folder)
+    plan |= {name: plan[name] and relative_path(plan[name], out) for name in ("passages", "vectors")}
+    plan |= {"format": FORMATS[config.kind], "bytes": source.stat().st_size, "sha256": hash_file(source)}
+    modified = {"modified_ns": source.stat().st_mtime_ns}
+    manifest = read_manifest(out)
+    if manifest.items() >= modified.items():
+        manifest.setdefault("sha256", plan["sha256"])  # the first dense indexes of format 3 have none
+    if manifest.items() >= plan.items() and not incomplete_files(out, manifest):
+        common.write_json(out / "index.json", manifest | modified)
+        print(f"{out}: already built")
+        return
+    work, dense = out / "building", config.kind == "dense"
+    if read_manifest(work, "plan.json") != plan:
+        shutil.rmtree(work, ignore_errors=True)
+        common.write_json(work / "plan.json", plan)
+    shutil.rmtree(work / "data", ignore_errors=True)
+    (work / "data").mkdir()
+    columns_of = invert
+    if dense:
+        columns_of = functools.partial(embed, None if config.vectors else Encoder(config.encoder))
+    with common.progress(desc="reading", total=plan["bytes"], unit="B", quiet=config.quiet) as bar:
+        runs = write_runs(columns_of, source, work, DENSE_CHUNK if dense else CHUNK, bar)
+    merge_passages(runs, source, work / "data")
+    (merge_vectors if dense else merge_postings)(runs, work / "data", config)
+    files = {path.name: path.stat().st_size for path in sorted((work / "data").iterdir())}
+    data = "data-2" if manifest.get("data") == "data-1" else "data-1"
+    shutil.rmtree(out / data, ignore_errors=True)
+    os.replace(work / "data", out / data)
+    common.write_json(out / "index.json", {**plan, **modified, "data": data, "files": files})
+    for folder in {work, *out.glob("data-*")} - {out / data}:
+        shutil.rmtree(folder)
 
 
-def _read_json(path):
+def relative_path(path, folder):
+    """Returns the path from a folder to a file, without symbolic links before the name: both can be moved together."""
+    path = Path(path)
+    return os.path.relpath(path.parent.resolve() / path.name, Path(folder).resolve())
+
+
+def hash_file(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_manifest(folder, name="index.json"):
+    path = folder / name
     return common.parse_object(path.read_bytes(), str(path)) if path.exists() else {}
 
 
-def write_runs(write_run, path, work, size, bar):
-    """Call write_run(path, start, end, run) for each chunk of `size` bytes without a run. Returns the runs' files."""
+def incomplete_files(folder, manifest):
+    """Returns the names of data files that do not have the size that the manifest says."""
+    sizes = {path: path.stat().st_size for path in folder.glob("data-*/*")}
+    files = manifest.get("files", {}).items()
+    return [name for name, size in files if sizes.get(folder / manifest["data"] / name) != size]
+
+
+def save_array(path, array):
+    """np.save that raises an error if the disk is full. For a real file, np.save ignores the errors of closing it."""
+    with common.replace_file(path, "wb") as file:
+        np.save(types.SimpleNamespace(write=file.write), array)
+
+
+def write_runs(columns_of, path, work, size, bar):
+    """Write columns_of(contents) for each chunk of `size` bytes that has no run. Returns the files of all runs."""
     runs = []
     for start in range(0, path.stat().st_size, size):
         runs.append(work / f"run-{start // size:06d}.npz")
         if not runs[-1].exists():
-            write_run(path, start, start + size, runs[-1])
+            offsets, ids, contents = read_passages(path, start, start + size)
+            columns = columns_of(contents)
+            if "postings" in columns:  # in a file of their own, because they are read in parts
+                save_array(runs[-1].with_suffix(".npy"), columns.pop("postings"))
+            with common.replace_file(runs[-1], "wb") as file:
+                np.savez(file, offsets=np.array(offsets, np.int64), ids=np.array(ids or [], "S"), **columns)
         bar.update(size)
     return runs
 
 
-def save_run(run, offsets, ids, **columns):
-    """Write the columns of a run as a file that appears only when it is complete."""
-    with common.replace_file(run, "wb") as file:
-        np.savez(file, offsets=np.array(offsets, np.int64), ids=np.array(ids or [], "S"), **columns)
-
-
 def merge_passages(runs, source, data):
-    """Write the offsets of all passages, and their ranks in the order of ids, which breaks ties between scores."""
+    """Write the offsets of all passages, and their ranks in the order of ids."""
     offsets, ids = ([np.load(run)[name] for run in runs] for name in ("offsets", "ids"))
     if not sum(map(len, ids)):
         raise InputError(f"{source}: no passages in it")
-    offsets, ids = np.concatenate(offsets), np.concatenate(ids)
+    ids = np.concatenate(ids)
     order = np.argsort(ids, kind="stable")
     same = np.flatnonzero(ids[order[1:]] == ids[order[:-1]])
     if same.size:
         raise InputError(f"{source}: the id {ids[order[same[0]]].decode()!r} occurs twice; ids must differ")
-    np.save(data / "rank.npy", np.argsort(order).astype(np.uint32))
-    np.save(data / "offsets.npy", offsets)
+    save_array(data / "rank.npy", np.argsort(order).astype(np.uint32))
+    save_array(data / "offsets.npy", np.concatenate(offsets))
 
 
-# TF-IDF and BM25: an inverted index. The score of a passage is the sum of repeats(n) x value(term, passage) over the
-# terms of the query, where n is how often the query has the term; for TF-IDF it is divided by the query's norm.
-
-CHUNK = 4 << 20  # bytes of passages that are inverted at once; sets the memory of a build
-RANGE = 1 << 20  # postings that are merged at once
-TITLE_WEIGHT = 2  # a passage's first line is its title; its words count so many times (best recall on HotpotQA)
-
-
-def invert_chunk(path, start, end, run):
-    """Write the run of one chunk of the passages file: its terms in order, and their postings in order."""
-    offsets, ids, contents = read_passages(path, start, end)
-    titles = [text[: text.find("\n") + 1] for text in contents]
-    columns = invert([title * (TITLE_WEIGHT - 1) + text for title, text in zip(titles, contents, strict=True)])
-    np.save(run.with_suffix(".npy"), columns.pop("postings"))  # a file of its own, because it is read in parts
-    save_run(run, offsets, ids, **columns)
+# The weights. The score of a passage is the sum of repeats(n) x value(term, passage) over the terms of the query, where
+# n is how often the query has the term: n for BM25, 1 + ln n for TF-IDF, which is then divided by the query's norm.
 
 
 def term_idf(kind, df, count):
@@ -170,75 +205,133 @@ def passage_values(kind, tf, idf, factor):
     return (1 + np.log(tf)) * idf**2 / factor if kind == "tfidf" else idf * tf / (tf + factor)
 
 
-def merge_postings(runs, data, config):
-    """Merge runs into the inverted index: for each term the passages that have it, in order, and its values there.
+def passage_factors(runs, terms, idf, config):
+    """Returns the factors of passage_values, float32 [passages]. Stop words add to no length and to no norm."""
+    lengths = np.concatenate([run.lengths for run in runs])
+    if config.kind == "bm25":
+        factors = config.k1 * (1 - config.b + config.b * lengths / (lengths.mean() or 1))
+    else:
+        idf = np.where(np.isin(terms, list(STOP_WORDS)), 0, idf)
+        squares = np.zeros(len(lengths))
+        for run in runs:
+            postings = np.load(run.postings)
+            weights = (1 + np.log(postings["tf"])) * np.repeat(idf[run.places], run.counts)
+            np.add.at(squares, postings["doc"] + run.first_doc, weights**2)
+        factors = np.sqrt(np.where(squares > 0, squares, 1))
+    return factors.astype(np.float32)
 
-    Memory: the vocabulary, about half a MiB for each run, and one range of postings.
+
+# The inverted index of TF-IDF and BM25
+
+CHUNK = 4 << 20  # bytes of passages that are inverted at once; sets the memory of a build
+RANGE = 1 << 20  # postings that are merged at once
+
+
+class Run:
+    """The inverted index of one chunk, of which merge_postings takes the postings term by term."""
+
+    def __init__(self, file, terms, first_doc):
+        columns = np.load(file)
+        self.postings = file.with_suffix(".npy")
+        self.places = np.searchsorted(terms, columns["terms"]).astype(np.uint32)  # of its terms among all terms
+        self.counts = columns["counts"]
+        self.lengths = columns["lengths"]
+        self.first_doc = np.uint32(first_doc)
+        self.taken = 0
+
+    def take(self, first, last):
+        """Returns (places, passage numbers, tf) of the postings of terms first to last - 1, which come next."""
+        low, high = np.searchsorted(self.places, np.array([first, last], np.uint32))
+        places = np.repeat(self.places[low:high], self.counts[low:high])
+        # Copied, so that the file is mapped only now: mapped pages count as memory of the process.
+        postings = np.load(self.postings, mmap_mode="r")[self.taken :][: len(places)].copy()
+        self.taken += len(places)
+        return places, postings["doc"] + self.first_doc, postings["tf"]
+
+
+def merge_postings(files, data, config):
+    """Merge runs into the inverted index.
+
+    Memory: the vocabulary, about half a MiB for each run, and one range of postings. The postings are written in order:
+    a scatter into mapped files is shorter, but needs all of them in memory, and a full disk kills it without an error.
     """
     terms = set()
-    for run in runs:
-        terms.update(np.load(run)["terms"].tolist())
+    for file in files:
+        terms.update(np.load(file)["terms"].tolist())
     terms = np.array(sorted(terms), f"S{WORD_BYTES}")
-    places = [np.searchsorted(terms, np.load(run)["terms"]).astype(np.uint32) for run in runs]
-    counts, lengths = ([np.load(run)[name] for run in runs] for name in ("counts", "lengths"))
-    first_docs = np.cumsum([0, *map(len, lengths)])
-    df = np.zeros(len(terms), np.int64)
-    for place, count in zip(places, counts, strict=True):
-        df[place] += count
+    runs, count, df = [], 0, np.zeros(len(terms), np.int64)
+    for file in files:
+        runs.append(Run(file, terms, count))
+        count += len(runs[-1].lengths)
+        df[runs[-1].places] += runs[-1].counts
     starts = np.concatenate([[0], np.cumsum(df)])
     if not starts[-1]:
-        raise InputError(f"{config.passages}: no passage has a word that is indexed")
-    idf = term_idf(config.kind, df, first_docs[-1]).astype(np.float32)
-    lengths = np.concatenate(lengths)
-    if config.kind == "bm25":
-        factors = config.k1 * (1 - config.b + config.b * lengths / lengths.mean())
-    else:  # the norms of the passages' vectors
-        factors = np.zeros(len(lengths))
-        for number, run in enumerate(runs):
-            postings = np.load(run.with_suffix(".npy"))
-            vectors = (1 + np.log(postings["tf"])) * np.repeat(idf[places[number]], counts[number])
-            np.add.at(factors, postings["doc"] + first_docs[number], vectors**2)
-        factors = np.sqrt(np.maximum(factors, 1e-30))
-    factors = factors.astype(np.float32)
-    greatest, first, read = np.zeros(len(terms), np.float32), 0, np.zeros(len(runs), np.int64)
+        raise InputError(f"{config.passages}: no passage has a word")
+    idf = term_idf(config.kind, df, count).astype(np.float32)
+    factors = passage_factors(runs, terms, idf, config)
+    size = max(RANGE, 4096 * len(runs))  # opening a run takes as much time as merging 4,096 postings
+    first = 0
     with (
         common.progress(desc="merging", total=int(starts[-1]), quiet=config.quiet) as bar,
-        open(data / "docs", "wb") as docs_file,
-        open(data / "values", "wb") as values_file,
+        common.replace_file(data / "docs", "wb") as docs_file,
+        common.replace_file(data / "values", "wb") as values_file,
     ):
         while first < len(terms):
-            size = max(RANGE, 4096 * len(runs))  # opening a run takes as much time as merging 4,096 postings
             last = max(int(np.searchsorted(starts, starts[first] + size, side="right")) - 1, first + 1)
-            parts = []
-            for number, run in enumerate(runs):
-                low, high = np.searchsorted(places[number], np.array([first, last], np.uint32))
-                place = np.repeat(places[number][low:high], counts[number][low:high])
-                # Copied, so that the file is mapped only now: mapped pages count as memory of the process.
-                postings = np.load(run.with_suffix(".npy"), mmap_mode="r")[read[number] :][: len(place)].copy()
-                parts.append((place, postings["doc"] + np.uint32(first_docs[number]), postings["tf"]))
-                read[number] += len(place)
-            place, docs, tfs = map(np.concatenate, zip(*parts, strict=True))
-            order = np.argsort(place, kind="stable")  # stable: the passages of a term stay in order
-            place, docs, tfs = place[order], docs[order], tfs[order].astype(np.float32)
-            values = passage_values(config.kind, tfs, idf[place], factors[docs])
-            greatest[first:last] = np.maximum.reduceat(values, starts[first:last] - starts[first])
-            docs.tofile(docs_file)
-            values.tofile(values_file)
+            places, docs, tfs = map(np.concatenate, zip(*(run.take(first, last) for run in runs), strict=True))
+            order = np.argsort(places, kind="stable")  # stable: the passages of a term stay in order
+            places, docs, tfs = places[order], docs[order], tfs[order].astype(np.float32)
+            values = passage_values(config.kind, tfs, idf[places], factors[docs])
+            docs_file.write(docs)
+            values_file.write(values)
             bar.update(len(docs))
             first = last
-    for name, column in (("terms", terms), ("starts", starts), ("greatest", greatest)):
-        np.save(data / f"{name}.npy", column)
+    save_array(data / "terms.npy", terms)
+    save_array(data / "starts.npy", starts)
+
+
+# Search
+
+
+def load(where, device=None):
+    """Open an index: a folder, or the http(s) URL of a server.
+
+    device: where a dense index keeps its encoder and vectors, "cpu" or "cuda:0"; by default the current GPU, if any.
+    Raises InputError if there is no index, if it is of another format or incomplete, or if its passages have changed.
+    """
+    if str(where).startswith(("http://", "https://")):
+        return RemoteIndex(str(where))
+    folder, command = Path(where), f"python retriever.py build PASSAGES {where}"
+    try:
+        manifest = read_manifest(folder)
+        kind, found = manifest.get("kind"), manifest.get("format")
+        if not manifest:
+            raise InputError(f"{where}: no index here; build it: {command}")
+        if found != FORMATS.get(kind):
+            needed = FORMATS.get(kind, "one of this program")
+            raise InputError(f"{where}: index format {found}, not {needed}; build it: {command} --kind {kind}")
+        for name in incomplete_files(folder, manifest):
+            raise InputError(f"{where}: {name} is missing or incomplete; build it: {command} --kind {kind}")
+        return DenseIndex(folder, manifest, device) if kind == "dense" else SparseIndex(folder, manifest)
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise InputError(f"{where}: the index is damaged ({reason}); delete it and build it: {command}") from None
 
 
 class Index:
     """An open index folder. Threads may share it. A subclass has top(queries, k)."""
 
     def __init__(self, folder, manifest):
-        self.manifest, self.data = manifest, Path(folder, manifest["data"])
-        path = Path(os.path.normpath(Path(folder, manifest["passages"])))
-        if not path.is_file() or path.stat().st_size != manifest["bytes"]:
+        path = Path(os.path.normpath(folder.resolve() / manifest["passages"]))
+        same = path.is_file() and path.stat().st_size == manifest["bytes"]
+        if same and path.stat().st_mtime_ns != manifest["modified_ns"]:  # copied, or edited?
+            same = manifest.get("sha256") in (None, hash_file(path))
+        if not same:
             raise InputError(f"{path}: missing, or changed since {folder} was built from it; build the index again")
-        self.file, self.rank = open(path, "rb"), np.load(self.data / "rank.npy")
+        self.manifest = manifest
+        self.data = folder / manifest["data"]
+        self.file = open(path, "rb")
+        self.rank = np.load(self.data / "rank.npy")
         self.offsets = np.load(self.data / "offsets.npy", mmap_mode="r")
 
     def __len__(self):
@@ -250,15 +343,15 @@ class Index:
             raise InputError("queries must be a list of texts")
         if type(k) is not int or k < 1:
             raise InputError(f"the number of passages must be a whole number of at least 1, not {k!r}")
-        best = self.top(queries, k) if queries else []
+        best = self.top(queries, min(k, len(self))) if queries else []
         return [[self._hit(*found) for found in zip(*one, strict=True)] for one in best]
 
     def _hit(self, doc, score):
         start, end = (*self.offsets[doc : doc + 2].tolist(), os.fstat(self.file.fileno()).st_size)[:2]
         try:
-            row = json.loads(os.pread(self.file.fileno(), end - start, start).split(b"\n", 1)[0])
-            return Hit(row["id"], float(score), row["contents"])
-        except (ValueError, KeyError, TypeError):
+            id, contents = parse_passage(os.pread(self.file.fileno(), end - start, start).split(b"\n", 1)[0])
+            return Hit(id, float(score), contents)
+        except ValueError:
             raise InputError(f"{self.file.name}: changed since the index was built; build it again") from None
 
 
@@ -271,83 +364,45 @@ def best_of(docs, scores, rank, k):
     return docs[order], scores[order]
 
 
-Term = namedtuple("Term", "greatest start stop idf")  # greatest of its values; start, stop: its slice of the postings
-
-
 class SparseIndex(Index):
     """TF-IDF or BM25. A query's scores are added up in float32, one term after another, in an array of all passages."""
 
     def __init__(self, folder, manifest):
         super().__init__(folder, manifest)
-        columns = (np.load(self.data / f"{name}.npy", mmap_mode="r") for name in ("terms", "starts", "greatest"))
-        self.terms, self.starts, self.greatest = map(np.asarray, columns)
         # Plain arrays of the mapped files, because slices of an np.memmap are slow.
+        self.terms = np.asarray(np.load(self.data / "terms.npy", mmap_mode="r"))
+        self.starts = np.asarray(np.load(self.data / "starts.npy", mmap_mode="r"))
         self.docs = np.asarray(np.memmap(self.data / "docs", np.uint32, "r"))
         self.values = np.asarray(np.memmap(self.data / "values", np.float32, "r"))
-        self.find = functools.lru_cache(1 << 16)(self._find)
-        self.scores, self.lock = np.zeros(len(self), np.float32), threading.Lock()
+        self.find = functools.lru_cache(1 << 16)(self._find)  # a search of the vocabulary takes 5 us
+        self.scores = np.zeros(len(self), np.float32)
+        self.lock = threading.Lock()
 
-    def _find(self, word):
-        """Returns the Term of a word, or None if no passage has it."""
-        key = np.array(index_term(word), self.terms.dtype)
+    def _find(self, term):
+        """Returns the (start, stop) of a term's postings, or None if no passage has it."""
+        key = np.array(term, self.terms.dtype)
         place = int(np.searchsorted(self.terms, key))
-        if place == len(self.terms) or self.terms[place] != key:
-            return None
-        start, stop = self.starts[place : place + 2].tolist()
-        idf = float(term_idf(self.manifest["kind"], stop - start, len(self)))
-        return Term(float(self.greatest[place]), start, stop, idf)
-
-    def parse(self, query):
-        """Returns ({Term: its repeats(n)}, norm of the query), the terms with the greatest values first."""
-        counts = Counter(filter(None, map(self.find, split_words(query))))
-        terms = {term: counts[term] for term in sorted(counts, reverse=True)}
-        if self.manifest["kind"] == "bm25":
-            return terms, 1.0
-        terms = {term: 1 + math.log(n) for term, n in terms.items()}
-        return terms, math.sqrt(sum((repeats * term.idf) ** 2 for term, repeats in terms.items())) or 1.0
+        found = place < len(self.terms) and self.terms[place] == key
+        return tuple(self.starts[place : place + 2].tolist()) if found else None
 
     def top(self, queries, k):
         """Returns [(passage numbers, scores)] of the k best passages for each query."""
         with self.lock:
-            return [self._best(*self.parse(query), k) for query in queries]
+            return [self._best(query, k) for query in queries]
 
-    def _best(self, terms, norm, k):
-        """Returns (passage numbers, scores) of the k best passages, exactly.
-
-        MaxScore (Turtle and Flood, "Query evaluation", 1995). The terms with the greatest values come first. As soon as
-        the remaining terms together cannot bring a new passage among the k best, their long lists of postings are not
-        added up any more: they are only searched for the passages that can still be among the best.
-        """
+    def _best(self, query, k):
+        """Returns (passage numbers, scores) of the k best passages of those with a word of the query."""
+        squares = 0.0  # of the query's weights, for TF-IDF
         self.scores.fill(0)
-        rest = sum(repeats * term.greatest for term, repeats in terms.items())  # bounds what remaining terms can add
-        rest *= 1 + 1e-7 * (10 + len(terms))  # because sums in float32 are rounded
-        remaining = list(terms.items())
-        while remaining:
-            term, repeats = remaining[0]
-            length = term.stop - term.start
-            if 8 * length > len(self):  # before a shorter list, these passes over all passages cost more than they save
-                floor = self._floor(k)
-                if rest < floor:
-                    docs = np.flatnonzero(self.scores >= floor - rest)
-                    if 16 * len(docs) < length:
-                        break
-            values = self.values[term.start : term.stop] * np.float32(repeats)
-            np.add.at(self.scores, self.docs[term.start : term.stop].astype(np.intp), values)
-            rest -= repeats * term.greatest
-            del remaining[0]
-        else:
-            docs = np.flatnonzero(self.scores >= max(self._floor(k), 1e-30))
-        scores = self.scores[docs]
-        for term, repeats in remaining:
-            if len(docs) > 64 + k:
-                keep = np.flatnonzero(scores >= np.partition(scores, -k)[-k] - rest)
-                docs, scores = docs[keep], scores[keep]
-            listed = self.docs[term.start : term.stop]
-            at = np.minimum(listed.searchsorted(docs.astype(np.uint32)), len(listed) - 1)
-            scores += (listed[at] == docs) * (self.values[term.start : term.stop][at] * np.float32(repeats))
-            rest -= repeats * term.greatest
-        docs, scores = best_of(docs, scores, self.rank, k)
-        return docs, scores / np.float32(norm)
+        for (start, stop), repeats in Counter(filter(None, map(self.find, query_terms(query)))).items():
+            if self.manifest["kind"] == "tfidf":
+                repeats = 1 + math.log(repeats)
+                squares += (repeats * term_idf("tfidf", stop - start, len(self))) ** 2
+            values = self.values[start:stop] if repeats == 1 else self.values[start:stop] * np.float32(repeats)
+            np.add.at(self.scores, self.docs[start:stop].astype(np.intp), values)
+        docs = np.flatnonzero(self.scores >= max(self._floor(k), 1e-30))
+        docs, scores = best_of(docs, self.scores[docs], self.rank, k)
+        return docs, scores / np.float32(math.sqrt(squares) or 1)
 
     def _floor(self, k):
         """A lower bound of the k-th best score: the k-th greatest of the maxima of at least 16 k groups of passages."""
@@ -361,53 +416,56 @@ class SparseIndex(Index):
 # are imported only here: that takes seconds, and a sparse index does not need them.
 
 DENSE_CHUNK = 1 << 20  # bytes of passages that are embedded between two saves
-BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}  # tokens of a batch, with padding
+DENSE_BATCH = 64  # texts that are embedded at once
+# E5 (its model card): the mean of the token vectors, and a prefix. An index that names others is refused.
+QUERY_PREFIX, PASSAGE_PREFIX = "query: ", "passage: "
+RECIPE = {"query_prefix": QUERY_PREFIX, "passage_prefix": PASSAGE_PREFIX, "pooling": "mean", "dtype": "float32"}
 
 
 class Encoder:
     """A Hugging Face encoder on a device: texts in, vectors of length 1 out."""
 
-    def __init__(self, name, pooling, device=None):
+    def __init__(self, name, device=None):
         import torch
         import transformers
 
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda" and device.index is None:  # in another thread, the current GPU would be GPU 0
             device = torch.device("cuda", torch.cuda.current_device())
-        self.torch, self.pooling, self.device = torch, pooling, device
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-            self.model = transformers.AutoModel.from_pretrained(name, dtype=torch.float32).eval().to(device)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{name}: no encoder could be loaded: {str(error).splitlines()[0]}") from None
-        config = self.model.config
-        self.dimensions, self.max_length = config.hidden_size, min(512, config.max_position_embeddings)
+            self.model = transformers.AutoModel.from_pretrained(name, dtype=torch.float32).eval()
+            self.dimensions = self.model.config.hidden_size
+            self.max_length = min(512, self.model.config.max_position_embeddings)
+        except Exception as error:  # whatever is wrong with its files
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(f"{name}: no encoder could be loaded: {reason}") from None
+        self.model.to(device)
+        self.torch = torch
+        self.device = device
 
     def encode(self, texts):
         """Returns the vectors of texts: float32 [texts, dimensions], on the encoder's device."""
-        ids = self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # texts of similar length need little padding
-        vectors = self.torch.empty((len(ids), self.dimensions), device=self.device)
-        while order:
-            count = max(1, BATCH_TOKENS[self.device.type] // len(ids[order[-1]]))  # the longest come first
-            batch, order = order[-count:], order[:-count]
-            tokens = self.tokenizer.pad({"input_ids": [ids[i] for i in batch]}, return_tensors="pt").to(self.device)
+        texts = [valid_text(text) for text in texts]
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # texts of similar length need little padding
+        vectors = self.torch.empty((len(texts), self.dimensions), device=self.device)
+        how = {"padding": True, "truncation": True, "max_length": self.max_length, "return_tensors": "pt"}
+        for start in range(0, len(order), DENSE_BATCH):
+            batch = order[start : start + DENSE_BATCH]
+            tokens = self.tokenizer([texts[i] for i in batch], **how).to(self.device)
             with self.torch.inference_mode():
                 hidden = self.model(**tokens).last_hidden_state  # [batch, tokens, dimensions]
                 mask = tokens["attention_mask"][:, :, None]  # [batch, tokens, 1]
-                pooled = hidden[:, 0] if self.pooling == "cls" else (hidden * mask).sum(1) / mask.sum(1)
-                vectors[batch] = self.torch.nn.functional.normalize(pooled, dim=-1)
+                mean = (hidden * mask).sum(1) / mask.sum(1)  # [batch, dimensions]
+                vectors[batch] = self.torch.nn.functional.normalize(mean, dim=-1)
         return vectors
 
 
-def embed_chunk(encoder, config, path, start, end, run):
-    """Write the run of one chunk of the passages file, with its vectors unless encoder is None."""
-    offsets, ids, contents = read_passages(path, start, end)
-    columns = {}
-    if contents and encoder:
-        vectors = encoder.encode([config.passage_prefix + text for text in contents])
-        columns["vectors"] = vectors.cpu().numpy().astype(config.dtype)
-    save_run(run, offsets, ids, **columns)
+def embed(encoder, contents):
+    """Returns the columns of a run: the vectors of its passages, unless encoder is None."""
+    if not contents or not encoder:
+        return {}
+    return {"vectors": encoder.encode([PASSAGE_PREFIX + text for text in contents]).cpu().numpy()}
 
 
 def merge_vectors(runs, data, config):
@@ -416,9 +474,9 @@ def merge_vectors(runs, data, config):
         if len(open_flat_index(config.vectors)) != len(np.load(data / "rank.npy")):
             raise InputError(f"{config.vectors}: it does not have one vector for each passage")
         return
-    with open(data / "vectors", "wb") as file:
+    with common.replace_file(data / "vectors", "wb") as file:
         for run in common.progress(runs, desc="merging", quiet=config.quiet):
-            np.load(run).get("vectors", np.empty(0)).tofile(file)
+            file.write(np.load(run).get("vectors", b""))
 
 
 def open_flat_index(path):
@@ -439,45 +497,39 @@ def open_flat_index(path):
 
 
 class DenseIndex(Index):
-    """Vectors and their encoder. The vectors are copied to the GPU if they fit, otherwise read from the mapped file."""
+    """Vectors and their encoder. The vectors are copied to the GPU if they fit, otherwise read from the mapped file.
+
+    A mapped file is in memory once for all processes of a machine. With several GPUs (torchrun), each process copies
+    the vectors to its own: for Wikipedia's 65 GB, run `retriever.py serve` once and give its URL to all of them.
+    """
 
     def __init__(self, folder, manifest, device=None):
         super().__init__(folder, manifest)
-        self.encoder = Encoder(manifest["encoder"], manifest["pooling"], device)
-        torch, device = self.encoder.torch, self.encoder.device
+        for name, value in RECIPE.items():
+            if manifest.get(name, value) != value:
+                raise InputError(f"{folder}: built with {name} {manifest[name]!r}, not {value!r}; build it again")
         if manifest["vectors"]:
-            vectors = open_flat_index(os.path.normpath(Path(folder, manifest["vectors"])))
+            vectors = open_flat_index(os.path.normpath(folder.resolve() / manifest["vectors"]))
         else:
-            vectors = np.memmap(self.data / "vectors", manifest["dtype"], "c").reshape(len(self), -1)
-        if vectors.shape[1] != self.encoder.dimensions:
-            raise InputError(f"{folder}: {vectors.shape[1]} dimensions, but the encoder has {self.encoder.dimensions}")
+            vectors = np.memmap(self.data / "vectors", np.float32, "c").reshape(len(self), -1)
+        self.encoder = Encoder(manifest["encoder"], device)
+        if vectors.shape != (len(self), self.encoder.dimensions):
+            described = f"{vectors.shape[0]} vectors of {vectors.shape[1]} dimensions"
+            raise InputError(f"{folder}: {described}, but {len(self)} of {self.encoder.dimensions} are needed")
+        torch, device = self.encoder.torch, self.encoder.device
         self.vectors = torch.from_numpy(np.asarray(vectors))  # [passages, dimensions]
         if device.type == "cuda" and vectors.nbytes < 0.8 * torch.cuda.mem_get_info(device)[0]:
             self.vectors = self.vectors.to(device)
-        self.waiting, self.lock = queue.SimpleQueue(), threading.Lock()
+        self.lock = threading.Lock()
 
     def top(self, queries, k):
         """Returns [(passage numbers, scores)] of the k best passages for each query.
 
-        Queries that threads ask at the same moment become one batch: all vectors are read once for all of them.
-        A GPU's torch.OutOfMemoryError is raised unchanged in every thread, so that the caller can free memory.
+        A GPU's torch.OutOfMemoryError is raised unchanged, so that the caller can free memory.
         """
-        future = Future()
-        self.waiting.put((queries, k, future))
-        with self.lock:
-            if not future.done():  # otherwise another thread answered while this one waited for the lock
-                jobs = [self.waiting.get() for _ in range(self.waiting.qsize())]
-                try:
-                    texts = [query for queries, _, _ in jobs for query in queries]
-                    vectors = self.encoder.encode([self.manifest["query_prefix"] + text for text in texts])
-                    most = max(k for _, k, _ in jobs)
-                    best = iter(search_vectors(self.vectors, vectors.to(self.vectors.device), most, self.rank))
-                    for queries, k, waiting in jobs:
-                        waiting.set_result([tuple(column[:k] for column in next(best)) for _ in queries])
-                except BaseException as error:
-                    for _, _, waiting in jobs:
-                        waiting.set_exception(error)
-        return future.result()
+        with self.lock:  # several threads at once would need as many times the memory
+            vectors = self.encoder.encode([QUERY_PREFIX + query for query in queries])
+            return search_vectors(self.vectors, vectors.to(self.vectors.device), k, self.rank)
 
 
 def search_vectors(vectors, queries, k, rank):
@@ -492,7 +544,7 @@ def search_vectors(vectors, queries, k, rank):
     floor = torch.full((len(queries), 1), -torch.inf, device=vectors.device)  # a lower bound of the k-th greatest
     found = []
     for start in range(0, len(vectors), block):
-        part = vectors[start : start + block].float()
+        part = vectors[start : start + block]
         if vectors.is_cuda:
             products = queries @ part.T  # [queries, block]
         else:  # NumPy's matrix product was up to twice as fast as torch's for one query
@@ -514,20 +566,48 @@ def search_vectors(vectors, queries, k, rank):
     return [best_of(vector[own], product[own], rank, k) for own in parts]
 
 
-def load(where, device=None):
-    """Open an index: a folder, or the http(s) URL of a server.
+# The server and its client: Search-R1's /retrieve protocol (search_r1/search/retrieval_server.py). POST /retrieve
+# {"queries": [...], "topk": 3, "return_scores": true} is answered with {"result": [[{"document": {"id", "contents"},
+# "score"}, ...], ...]}, without scores with {"result": [[{"id", "contents"}, ...], ...]}.
 
-    device: where a dense index keeps its encoder and vectors, "cpu" or "cuda:0"; by default the current GPU, if any.
-    Raises InputError if there is no index, or one of another format, or if its passages have changed.
-    """
-    if str(where).startswith(("http://", "https://")):
-        return RemoteIndex(str(where))
-    manifest = _read_json(Path(where, "index.json"))
-    if manifest.get("format") != FORMAT:
-        problem = f"index format {manifest['format']}, not {FORMAT}" if manifest else "no index here"
-        command = f"python retriever.py build PASSAGES {where} --kind {manifest.get('kind', 'bm25')}"
-        raise InputError(f"{where}: {problem}; build it: {command}")
-    return DenseIndex(where, manifest, device) if manifest["kind"] == "dense" else SparseIndex(where, manifest)
+
+def answer_request(index, method, path, body):
+    """Answer POST /retrieve from an open index. Returns (HTTP status, JSON value)."""
+    if (method, path.rstrip("/")) != ("POST", "/retrieve"):
+        return 404, {"error": "POST /retrieve"}
+    found = index.search(body.get("queries"), 3 if body.get("topk") is None else body["topk"])
+    hits = [[{"document": {"id": id, "contents": text}, "score": score} for id, score, text in one] for one in found]
+    return 200, {"result": hits if body.get("return_scores") else [[hit["document"] for hit in one] for one in hits]}
+
+
+class RemoteIndex:
+    """An index behind `retriever.py serve`, or any other server with Search-R1's /retrieve. Threads may share it."""
+
+    def __init__(self, url, retries=3):  # about 3 seconds: within the time-out of one code action
+        self.url = url.rstrip("/").removesuffix("/retrieve") + "/retrieve"
+        self.session = common.http_session(retries)
+        # The environment's proxy is not asked for this machine.
+        self.session.trust_env = not re.match(r"\w+://(localhost|127\.[\d.]+|0\.0\.0\.0|\[::1\])([:/]|$)", url)
+
+    def search(self, queries, k=3):
+        """As Index.search. Raises InputError in one line if the server is gone or answers anything else."""
+        body = {"queries": queries, "topk": k, "return_scores": True}
+        try:
+            response = self.session.post(self.url, json=body, timeout=(10, 300))
+        except requests.RequestException as error:
+            reason = str(error).rpartition(": ")[2].strip("')\"")  # the innermost of several nested errors
+            raise InputError(f"{self.url}: no answer: {reason}; start it: python retriever.py serve INDEX") from None
+        try:
+            answer = response.json()
+            if response.status_code != 200:
+                raise ValueError(f"status {response.status_code}: {answer.get('error')}")
+            if len(answer["result"]) != len(queries):
+                raise ValueError(f"{len(answer['result'])} results for {len(queries)} queries")
+            found = [[(hit["document"], float(hit["score"])) for hit in hits] for hits in answer["result"]]
+            return [[Hit(str(row["id"]), score, valid_text(row["contents"])) for row, score in one] for one in found]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            reason = " ".join(str(error).split())[:500]
+            raise InputError(f"{self.url}: no answer in the format of Search-R1's /retrieve: {reason}") from None
 
 
 def run_build(config):
@@ -539,15 +619,14 @@ def run_build(config):
 class SearchConfig:
     index: str = option(REQUIRED, "folder of an index, or the URL of a server", positional=True)
     query: str = option(REQUIRED, "what to look for", positional=True)
-    k: int = option(3, "how many passages", above=0)  # as in the paper
+    k: int = option(3, "how many passages", at_least=1)  # as in the paper
 
 
 def run_search(config):
     """Print the best passages for a query."""
     hits = load(config.index).search([config.query], config.k)[0]
     for place, hit in enumerate(hits, 1):
-        title, _, text = hit.contents.partition("\n")
-        print(f"{place}. {title}   ({hit.id}, {hit.score:.4f})\n   {text}\n")
+        print(f"{place}. {hit.title}   ({hit.id}, {hit.score:.4f})\n   {hit.text}\n")
     if not hits:
         print("no passage has a word of this query")
 
@@ -556,7 +635,7 @@ def run_search(config):
 class ServeConfig:
     index: str = option(REQUIRED, "folder of an index", positional=True)
     host: str = option("127.0.0.1", "address to listen on; the default is this machine only")
-    port: int = option(8000, "port to listen on; 0 chooses a free one")
+    port: int = option(8000, "port to listen on; 0 chooses a free one", at_least=0, at_most=65535)
 
 
 def run_serve(config):

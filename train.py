@@ -20,7 +20,6 @@ import itertools
 import json
 import math
 import os
-import re
 import resource
 import shutil
 import sys
@@ -28,26 +27,16 @@ import time
 from pathlib import Path
 from typing import Literal
 
-import jinja2
+# Read when PyTorch is imported: its idle threads sleep early, so that a busy neighbour does not halve the speed.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers.integrations import sdpa_attention
 
 import common
-from common import REQUIRED, InputError, option
-from common.devices import choose_device, uses_bf16
-from common.lora import (
-    MergeConfig,
-    adapter_config,
-    add_lora,
-    load_base,
-    load_tokenizer,
-    lora_layers,
-    merge_adapter,
-    save_lora,
-)
+from common import REQUIRED, InputError, models, option
 
 # ------------- Settings: the paper's, and where it is silent those of Hugging Face's Trainer, which the authors used
 
@@ -58,58 +47,53 @@ class DataConfig:
     model: str = option(REQUIRED, "a Hugging Face name or folder, or an adapter's folder to continue from")
     system_prompt: str | None = option(None, "file with the text that replaces every system message")
     max_length: int = option(10240, "tokens; longer examples are dropped (paper: 10,240; for CoT 4,096)", above=0)
+    weigh: str | None = option(
+        None, "MODULE.FUNCTION that weighs tokens in the loss (default: train.turn_weight, all 1)"
+    )
 
 
 @dataclasses.dataclass(kw_only=True)
 class Config(DataConfig):
     out: str = option(REQUIRED, "folder for the adapter or model")
+    validation: list[str] = option([], "held-out JSONL files; their loss is reported per epoch", changes_results=False)
     tuning: Literal["lora", "full"] = option("lora", "train low-rank adapters (paper) or all weights")
     rank: int = option(64, "LoRA: rank (paper)", above=0)
-    alpha: float = option(128, "LoRA: alpha (paper)")
-    dropout: float = option(0.05, "LoRA: dropout on the adapters' input (paper)")
+    alpha: float = option(128, "LoRA: alpha (paper)", above=0)
+    dropout: float = option(0.05, "LoRA: dropout on the adapters' input (paper)", at_least=0, at_most=0.99)
     lr: float = option(2e-4, "learning rate (paper)", above=0)
-    warmup_steps: int = option(0, "steps of linear warm-up; then the rate falls linearly to 0 (HF default)")
+    warmup_steps: int = option(0, "steps of linear warm-up; then the rate falls linearly to 0 (HF default)", at_least=0)
     epochs: int = option(2, "passes over the data (paper)", above=0)
     batch_size: int = option(8, "conversations per optimiser step (paper)", above=0)
-    micro_tokens: int | None = option(None, "tokens per forward pass (default: 16,384; 2,048 on a CPU)", above=0)
     clip: float = option(1.0, "largest gradient norm (HF default)", above=0)
     seed: int = option(42, "data order, adapter initialisation, dropout (the authors' value)")
     precision: Literal["auto", "bf16", "fp32"] = option(
         "auto", "bf16 (paper) where the hardware has instructions for it; trained weights are always float32"
     )
-    checkpointing: bool = option(False, "recompute all activations (default: only those that do not fit into memory)")
-    save_every: int = option(100, "steps between checkpoints to resume from", above=0)
-    quiet: bool = option(False, "no progress bar and no summary")
+    # These two change results by rounding only (and which elements dropout drops), so a restart may change them.
+    micro_tokens: int | None = option(
+        None, "tokens per forward pass (default: 16,384; 2,048 on a CPU)", above=0, changes_results=False
+    )
+    checkpointing: bool = option(False, "recompute activations: slower, in less memory", changes_results=False)
+    save_every: int = option(50, "steps between checkpoints to resume from", above=0, changes_results=False)
+    quiet: bool = option(False, "no progress bar and no summary", changes_results=False)
 
 
 # ------------- A conversation's tokens, and which of them are trained
-
-# Llama 3's template prints today's date by default: the same data would give different tokens on another day.
-# The teacher's thoughts are part of its replies: the thinking mode of a template would be a second place for them.
-TEMPLATE_OPTIONS = {"date_string": "26 Jul 2024", "enable_thinking": False}
 
 
 @dataclasses.dataclass
 class Example:
     ids: torch.Tensor  # (tokens,) int64
     weights: torch.Tensor  # (tokens,) float32: the token's weight in the loss, 0 for context
-    number: int = 0  # its place in the data, from which its dropout is drawn
-
-
-def render(tokenizer, messages, reply=False):
-    """Returns the conversation as text, as the model reads it. reply: with the header of the assistant's next turn."""
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply, **TEMPLATE_OPTIONS)
-    except (jinja2.TemplateError, ValueError) as error:  # ValueError: the tokenizer has no template
-        raise InputError(f"the chat template fails: {error}") from None
 
 
 def turn_weight(text, turn, row):
-    """The default weight of an assistant's tokens in the loss. To change it, pass another function to fit or show.
+    """The default weight of an assistant's tokens in the loss. --weigh MODULE.FUNCTION names another function.
 
     text: an assistant's message; turn: its number, from 0, among the assistant's; row: the whole row of the data.
-    Returns a weight for the message, or a list of (start, end, weight) for parts of the text; tokens that start
-    elsewhere have weight 1. The end-of-turn token starts at len(text). Weight 0 makes a token context.
+    Returns a weight for the message, or a list of (start, end, weight) for parts of the text; of parts that overlap,
+    the first counts, and tokens that start outside all parts have weight 1. The end-of-turn token starts at len(text).
+    Weight 0 makes a token context.
     """
     return 1.0
 
@@ -124,51 +108,46 @@ def encode(tokenizer, messages, weigh=turn_weight, row=None):
 
     Raises InputError if no message is the assistant's, or if the template makes an exact mask impossible.
     """
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not turns:
-        raise InputError("nothing to train on: no message has the role assistant")
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    contents = [messages[i]["content"].strip() for i in turns]
-    prompts = [render(tokenizer, messages[:i], reply=True) for i in turns]
-    texts, starts = [render(tokenizer, messages[: i + 1]) for i in turns], []
-    whole = True  # whether the conversation can be one example
-    for i, content, prompt, text in zip(turns, contents, prompts, texts, strict=True):
-        # A template may put something (group 1) before the content. The student has to produce that, too.
-        pattern = rf"{re.escape(prompt)}(.*?){re.escape(content)}\s*({'|'.join(map(re.escape, special))})"
-        match = re.match(pattern, text, re.DOTALL)
-        if not match:
-            fault = "does not print this turn as it is, with a special token at its end"
-            fault = fault if text.startswith(prompt) else "shows the messages before this turn differently"
-            raise InputError(f"messages[{i}]: the chat template {fault}")
-        if any(token in match[1] + content for token in special):
-            raise InputError(f"messages[{i}]: the content contains a special token, which would end the turn")
-        starts.append(match.end(1))
-        whole = whole and texts[-1].startswith(match[0])
-
-    prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
-    ids, places = tokenize(tokenizer, texts[-1])
-    if whole and all(ids[: len(prompt)] == prompt for prompt in prompt_ids):
-        sequences = [(ids, places, range(len(turns)))]
-    else:  # the student reads the prompt as it is tokenized alone, and continues with tokens of its own
-        replies = [tokenize(tokenizer, text, len(prompt)) for text, prompt in zip(texts, prompts, strict=True)]
-        pairs = enumerate(zip(prompt_ids, replies, strict=True))
-        sequences = [(prompt + reply[0], [0] * len(prompt) + reply[1], [turn]) for turn, (prompt, reply) in pairs]
-
-    special_ids, examples = set(tokenizer.convert_tokens_to_ids(special)), []
-    for ids, places, its_turns in sequences:
+    replies = models.find_replies(tokenizer, messages)
+    parts = [weighted_parts(weigh(reply.content, turn, row or {})) for turn, reply in enumerate(replies)]
+    prompts = tokenizer([reply.prompt for reply in replies], add_special_tokens=False)["input_ids"]
+    text = replies[-1].text
+    ids, places = tokenize(tokenizer, text)
+    whole = all(text.startswith(reply.text[: reply.end]) for reply in replies)
+    if whole and all(ids[: len(prompt)] == prompt for prompt in prompts):
         weights = [0.0] * len(ids)
-        for turn in its_turns:
-            content, start = contents[turn], len(prompt_ids[turn])
-            end = next(n for n in range(start, len(ids)) if ids[n] in special_ids)  # the end-of-turn token
-            weight = weigh(content, turn, row or {})
-            parts = weight if isinstance(weight, list) else [(-math.inf, math.inf, weight)]
-            for n in range(start, end + 1):
-                place = places[n] - starts[turn] if n < end else len(content)
-                weights[n] = next((w for first, last, w in parts if first <= place < last), 1.0)
-        if not all(isinstance(w, (int, float)) and 0 <= w < math.inf for w in weights):
-            raise InputError("the weight of a token must be a number from 0 up")
-        examples.append((ids, weights))
+        for reply, its_parts in zip(replies, parts, strict=True):
+            weights = [weight_at(place, reply, its_parts) or w for place, w in zip(places, weights, strict=True)]
+        return [(ids, weights)]
+    examples = []
+    for reply, its_parts, prompt in zip(replies, parts, prompts, strict=True):
+        # The student reads the prompt as it is tokenized alone, and continues with tokens of its own.
+        ids, places = tokenize(tokenizer, reply.text, len(reply.prompt))
+        weights = [weight_at(place, reply, its_parts) for place in places]
+        examples.append((prompt + ids, [0.0] * len(prompt) + weights))
     return examples
+
+
+def weighted_parts(weight):
+    """What a weighing function returned, as a list of (start, end, weight). Raises InputError if it is not valid."""
+    parts = weight if isinstance(weight, list) else [(-math.inf, math.inf, weight)]
+    try:
+        valid = all(0 <= w < math.inf and start <= end for start, end, w in parts)
+    except (TypeError, ValueError):
+        valid = False
+    if not valid:
+        raise InputError(
+            f"the weight of a message is {weight!r}: a number from 0 up, or a list of (start, end, number)"
+        )
+    return parts
+
+
+def weight_at(place, reply, parts):
+    """The weight of the token that starts at a place of the reply's text: 0 outside the reply."""
+    if not len(reply.prompt) <= place < reply.end:
+        return 0.0
+    place = min(place - reply.start, len(reply.content))
+    return next((weight for start, end, weight in parts if start <= place < end), 1.0)
 
 
 def tokenize(tokenizer, text, start=0):
@@ -177,43 +156,52 @@ def tokenize(tokenizer, text, start=0):
     return encoding["input_ids"], [start + place for place, _ in encoding["offset_mapping"]]
 
 
-def read_conversations(tokenizer, config, weigh=turn_weight, quiet=True):
+def read_conversations(tokenizer, config, weigh=None, quiet=True):
     """Read the data: rows {"messages": [{"role", "content"}, ...], "method"?, "prefix"?, ...}.
 
-    Returns (conversations, record, counts): a list of Example for each conversation, what training.json says of the
-    data, and the numbers of examples and tokens. Raises InputError, with file and line, for a row that is not valid.
+    weigh: as turn_weight; by default the function of --weigh. Returns (conversations, record, counts): a list of
+    Example for each conversation, what training.json says of the data, and the numbers of examples and tokens.
+    Raises InputError, with file and line, for a row that is not valid.
     """
+    weigh = weigh or (common.resolve(config.weigh, turn_weight, "--weigh") if config.weigh else turn_weight)
     system_prompt = common.read_text(config.system_prompt) if config.system_prompt else None
-    conversations, number, methods, prompts, prefix = [], itertools.count(), set(), set(), False
-    counts = dict.fromkeys(("split_into_turns", "dropped_too_long", "dropped_zero_weight"), 0)
+    conversations, methods, prompts, prefix = [], set(), set(), False
+    counts = {f"dropped_{reason}": 0 for reason in ("too_long", "zero_weight", "special_token")}
+    counts["split_into_turns"] = 0
     for path in config.data:
         for line, row in common.progress(common.read_jsonl(path), desc=f"reading {path}", unit=" rows", quiet=quiet):
             try:
                 messages = read_messages(row, system_prompt)
                 encoded = encode(tokenizer, messages, weigh, row)
+            except models.SpecialToken:
+                counts["dropped_special_token"] += 1
+                continue
             except InputError as error:
                 raise InputError(f"{path}:{line}: {error}") from None
             methods.add(row.get("method"))
             prompts.add(next((message["content"] for message in messages if message["role"] == "system"), None))
             prefix = prefix or bool(row.get("prefix"))
             counts["split_into_turns"] += len(encoded) > 1
-            conversations.append([])
+            examples = []
             for ids, weights in encoded:
                 weights[0] = 0.0  # nothing comes before the first token from which it could be predicted
                 if len(ids) > config.max_length or not any(weights):
                     counts["dropped_too_long" if len(ids) > config.max_length else "dropped_zero_weight"] += 1
                 else:
-                    conversations[-1].append(Example(torch.tensor(ids), torch.tensor(weights), next(number)))
-    conversations = [examples for examples in conversations if examples]
+                    examples.append(Example(torch.tensor(ids), torch.tensor(weights)))
+            if examples:
+                conversations.append(examples)
     if not conversations:
         raise InputError(f"{', '.join(config.data)}: no example is left to train on ({counts})")
     examples = list(itertools.chain(*conversations))
     counts |= {"conversations": len(conversations), "examples": len(examples)}
     counts["tokens"] = sum(len(example.ids) for example in examples)
     counts["trained_tokens"] = sum(int(example.weights.count_nonzero()) for example in examples)
-    record = {"method": methods.pop() if len(methods) == 1 else None}
-    record["training"] = "distill+prefix" if prefix else "distill"
-    record["system_prompt"] = prompts.pop() if len(prompts) == 1 else None
+    record = {
+        "method": methods.pop() if len(methods) == 1 else None,
+        "training": "distill+prefix" if prefix else "distill",
+        "system_prompt": prompts.pop() if len(prompts) == 1 else None,
+    }
     return conversations, record, counts
 
 
@@ -233,97 +221,28 @@ def read_messages(row, system_prompt):
 
 # ------------- The loss
 
-
-# transformers hands grouped key-value heads to PyTorch's attention. Only for half precision on a GPU a fused kernel has
-# them; in float32 a kernel that stores all scores would run, and on a CPU the backward pass is slower than with copies.
-sdpa_attention.use_gqa_in_sdpa = lambda mask, key, value: mask is None and key.is_cuda and key.dtype != torch.float32
+LOGITS = 2**26  # in memory at once: 256 MiB in float32. With 152,000 words, all logits would be the largest tensor
 
 
-class HeadLoss(torch.autograd.Function):
-    """-sum of weight * log softmax(hidden W^T)[target]. The gradients are computed in the forward pass, in chunks.
-
-    With a vocabulary of 152,000 tokens the logits would be the largest tensor of all by far. Here a chunk's logits
-    become its gradients in place, and are freed before the next chunk's are computed.
-    """
-
-    CHUNK = 2**26  # logits at once: 256 MiB in float32
-
-    @staticmethod
-    def forward(ctx, hidden, head, targets, weights):
-        # hidden (n, size), head (vocabulary, size), targets (n,), weights (n,) -> ()
-        w, loss, grad_hidden = head.to(hidden.dtype), torch.zeros((), device=hidden.device), torch.empty_like(hidden)
-        grad_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        size = max(1, HeadLoss.CHUNK // len(head) // 64) * 64
-        for start in range(0, len(hidden), size):
-            rows = slice(start, start + size)
-            target, weight = targets[rows, None], weights[rows, None]  # (chunk, 1)
-            logits = (hidden[rows] @ w.T).float()  # (chunk, vocabulary)
-            normaliser = logits.logsumexp(dim=1, keepdim=True)
-            loss += (weight * (normaliser - logits.gather(1, target))).sum()
-            gradient = logits.sub_(normaliser).exp_()  # d loss / d logits = weight * (softmax - one-hot)
-            gradient.scatter_add_(1, target, gradient.new_full(target.shape, -1))
-            gradient = gradient.mul_(weight).to(hidden.dtype)
-            torch.mm(gradient, w, out=grad_hidden[rows])
-            if grad_head is not None:
-                grad_head += gradient.T @ hidden[rows]
-        ctx.save_for_backward(grad_hidden, grad_head)
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad_loss):
-        grad_hidden, grad_head = ctx.saved_tensors
-        return grad_hidden * grad_loss, None if grad_head is None else grad_head * grad_loss, None, None
-
-
-def loss_of(model, examples, seed=0):
+def loss_of(model, examples):
     """-sum of weight * log p(token | all tokens before it) over the trained tokens: Eq. 2 and Eq. 4.
 
     Examples are padded on the right: in a causal model nothing passes from a later token to an earlier one, so padding
-    needs no mask. (Packed into one row, examples would leak through recurrent and convolutional layers.) Dropout is
-    drawn from the seed and the number of each example, so it does not depend on how a step is cut into micro-batches.
+    needs no mask. (Packed into one row, examples would leak through recurrent and convolutional layers.)
     """
-    device = model.device
-    ids = pad_sequence([example.ids for example in examples], batch_first=True)
+    ids = pad_sequence([example.ids for example in examples], batch_first=True).to(model.device)  # (rows, tokens)
     weights = pad_sequence([example.weights for example in examples], batch_first=True)
-    # oneDNN caches a compiled kernel for every size: multiples of 32 and 64 keep the number of sizes small.
-    ids = nn.functional.pad(ids, (0, -ids.shape[1] % 32)).to(device)  # (rows, tokens)
     row, token = weights.nonzero(as_tuple=True)  # of the trained tokens
-    filler = -len(row) % 64  # trained tokens of weight 0
-    row, token = (nn.functional.pad(x, (0, filler), value=1 if x is token else 0).to(device) for x in (row, token))
-    weights = nn.functional.pad(weights[weights != 0], (0, filler)).to(device)
-
-    torch.manual_seed(seed)
-    generators = [torch.Generator().manual_seed(common.stable_seed(seed, example.number)) for example in examples]
-    numbers = [torch.randint(2**15, (ids.shape[1], 1), generator=generator) for generator in generators]
-    numbers = (2 * torch.stack(numbers) + 1).to(torch.int16).to(device)  # (rows, tokens, 1), odd
-    for _, layer in lora_layers(model):
-        layer.token_numbers = numbers
+    row, token, weights = (x.to(model.device) for x in (row, token, weights[row, token]))  # (trained,) each
     hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state  # (rows, tokens, size)
     # The state at t predicts the token at t + 1. The head is computed only where that token is trained.
     hidden = hidden[row, token - 1]  # (trained, size)
-    if torch.is_autocast_enabled(device.type):
-        hidden = hidden.to(torch.get_autocast_dtype(device.type))
-    return HeadLoss.apply(hidden, model.get_output_embeddings().weight, ids[row, token], weights)
-
-
-@torch.no_grad()
-def check_model(model):
-    """Raise InputError if loss_of would not compute the model's own loss.
-
-    The logits of an example alone, as the model itself computes them, must equal hidden W^T of the same example beside
-    a longer one. They differ if the head has a bias, a scale or a soft cap, or if a layer mixes rows or later tokens.
-    """
-    model.eval()
-    words, head = model.config.get_text_config().vocab_size, model.get_output_embeddings().weight
-    ids = torch.randint(words, (2, 40), generator=torch.Generator().manual_seed(0)).to(model.device)
-    ids[0, 24:] = 0
-    alone = model(ids[:1, :24], use_cache=False).logits.float()
-    hidden = model.get_decoder()(ids, use_cache=False).last_hidden_state[:1, :24]
-    difference = (nn.functional.linear(hidden, head).float() - alone).square().mean().sqrt()
-    if not difference <= (0.01 if head.dtype == torch.float32 else 0.1) * alone.std():
-        name = type(model).__name__
-        raise InputError(f"{name}: the logits of an example differ beside a longer one, or the head is not linear")
-    model.train()
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    head = model.get_output_embeddings().weight.to(hidden.dtype)  # (words, size)
+    chunks = nn.LinearCrossEntropyOptions(batch_chunk_size=max(1, LOGITS // len(head)), chunking_method=None)
+    losses = nn.functional.linear_cross_entropy(hidden, head, ids[row, token], reduction="none", options=chunks)
+    return (losses.float() * weights).sum()
 
 
 # ------------- The loop
@@ -363,21 +282,24 @@ class Trainer:
     """A model, the gradients and the optimiser of its trained weights; rank, size: of torchrun's processes."""
 
     def __init__(self, config, device, rank=0, size=1):
-        adapter, full = bool(adapter_config(config.model)), config.tuning == "full"
-        if adapter and full:
-            raise InputError(f"{config.model} is an adapter: train it with --tuning lora, or merge it first")
-        self.device, self.rank, self.size = device, rank, size
-        self.bf16 = uses_bf16(config.precision, device)
+        full = config.tuning == "full"
+        self.device = device
+        self.rank = rank
+        self.size = size
+        self.bf16 = models.uses_bf16(config.precision, device)
         # Trained weights are float32; full tuning computes with them in bf16 by autocast. Frozen weights are bf16.
         self.autocast = self.bf16 and full
         dtype = torch.bfloat16 if self.bf16 and not full else torch.float32
-        self.model, self.base = load_base(config.model, dtype, config.dropout)
-        check_model(self.model.to(device))
-        if not adapter and not full:
+        self.model, self.base = models.load_base(config.model, dtype, config.dropout)
+        models.check_model(self.model.to(device))
+        if not full and not models.adapter_config(config.model):
             torch.manual_seed(config.seed)  # the first weights of the adapters
-            add_lora(self.model, config.rank, config.alpha, config.dropout)
+            models.add_lora(self.model, config.rank, config.alpha, config.dropout)
         self.micro_tokens = config.micro_tokens or (16384 if device.type == "cuda" else 2048)
-        self.checkpoint_from = 0 if config.checkpointing else math.inf  # tokens per forward pass
+        if "longrope" in models.rope_types(self.model.config):
+            self.micro_tokens = 1  # transformers scales all examples of a batch for the longest: each goes alone
+        if config.checkpointing:
+            self.model.activation_checkpointing_enable()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         # All gradients are views of one tensor, which one all_reduce adds up over the processes.
         sizes = [p.numel() for p in self.parameters]
@@ -390,59 +312,66 @@ class Trainer:
         """Set the gradients to those of one step. Returns its loss, the mean of -log p over the trained tokens.
 
         The mean is weighted, over the sum of the weights: weight 0 is the same as context. How a step is cut into
-        micro-batches and processes changes only the rounding, with dropout too. Where memory runs out, micro-batches
-        become smaller, and the activations of an example that does not fit alone are recomputed, from then on.
+        micro-batches and processes changes the rounding, and which elements dropout drops.
         """
         total = sum(example.weights.sum() for example in examples).item()
-        todo = None
-        while todo is None or todo:
-            if todo is None:  # start, or start again
-                self.gradient.zero_()
-                loss, todo = 0.0, split_step(examples[self.rank :: self.size], self.micro_tokens)
-            try:
-                loss += self.backward(todo[-1], seed, total)
-                todo.pop()
-            except torch.OutOfMemoryError:
-                failed, todo = todo[-1], None
-            if todo is None:  # only after the except block the tensors of the failed attempt are free
-                self.use_less_memory(failed)
+        own = examples[self.rank :: self.size]  # none for some processes where a step has few examples
+        while True:
+            self.gradient.zero_()
+            torch.manual_seed(common.stable_seed(seed, self.rank))
+            loss, failed = self.attempt(split_step(own, self.micro_tokens), total)
+            if failed is None:
+                break
+            self.use_less_memory(failed)
         if self.size > 1:
             dist.all_reduce(self.gradient)
             loss = torch.as_tensor(loss, dtype=torch.float64, device=self.device)
             dist.all_reduce(loss)
         return float(loss)
 
-    def backward(self, micro_batch, seed, total):
-        """Add one micro-batch's gradients. Returns its part of the loss."""
-        recompute = len(micro_batch) * len(micro_batch[0].ids) >= self.checkpoint_from
-        if recompute != self.model.is_activation_checkpointing:
-            on, off = self.model.activation_checkpointing_enable, self.model.activation_checkpointing_disable
-            on() if recompute else off()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            loss = loss_of(self.model, micro_batch, seed) / total
-        loss.backward()
-        return loss.item()
+    def attempt(self, micro_batches, total):
+        """Add the gradients of the micro-batches. Returns (their share of the loss, the one that did not fit or None).
+
+        The failed attempt's tensors are freed when this function returns.
+        """
+        loss = 0.0
+        for micro_batch in micro_batches:
+            try:
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+                    part = loss_of(self.model, micro_batch) / total
+                if self.model.training:
+                    part.backward()
+                loss += part.item()
+            except torch.OutOfMemoryError:
+                return loss, micro_batch
+        return loss, None
 
     def use_less_memory(self, failed):
-        """Prepare the next attempt after a micro-batch that did not fit; InputError if nothing is left to try."""
+        """Prepare another attempt, from now on, after a micro-batch that did not fit; InputError if nothing is left."""
         tokens = len(failed) * len(failed[0].ids)
         if len(failed) > 1:
             self.micro_tokens = tokens // 2
-        elif tokens < self.checkpoint_from and self.model.supports_gradient_checkpointing:
-            self.checkpoint_from = tokens
+        elif self.model.supports_gradient_checkpointing and not self.model.is_activation_checkpointing:
+            self.model.activation_checkpointing_enable()
         else:
             raise InputError(f"an example of {tokens:,} tokens does not fit into memory; try a lower --max-length")
         gc.collect()
         torch.cuda.empty_cache()
 
-    def update(self, rate, clip):
-        """Clip the gradients and take an optimiser step. Returns the norm of the gradients before clipping."""
-        norm = self.gradient.norm()
-        self.gradient.mul_((clip / (norm + 1e-6)).clamp(max=1.0))
+    def update(self, rate, scale):
+        """Take an optimiser step with the gradients times scale (at most 1)."""
+        self.gradient.mul_(min(1.0, scale))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
-        return norm.item()
+
+    def validate(self, examples):
+        """Returns the loss of examples, as accumulate does, without dropout."""
+        self.model.eval()
+        with torch.no_grad():
+            loss = self.accumulate(examples, seed=0)
+        self.model.train()
+        return loss
 
     def save(self, path, step, data):
         """Write a checkpoint. The order of the data and the dropout follow from the seed and the step."""
@@ -466,72 +395,60 @@ class Trainer:
 
 def start():
     """Set up PyTorch and, under torchrun, the process group. Returns (device, rank, number of processes)."""
-    device = choose_device()
+    device = models.choose_device()
     if "LOCAL_RANK" not in os.environ:
         return device, 0, 1
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.all_reduce(torch.zeros(1, device=device))  # NCCL takes its memory now, before the model takes the rest
     return device, dist.get_rank(), dist.get_world_size()
 
 
-def fit(config, weigh=turn_weight):
+def check_config(config):
+    """Raise InputError for options that contradict each other or would be ignored."""
+    common.check_numbers(config)  # forks call fit without the command line
+    adapter = models.adapter_config(config.model)
+    if adapter and config.tuning == "full":
+        raise InputError(f"{config.model} is an adapter: train it with --tuning lora, or merge it first")
+    if adapter and (config.rank, config.alpha) != (adapter["r"], adapter["lora_alpha"]):
+        kept = f"--rank {adapter['r']} --alpha {adapter['lora_alpha']:g}"
+        raise InputError(f"{config.model} is an adapter, which keeps its rank and alpha: give {kept}")
+    for field in dataclasses.fields(config):
+        if config.tuning == "full" and field.name in ("rank", "alpha", "dropout"):
+            if getattr(config, field.name) != field.default:
+                raise InputError(f"--{field.name} has no effect with --tuning full")
+
+
+def fit(config):
     """Fine-tune a model on conversations. Returns the summary, which is also written to out/summary.json.
 
-    weigh: see turn_weight. The folder gets the adapter in PEFT's format or the model, the tokenizer, training.json for
-    evaluation, run.json (the settings), metrics.jsonl (one row per step) and summary.json, written last.
+    The folder gets the adapter in PEFT's format or the model, the tokenizer, training.json for evaluation, run.json
+    (the settings), metrics.jsonl (one row per step) and summary.json, written last.
     """
-    common.check_numbers(config)  # forks call fit without the command line
-    if not 0 <= config.dropout < 1:
-        raise InputError(f"--dropout {config.dropout}: must be from 0 to below 1")
+    check_config(config)
     device, rank, size = start()
-    out, quiet, checkpoint = Path(config.out), config.quiet or rank > 0, Path(config.out) / "checkpoint" / "state.pt"
+    out, quiet = Path(config.out), config.quiet or rank > 0
     if rank == 0:
-        settings, started = dataclasses.asdict(config) | {"weigh": weigh.__name__}, (out / "metrics.jsonl").exists()
-        common.keep_config(out / "run.json", settings, ("save_every", "quiet"), binding=started)
+        facts = {"computed_in": "bf16" if models.uses_bf16(config.precision, device) else "fp32"}
+        if config.weigh:
+            facts["weigh_sha256"] = common.source_hash(common.resolve(config.weigh, turn_weight, "--weigh"))
+        common.keep_config(out / "run.json", config, binding=(out / "metrics.jsonl").exists(), **facts)
     if (out / "summary.json").exists():
         print(f"{out} is finished", file=sys.stderr)
         return common.parse_object((out / "summary.json").read_bytes(), f"{out}/summary.json")
 
-    tokenizer = load_tokenizer(config.model)
-    conversations, record, counts = read_conversations(tokenizer, config, weigh, quiet)
-    steps, data = plan_steps(conversations, config), hashlib.sha256()
-    for example in itertools.chain(*conversations):
-        data.update(example.ids.numpy().tobytes() + example.weights.numpy().tobytes())
+    tokenizer = models.load_tokenizer(config.model)
+    conversations, record, counts = read_conversations(tokenizer, config, quiet=quiet)
+    held_out = []
+    if config.validation:
+        held_out, _, _ = read_conversations(tokenizer, dataclasses.replace(config, data=config.validation), quiet=quiet)
     trainer = Trainer(config, device, rank, size)
-    done = trainer.load(checkpoint, data.hexdigest())
+    summary = counts | run_steps(config, trainer, conversations, list(itertools.chain(*held_out)))
     if rank == 0:
-        with common.Journal(out / "metrics.jsonl") as metrics:
-            rows = [row for row in metrics.rows if row["step"] <= done]  # later steps are done again
-        common.write_jsonl(out / "metrics.jsonl", rows)
-        metrics = common.Journal(out / "metrics.jsonl")
-    tokens, loss, started = 0, None, time.monotonic()
-    with common.progress(total=len(steps), done=done, desc=f"training {out.name}", unit="step", quiet=quiet) as bar:
-        for step in range(done, len(steps)):
-            loss = trainer.accumulate(steps[step], common.stable_seed(config.seed, step))
-            if not math.isfinite(loss):
-                raise InputError(f"the loss is {loss} at step {step + 1}; a lower --lr may help")
-            rate = learning_rate(step, len(steps), config)
-            row = {"step": step + 1, "loss": loss, "lr": rate, "gradient_norm": trainer.update(rate, config.clip)}
-            row["tokens"] = sum(len(example.ids) for example in steps[step])
-            tokens += row["tokens"]
-            speed = tokens / (time.monotonic() - started)
-            bar.set_postfix_str(f"loss {loss:.3f}, {tokens:,} tokens, {speed:,.0f} tokens/s")
-            bar.update()
-            if rank == 0:
-                metrics.append(row)
-                if (step + 1) % config.save_every == 0 and step + 1 < len(steps):
-                    trainer.save(checkpoint, step + 1, data.hexdigest())
-    seconds, gpu = time.monotonic() - started, device.type == "cuda"
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    summary = counts | {"steps": len(steps), "loss": loss, "trained_parameters": len(trainer.gradient)}
-    summary |= {"precision": "bf16" if trainer.bf16 else "fp32", "micro_tokens": trainer.micro_tokens}
-    summary["checkpointed_from"] = trainer.checkpoint_from if trainer.checkpoint_from < math.inf else None
-    summary |= {"device": torch.cuda.get_device_name(device) if gpu else "cpu", "processes": size}
-    summary |= {"seconds": round(seconds, 1), "tokens_per_second": round(tokens / seconds, 1)}
-    summary["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device) if gpu else memory
-    if rank == 0:
-        metrics.close()
-        save_lora(trainer.model, out, trainer.base) if config.tuning == "lora" else trainer.model.save_pretrained(out)
+        if config.tuning == "lora":
+            models.save_lora(trainer.model, out, trainer.base)
+        else:
+            trainer.model.save_pretrained(out)
         tokenizer.save_pretrained(out)
         common.write_json(out / "training.json", record | {"base": trainer.base})
         common.write_json(out / "summary.json", summary)  # from here on the folder counts as finished
@@ -539,10 +456,62 @@ def fit(config, weigh=turn_weight):
     return summary
 
 
-def run_fit(config, weigh=turn_weight):
+def run_steps(config, trainer, conversations, held_out):
+    """The training loop. Writes a row of metrics.jsonl per step; returns what summary.json says of the training."""
+    out, main, quiet = Path(config.out), trainer.rank == 0, config.quiet or trainer.rank > 0
+    steps, data, checkpoint = plan_steps(conversations, config), hashlib.sha256(), out / "checkpoint" / "state.pt"
+    for example in itertools.chain(*conversations):
+        data.update(example.ids.numpy().tobytes() + example.weights.numpy().tobytes())
+    done = trainer.load(checkpoint, data.hexdigest())
+    if main:
+        with common.Journal(out / "metrics.jsonl", fields=("step", "loss")) as metrics:
+            rows = [row for row in metrics.rows if row["step"] <= done]  # later steps are done again
+        common.write_jsonl(out / "metrics.jsonl", rows)
+        metrics = common.Journal(out / "metrics.jsonl", fields=("step", "loss"))
+    tokens, loss, began = 0, None, time.monotonic()
+    with common.progress(total=len(steps), done=done, desc=f"training {out.name}", unit="step", quiet=quiet) as bar:
+        for step in range(done, len(steps)):
+            loss = trainer.accumulate(steps[step], common.stable_seed(config.seed, step))
+            norm = trainer.gradient.norm().item()
+            if not math.isfinite(loss + norm):
+                raise InputError(f"step {step + 1}: loss {loss}, gradient norm {norm}; a lower --lr may help")
+            rate = learning_rate(step, len(steps), config)
+            trainer.update(rate, config.clip / (norm + 1e-6))
+            row = {"step": step + 1, "loss": loss, "lr": rate, "gradient_norm": norm}
+            row["tokens"] = sum(len(example.ids) for example in steps[step])
+            tokens += row["tokens"]
+            if held_out and (step + 1) * config.epochs % len(steps) == 0:  # the end of an epoch
+                row["validation_loss"] = trainer.validate(held_out)
+                bar.write(f"validation loss {row['validation_loss']:.4f} after step {step + 1}", file=sys.stderr)
+            speed = tokens / (time.monotonic() - began)
+            bar.set_postfix_str(f"loss {loss:.3f}, {tokens:,} tokens, {speed:,.0f} tokens/s")
+            bar.update()
+            if main:
+                metrics.append(row)
+                if (step + 1) % config.save_every == 0 and step + 1 < len(steps):
+                    trainer.save(checkpoint, step + 1, data.hexdigest())
+    seconds, gpu = time.monotonic() - began, trainer.device.type == "cuda"
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if main:
+        metrics.close()
+    return {
+        "steps": len(steps),
+        "loss": loss,
+        "trained_parameters": len(trainer.gradient),
+        "micro_tokens": trainer.micro_tokens,
+        "checkpointing": trainer.model.is_activation_checkpointing,
+        "device": torch.cuda.get_device_name(trainer.device) if gpu else "cpu",
+        "processes": trainer.size,
+        "seconds": round(seconds, 1),
+        "tokens_per_second": round(tokens / seconds, 1),
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(trainer.device) if gpu else memory,
+    }
+
+
+def run_fit(config):
     """Fine-tune a model on conversations."""
     try:
-        summary = fit(config, weigh)
+        summary = fit(config)
     except torch.OutOfMemoryError:
         raise InputError("the model and its optimiser do not fit into memory; --tuning lora takes less") from None
     if not config.quiet and int(os.environ.get("RANK", 0)) == 0:
@@ -557,14 +526,14 @@ def run_fit(config, weigh=turn_weight):
 
 @dataclasses.dataclass(kw_only=True)
 class ShowConfig(DataConfig):
-    example: int = option(1, "which conversation to print, from 1")
+    example: int = option(1, "which conversation to print, from 1", above=0)
 
 
-def show(config, weigh=turn_weight):
+def show(config):
     """Print a conversation with its trained tokens in green, the others dimmed, and the data's token counts."""
-    tokenizer = load_tokenizer(config.model)
-    conversations, record, counts = read_conversations(tokenizer, config, weigh)
-    if not 1 <= config.example <= len(conversations):
+    tokenizer = models.load_tokenizer(config.model)
+    conversations, record, counts = read_conversations(tokenizer, config)
+    if config.example > len(conversations):
         raise InputError(f"--example {config.example}: there are {len(conversations)}")
     trained, other, end = ("\033[1;32m", "\033[2m", "\033[0m") if sys.stdout.isatty() else ("⟦", "", "")
     for example in conversations[config.example - 1]:
@@ -582,7 +551,11 @@ def show(config, weigh=turn_weight):
 
 
 def main(argv=None):
-    commands = {"fit": (Config, run_fit), "show": (ShowConfig, show), "merge": (MergeConfig, merge_adapter)}
+    commands = {
+        "fit": (Config, run_fit),
+        "show": (ShowConfig, show),
+        "merge": (models.MergeConfig, models.merge_adapter),
+    }
     common.run_command_line(__doc__, commands, default="fit", argv=argv)
 
 

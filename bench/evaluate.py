@@ -30,12 +30,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import retriever
-import train
 from agent_distill import STOP, EpisodeConfig, Prompts, Running, Turn, agent_episode, open_tools
 from common import load_tasks, option, run_command_line
 from common.client import cut_at_stop
-from common.devices import uses_bf16
-from common.lora import load_model
+from common.models import load_model, render, uses_bf16
 from evaluate import Student, run_lockstep
 from miniature import world
 from sandbox import Observation, Sandbox
@@ -141,7 +139,7 @@ def one_by_one(config, model, tokenizer, episodes):
     for _, episode in episodes:
         running = Running(episode)
         while running.turn:
-            prompt = train.render(tokenizer, running.turn.messages, reply=True)
+            prompt = render(tokenizer, running.turn.messages, reply=True)
             ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
             length = ids["input_ids"].shape[1]
             out = model.generate(

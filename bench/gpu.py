@@ -24,7 +24,8 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM, Cache, Qwen2Config
+from transformers.cache_utils import DynamicLayer
 from transformers.integrations import sdpa_attention
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -32,9 +33,8 @@ import evaluate
 import train
 from agent_distill import Turn
 from bench import evaluate as questions_per_hour
-from common import InputError, option, run_command_line
-from common.decoding import SharedPrompts
-from common.devices import choose_device, uses_bf16
+from common import InputError, models, option, run_command_line
+from common.models import choose_device, uses_bf16
 from common.report import table
 
 # Qwen2.5's shapes, from its config.json files: width, layers, heads, key-value heads, MLP width, vocabulary, tied head
@@ -64,13 +64,13 @@ def make_trainer(shape, device, **options):
     """Returns a train.Trainer of a random model with the paper's LoRA."""
     dtype = torch.bfloat16 if device.type == "meta" or uses_bf16("auto", device) else torch.float32
     config = train.Config(data=[], model="random weights", out="", precision="fp32", **options)
-    with mock.patch.object(train, "load_base", lambda *_: (make_model(shape, device, dtype), "random weights")):
+    with mock.patch.object(models, "load_base", lambda *_: (make_model(shape, device, dtype), "random weights")):
         return train.Trainer(config, device)
 
 
 def make_examples(count, tokens):
     weights = (torch.arange(tokens) >= round((1 - TRAINED) * tokens)).float()
-    return [train.Example(torch.randint(3, 259, (tokens,)), weights, number) for number in range(count)]
+    return [train.Example(torch.randint(3, 259, (tokens,)), weights) for _ in range(count)]
 
 
 class Letters:
@@ -163,9 +163,8 @@ def simulated_gpu(limit=math.inf):
     item = torch.Tensor.item
     with (
         mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attention),
-        mock.patch("common.decoding.scaled_dot_product_attention", attention),
         mock.patch.object(sdpa_attention, "use_gqa_in_sdpa", lambda mask, key, value: mask is None),
-        mock.patch.object(train, "check_model", lambda model: model.train()),  # it compares values
+        mock.patch.object(models, "check_model", lambda model: model.train()),  # it compares values
         mock.patch("transformers.masking_utils.find_packed_sequence_indices", lambda places: None),  # so does this
         mock.patch.object(torch.Tensor, "item", lambda x: 0.0 if x.is_meta else item(x)),
         mock.patch.object(torch, "is_autocast_enabled", lambda kind: False),  # autocast refuses meta tensors; with
@@ -199,21 +198,24 @@ def evaluation_memory(shape, n, limit, prompts=(320, 970, 1620, 2270, 2920), new
         weights, gpu.limit = gpu.now, math.inf
         for length in prompts:
             gpu.peak = gpu.now
-            states = student._read([[3] * length] * student.batch)
+            caches = [student._read([3] * length)]
+            for _ in range(student.batch - 1):  # the others only allocate what the first did
+                caches.append(Cache(layers=[DynamicLayer() for _ in caches[0].layers]))
+                for layer, read in zip(caches[-1].layers, caches[0].layers, strict=True):
+                    layer.update(torch.empty_like(read.keys), torch.empty_like(read.values))
+            cache = student._join(caches)
             reading, gpu.peak = gpu.peak, gpu.now
-            cache = SharedPrompts(states, torch.ones(student.batch, length - 1), n)
-            rows = list(range(student.batch * n))
-            cache.keep(rows, new - student.segment)
             for layer in cache.layers:
-                layer.length = new - student.segment
-            cache.keep(rows, student.segment)
-            ids = torch.zeros(len(rows), 1, dtype=torch.int64, device=META)
-            scores = student.model(input_ids=ids, past_key_values=cache).logits[:, -1].float()
+                rows, heads, _, size = layer.keys.shape
+                written = layer.keys.new_empty(()).expand(rows, heads, new - 2, size)  # allocates one element
+                layer.update(written, written)
+            ids = torch.zeros(rows, 1, dtype=torch.int64, device=META)
+            mask = torch.ones(rows, 1, 1, length + new - 2, dtype=torch.bool, device=META)
+            scores = student.model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits[:, -1].float()
             for sample in student.processors:
                 sample(ids, scores)
             peaks.append((reading, gpu.peak))
             del cache, scores
-            del states
         return student.batch, weights, peaks
 
 
@@ -322,7 +324,7 @@ def measure_generation(config, shape, device, n, bandwidth):
         return tokens / taken, student, count, sum(p.nbytes for p in student.model.parameters())
 
     (rate, student, count, weights), peak = peak_of(device, run)
-    token = student.model.dtype.itemsize * math.prod(student.shape)  # bytes of keys and values
+    token = evaluate.bytes_per_token(student.model)
     reads = weights + count * token * (config.prompt + n * config.new / 2)  # for one token of every sample
     label = f"generation, N = {n}, {count} turns"
     return [label, shape, rate, count * n * bandwidth / reads, peak / GIB, math.nan]

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from common import option, run_command_line
-from common.devices import uses_bf16
+from common.models import uses_bf16
 
 # Qwen2.5's shapes, from its config.json files, and a small one: width, layers, heads, key-value heads, MLP width.
 SHAPES = {"small": (256, 6, 4, 2, 1024), "0.5b": (896, 24, 14, 2, 4864), "1.5b": (1536, 28, 12, 2, 8960)}

@@ -6,8 +6,11 @@ import dataclasses
 import fcntl
 import hashlib
 import http.server
+import inspect
 import json
+import operator
 import os
+import pkgutil
 import sys
 import threading
 import traceback
@@ -33,12 +36,14 @@ class InputError(Exception):
 REQUIRED = dataclasses.MISSING  # an option without a default; such a dataclass is kw_only
 
 
-def option(default, help, positional=False, above=None):
+def option(default, help, *, positional=False, above=None, at_least=None, at_most=None, changes_results=True):
     """Returns a dataclass field that is also a command-line option, or a positional argument.
 
-    above: the command line refuses a number that is not larger.
+    above, at_least, at_most: numbers outside these limits are refused. changes_results: False for an option that may
+    differ when an interrupted run is continued, because it cannot change what the run writes; see keep_config.
     """
-    metadata = {"help": help, "positional": positional, "above": above}
+    limits = {"above": above, "at_least": at_least, "at_most": at_most}
+    metadata = {"help": help, "positional": positional, "limits": limits, "changes_results": changes_results}
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -73,12 +78,45 @@ def _add_option(parser, field):
         parser.add_argument(field.name, **{"nargs": "?"} | arguments)
 
 
+_LIMITS = {"above": operator.gt, "at_least": operator.ge, "at_most": operator.le}
+
+
 def check_numbers(config):
-    """Raises InputError for an option that is not above its limit; see option."""
+    """Raises InputError for a number outside its option's limits, NaN included."""
     for field in dataclasses.fields(config):
-        value, limit = getattr(config, field.name), field.metadata["above"]
-        if None not in (value, limit) and not value > limit:
-            raise InputError(f"--{field.name.replace('_', '-')} {value}: must be above {limit}")
+        value = getattr(config, field.name)
+        for name, limit in field.metadata["limits"].items():
+            if None not in (value, limit) and not _LIMITS[name](value, limit):
+                raise InputError(f"--{field.name.replace('_', '-')} {value}: must be {name.replace('_', ' ')} {limit}")
+
+
+def resolve(dotted, like=None, name="a function"):
+    """Returns the function that MODULE.FUNCTION names, which must accept the arguments of the function `like`.
+
+    name: of the option, for the message. Raises InputError in one line, also if the module itself fails.
+    """
+    try:
+        function = pkgutil.resolve_name(dotted)
+    except Exception as error:  # the module's own code may raise anything
+        raise InputError(f"{name} {dotted}: {type(error).__name__}: {error}") from None
+    if not callable(function):
+        raise InputError(f"{name} {dotted}: not a function")
+    if like:
+        parameters = inspect.signature(like).parameters.values()
+        positional = [parameter.name for parameter in parameters if parameter.kind is not parameter.KEYWORD_ONLY]
+        keywords = {parameter.name: None for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+        try:
+            inspect.signature(function).bind(*positional, **keywords)
+        except (TypeError, ValueError) as error:  # ValueError: a builtin without a signature
+            needed = ", ".join([*positional, *(f"{keyword}=" for keyword in keywords)])
+            raise InputError(f"{name} {dotted}: {error}; it is called with ({needed})") from None
+    return function
+
+
+def source_hash(function):
+    """A hash of the source of a function's module: an edited function must not continue an earlier one's results."""
+    module = inspect.getmodule(function)
+    return hashlib.sha256(inspect.getsource(module).encode()).hexdigest()
 
 
 def run_command_line(description, commands, default=None, argv=None):
@@ -115,9 +153,13 @@ def run_command_line(description, commands, default=None, argv=None):
     except BrokenPipeError:  # `... | head` closed our output: not an error of ours
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
-    except Exception:
-        traceback.print_exc()
-        status = 1
+    except Exception as error:
+        if isinstance(error, OSError) and error.strerror:  # a full disk, a folder that cannot be made, ...
+            print(f"error: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
+            status = 2
+        else:
+            traceback.print_exc()
+            status = 1
     sys.stdout.flush()
     sys.stderr.flush()
     if status:
@@ -145,6 +187,8 @@ def read_text(path):
         return Path(path).read_text(encoding="utf-8").removesuffix("\n")
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start:,})") from None
 
 
 def read_jsonl(path):
@@ -171,7 +215,7 @@ def parse_object(line, where):
     """The JSON object in bytes or text; otherwise an InputError that starts with `where`."""
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not JSON: {error}") from None
     if not isinstance(row, dict):
         raise InputError(f"{where}: a JSON object was expected, not {type(row).__name__}")
@@ -181,7 +225,8 @@ def parse_object(line, where):
 def load_tasks(paths, kind=None, limit=None):
     """Returns rows {"id", "task", "kind", "question", "answer", ...} of JSONL files or {"examples": [...]} files.
 
-    kind: "fact" or "math" for files that do not state it. limit: only the first n of each file.
+    kind: "fact" or "math" for files that do not state it. limit: only the first n of each file. An answer that is a
+    list means that each of its elements is right: the first becomes "answer", the others "aliases".
     Raises InputError for an empty file, and with file and row for a missing field or a repeated id.
     """
     tasks = {}
@@ -195,12 +240,18 @@ def load_tasks(paths, kind=None, limit=None):
             raise InputError(f'{path}: no tasks in it: JSON lines or {{"examples": [...]}} were expected')
         for number, row in rows[:limit]:
             row, where = {"task": Path(path).stem, "kind": kind} | row, f"{path}:{number}"
+            row = json.loads(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace"))  # no half surrogate pairs
             for field in ("id", "question", "answer"):
-                if row.get(field) in (None, ""):
+                if row.get(field) in (None, "", []):
                     raise InputError(f"{where}: a task needs the field {field!r}")
+            if not isinstance(row["question"], str):
+                raise InputError(f"{where}: the question must be a text")
             if row["kind"] not in ("fact", "math"):
                 raise InputError(f'{where}: the kind must be stated: "kind": "fact" or "math", or --kind')
-            row["id"] = str(row["id"])
+            answers, aliases = row["answer"], row.get("aliases") or []
+            answers = answers if isinstance(answers, list) else [answers]
+            aliases = aliases if isinstance(aliases, list) else [aliases]
+            row |= {"id": str(row["id"]), "answer": answers[0], "aliases": [*answers[1:], *aliases]}
             if (row["task"], row["id"]) in tasks:
                 raise InputError(f"{where}: task {row['task']} has id {row['id']!r} twice")
             tasks[row["task"], row["id"]] = row
@@ -214,7 +265,9 @@ def replace_file(path, mode="w"):
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with open(aside, mode, encoding=None if "b" in mode else "utf-8") as file:
+        # Half of a surrogate pair, which a model may write, becomes a question mark.
+        text = {} if "b" in mode else {"encoding": "utf-8", "errors": "replace"}
+        with open(aside, mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -232,25 +285,43 @@ def write_json(path, value):
 class Journal(contextlib.AbstractContextManager):
     """An append-only JSONL file that a kill, a full disk or a second process cannot corrupt. Threads may share it.
 
-    Opening it locks the file, drops an incomplete last line, and reads the finished rows (`rows`). `append` writes one
+    Opening it locks the file, reads the finished rows (`rows`) and drops an incomplete last line. `append` writes one
     line with one system call, so a kill leaves at most one incomplete line.
-    Raises InputError if another process has the file open, or if a complete line is not a JSON object.
+    fields: what every row has. Raises InputError, and leaves the file as it is, if it holds anything else, or if
+    another process has it open.
     """
 
-    def __init__(self, path):
+    def __init__(self, path, fields=()):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file, self._lock = open(self.path, "ab", buffering=0), threading.Lock()
+        self._lock = threading.Lock()
+        self._file = open(self.path, "ab", buffering=0)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            self.rows, length = self._read(fields)
+            self._file.truncate(length)
+        except BaseException as error:
             self._file.close()
+            if not isinstance(error, BlockingIOError):
+                raise
             raise InputError(f"{self.path}: another process is writing this file; wait for it or end it") from None
-        self._file.truncate(self.path.read_bytes().rfind(b"\n") + 1)
-        self.rows = [row for _, row in read_jsonl(self.path)]
+
+    def _read(self, fields):
+        """Returns (rows, the length in bytes of their lines)."""
+        content = self.path.read_bytes()
+        complete, newline, last = content.rpartition(b"\n")
+        lines = [(n, line) for n, line in enumerate(complete.split(b"\n"), 1) if line.strip()]
+        rows = [parse_object(line, f"{self.path}:{n}") for n, line in lines]
+        try:
+            checked = [*rows, json.loads(last)] if last else rows
+        except ValueError:  # a line that a kill cut, or the only line of another file?
+            checked = rows if last.startswith(b'{"') else [last]
+        if not all(isinstance(row, dict) and set(fields) <= set(row) for row in checked):
+            raise InputError(f"{self.path}: not a file that this command wrote: name another")
+        return rows, len(complete + newline)
 
     def append(self, row):
-        line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+        line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "replace")
         with self._lock:
             length = self._file.seek(0, os.SEEK_END)
             try:
@@ -261,26 +332,38 @@ class Journal(contextlib.AbstractContextManager):
                 raise InputError(f"{self.path}: cannot write ({error.strerror}); earlier rows are intact") from None
             self.rows.append(row)
 
+    def drop(self, unwanted):
+        """Remove the rows that the function `unwanted` picks: the file is replaced by one without them."""
+        rows = [row for row in self.rows if not unwanted(row)]
+        if len(rows) < len(self.rows):
+            write_jsonl(self.path, rows)
+            self.rows = rows
+            self._replaced = self._file  # stays open and locked: who opened it before must not write to it
+            self._file = open(self.path, "ab", buffering=0)
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
     def close(self, *exception):
         self._file.close()
 
     __exit__ = close
 
 
-def keep_config(path, config, may_change=(), binding=True):
-    """Write the configuration (a dict) beside the results. A restart with another configuration is refused.
+def keep_config(path, config, *, binding=True, notes=None, **facts):
+    """Write the configuration, a dataclass, beside the results. A restart with another configuration is refused.
 
-    Rows made under two configurations must not be mixed in one file. may_change: names of settings that do not alter
-    results. binding: False as long as there are no results, so that a mistyped first command can be corrected.
+    Rows made under two configurations must not be mixed in one file. facts: further values that must stay as they are
+    (hashes of prompts, the model behind a URL); options that say changes_results=False may differ. notes: a dict that
+    is recorded only. binding: False as long as there are no results, so that a mistyped first command can be corrected.
     """
-    path = Path(path)
+    path, settings = Path(path), json.loads(json.dumps(dataclasses.asdict(config) | facts))
+    fixed = {field.name for field in dataclasses.fields(config) if field.metadata["changes_results"]} | set(facts)
     if binding and path.exists():
         old = parse_object(read_text(path), path)
-        for name, value in config.items():
-            if name not in may_change and old.get(name, value) != value:
+        for name, value in settings.items():
+            if name in fixed and old.get(name, value) != value:
                 made = f"made with {name.replace('_', '-')} {old[name]}, not {value}"
                 raise InputError(f"{path}: these results were {made}: name another --out to keep both, or delete it")
-    write_json(path, config)
+    write_json(path, settings | (notes or {}))
 
 
 # ------------- HTTP: one retry policy for all clients, one way to serve JSON

@@ -6,17 +6,25 @@ texts, usage = client.chat([{"role": "user", "content": "2 + 2 = ?"}], max_token
 
 import collections
 import contextlib
+import email.utils
+import hashlib
+import json
 import os
+import re
+import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import requests
+import urllib3
 
 import common
-from common import InputError, http_session
+from common import InputError, read_jsonl
 
-# What a broken connection in the middle of an answer, text that is not JSON, and missing fields raise.
-UNREADABLE = (requests.RequestException, LookupError, TypeError, AttributeError, ValueError, RecursionError)
+LOST = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
+# What an answer raises that is not JSON, lacks a field, or has a field of another type.
+UNREADABLE = (LookupError, TypeError, AttributeError, ValueError, RecursionError)
 
 
 class ServerError(InputError):
@@ -25,39 +33,106 @@ class ServerError(InputError):
     exit_status = 1
 
 
-class BadRequest(Exception):
+class BadRequest(InputError):
     """The server refused this very request (400, 413, 422), as when the context is too long."""
 
 
-class Client:
+class Connection:
+    """JSON over HTTP with one retry policy. Threads may share it.
+
+    url: what all paths are appended to. api_key_env: the environment variable with the key, which is sent as a bearer
+    token and never shown. timeout: seconds for one request. retries: further attempts after lost connections, 408, 409,
+    429, 5xx and answers that cannot be read, with growing waits or those that Retry-After asks for.
+    """
+
+    def __init__(self, url, api_key_env="", timeout=600.0, retries=8):
+        self.url, self.timeout, self.retries = url.rstrip("/"), timeout, retries
+        self.api_key_env, self.key = api_key_env, os.environ.get(api_key_env, "")
+        self.reached = False  # whether the server has ever answered
+        if not re.match(r"https?://[^/@]+(/|$)", url):
+            raise InputError(f"--url {url.split('@')[-1]}: an address such as http://127.0.0.1:8000/v1 was expected")
+        if not re.fullmatch("[!-~]*", self.key):
+            raise InputError(f"${api_key_env}: the key has a space, a line break or a character beyond ASCII in it")
+        self.session = requests.Session()
+        self.session.mount(url.split(":")[0] + "://", requests.adapters.HTTPAdapter(pool_maxsize=64))
+        self.session.headers["Content-Type"] = "application/json"
+        # The environment's proxy is not asked for this machine, and ~/.netrc does not replace the key.
+        self.session.trust_env = not re.match(r"\w+://(localhost|127\.[\d.]+|0\.0\.0\.0|\[::1\])([:/]|$)", url)
+        self.session.auth = lambda request: request
+        if self.key:
+            self.session.headers["Authorization"] = f"Bearer {self.key}"
+
+    def request(self, path, body=None, read=lambda answer: answer):
+        """POST a body, or GET without one. Returns (read(the answer's JSON), number of retries).
+
+        Raises ServerError when the retries are used up, BadRequest for a request that the server refuses, and
+        InputError, at once, where no request can succeed (401, 402, 403, 404, ..., an address that does not exist).
+        """
+        url, options = self.url + path, {"timeout": (10.0, self.timeout), "allow_redirects": False}
+        if body is not None:  # half of a surrogate pair, which no server can read, becomes a question mark
+            options["data"] = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
+        for attempt in range(self.retries + 1):
+            wait = min(common.BACKOFF * 2 ** min(attempt, 10), 30.0) if attempt else 0
+            try:
+                response = self.session.request("GET" if body is None else "POST", url, **options)
+                self.reached, status = True, response.status_code
+                words = self._shown(response.headers.get("Location") or response.content.decode("utf-8", "replace"))
+                if status == 200:
+                    return read(json.loads(response.content)), attempt
+                if status in (400, 413, 422):
+                    raise BadRequest(f"{status}: {words}")
+                if status < 500 and status not in (408, 409, 425, 429):
+                    key = f" (${self.api_key_env} is not set)" if status in (401, 403) and not self.key else ""
+                    raise InputError(f"{url} answered {status}{key}: {words}")
+                reason, wait = f"{status}: {words}", max(wait, _retry_after(response))
+            except LOST as error:
+                cause = getattr(error.args[0] if error.args else error, "reason", error)
+                reason = f"no answer: {self._shown(str(cause).rpartition('): ')[2])}"
+                if not self.reached and isinstance(cause, urllib3.exceptions.NameResolutionError):
+                    raise InputError(f"{url}: {reason}") from None
+            except (requests.RequestException, urllib3.exceptions.LocationValueError) as error:
+                raise InputError(f"{url}: {self._shown(str(error))}") from None
+            except UNREADABLE as error:
+                reason = f"the answer is not in the expected format ({type(error).__name__}): {words}"
+            if attempt < self.retries:
+                time.sleep(wait)
+        raise ServerError(f"{url}: {reason}; gave up after {self.retries + 1} attempts")
+
+    def _shown(self, words):
+        """The beginning of what a server said, in one line, without the key, which some servers repeat."""
+        return " ".join((words.replace(self.key, "[key]") if self.key else words).split())[:300]
+
+
+def _retry_after(response):
+    """The seconds that the server asks to wait, as a number or as a date; at most 120."""
+    value, seconds = response.headers.get("Retry-After", ""), 0.0
+    with contextlib.suppress(ValueError, OverflowError):
+        seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+    with contextlib.suppress(ValueError):
+        seconds = float(value)
+    return min(max(0.0, seconds), 120.0)
+
+
+class Client(Connection):
     """A client for `POST /v1/chat/completions` and `/v1/completions`. Threads may share it.
 
-    url: a base that ends in /v1. model: None asks the server which model it has. api_key_env: the environment variable
-    with the key, which is sent as a bearer token and never shown. timeout: seconds for one request. retries: further
-    attempts after lost connections, 429, 5xx and unreadable answers.
-    Raises ServerError when the retries are used up, BadRequest for a request that the server refuses, and InputError
-    for 401, 403 and 404, where no request can succeed.
+    url: a base that ends in /v1. model: None asks the server which model it has. Other arguments: see Connection.
     """
 
     def __init__(self, url, model=None, api_key_env="OPENAI_API_KEY", timeout=600.0, retries=8):
-        if not url.startswith(("http://", "https://")):
-            raise InputError(f"--url {url}: an address such as http://127.0.0.1:8000/v1 was expected")
-        self.url, self.model, self.api_key_env = url.rstrip("/"), model, api_key_env
-        self.timeout, self.retries, self.session = timeout, retries, http_session(retries)
-        self.key = os.environ.get(api_key_env, "")
-        if self.key:
-            self.session.headers["Authorization"] = f"Bearer {self.key}"
+        super().__init__(url, api_key_env, timeout, retries)
+        self.model, self.refused = model, collections.defaultdict(set)  # path -> names of fields; see probe
         if model is None:
             try:
-                self.model, _ = self._request("GET", "/models", None, lambda body: body["data"][0]["id"])
-            except ServerError as error:
-                raise ServerError(f"{error} (or name a --model)") from None
+                self.model, _ = self.request("/models", read=lambda answer: answer["data"][0]["id"])
+            except InputError as error:
+                raise type(error)(f"{error} (or name a --model)") from None
 
     def chat(self, messages, n=1, **fields):
         """n replies to a chat: (texts, usage). fields: temperature, max_tokens, ...; those that are None are not sent.
 
-        texts end before the first stop string. usage: prompt_tokens, completion_tokens, retries, and truncated, the
-        number of texts that reached the token limit.
+        texts: thinking stands before the reply as <think>...</think>; the reply ends before the first stop string.
+        usage: prompt_tokens, completion_tokens, retries, and truncated, the number of texts cut at the token limit.
         """
         return self._ask("/chat/completions", n, messages=messages, **fields)
 
@@ -65,120 +140,184 @@ class Client:
         """n continuations of a text, as `chat`."""
         return self._ask("/completions", n, prompt=prompt, **fields)
 
-    def _ask(self, path, n, **fields):
+    def probe(self, path="/chat/completions", needed=(), max_tokens=16, **fields):
+        """Ask a short question with the fields that will be sent, and find those that the server refuses.
+
+        They are named in one line on stderr, and not sent from then on. Raises InputError if one of them is in
+        `needed`, or if the server refuses even the bare question.
+        """
+        question = {"messages": _HELLO} if path == "/chat/completions" else {"prompt": "Hello"}
+        todo, kept, notes, refused = {"max_tokens": max_tokens} | fields, question, [], self.refused[path]
+
+        def refusal(fields):
+            try:
+                self._ask(path, **fields)
+            except BadRequest as error:
+                return error
+
+        while refusal(kept | todo):
+            for name, value in list(todo.items()):  # one more at a time, until one is refused
+                if error := refusal(kept | {name: value}):
+                    break
+                kept[name] = todo.pop(name)
+            else:
+                break
+            if name in refused:  # neither max_tokens nor max_completion_tokens is accepted
+                raise InputError(f"{self.url} refuses even a short request ({error})")
+            if name in needed:
+                raise InputError(f"{self.url} refuses {name} {value} ({error}): name another")
+            refused.add(name)
+            notes.append(f"{name} ({error}), so {_WITHOUT.get(name, 'its own default applies')}")
+            if name != "max_tokens":
+                del todo[name]
+        if notes:
+            print(f"note: {self.url} refuses {'; '.join(notes)}", file=sys.stderr)
+
+    def _ask(self, path, n=1, **fields):
         """Collect n choices. Some servers ignore n: missing choices are asked for again."""
         body = {"model": self.model} | {name: value for name, value in fields.items() if value is not None}
-        texts, usage = [], collections.Counter(truncated=0)
+        texts, usage, refused, stop = [], collections.Counter(truncated=0), self.refused[path], body.get("stop", ())
         while len(texts) < n:
-            missing = n - len(texts)
-            request = body | ({"n": missing} if missing > 1 else {})
+            request, missing = dict(body), n - len(texts)
+            if missing > 1:
+                request["n"] = missing
             if "seed" in body:
                 request["seed"] += len(texts)  # the same seed would repeat the first answer
-            (choices, used), retries = self._request("POST", path, request, _parse_choices)
-            for text, truncated in choices[:missing]:
-                texts.append(cut_at_stop(text, body.get("stop", ())))
-                usage["truncated"] += truncated
+            if "max_tokens" in refused:
+                request["max_completion_tokens"] = body["max_tokens"]
+            request = {name: value for name, value in request.items() if name not in refused}
+            (choices, used), retries = self.request(path, request, _read_choices)
             usage.update(used, retries=retries)
+            if "stop" in request and any(why == "stop" and _thinks_on(text) for text, why in choices):
+                refused.add("stop")  # the server stops inside the thinking, too; from now on texts are cut here
+                continue
+            for text, why in choices[:missing]:
+                cut = cut_at_stop(text, stop)
+                usage["truncated"] += why == "length" and cut == text
+                texts.append(cut_partial_stop(cut, stop))
         return texts, usage
 
-    def _request(self, method, path, body, parse):
-        """Returns (parse(the answer's JSON), retries). An answer that cannot be parsed is asked for again."""
-        url, retries = self.url + path, 0
-        for attempt in range(self.retries + 1):
-            if attempt:
-                time.sleep(min(common.BACKOFF * 2**attempt, 30.0))
-            try:
-                response = self.session.request(method, url, json=body, timeout=(10.0, self.timeout))
-                retries += len(response.raw.retries.history)
-                if response.status_code == 200:
-                    return parse(response.json()), attempt + retries
-                reason = self._refusal(url, response)
-                break
-            except (requests.ConnectionError, requests.Timeout) as error:  # the session has used up its retries
-                reason = f"no answer ({type(getattr(error.args[0], 'reason', error)).__name__})"
-                break
-            except UNREADABLE as error:
-                reason = f"the answer is incomplete or not in the format of OpenAI ({type(error).__name__})"
-        raise ServerError(f"{url}: {reason}; gave up after {self.retries + 1} attempts")
 
-    def _refusal(self, url, response):
-        """What the server answered with a status other than 200. Raises if the request cannot succeed."""
-        status, detail = response.status_code, " ".join(response.text.split())[:300]
-        if self.key:
-            detail = detail.replace(self.key, "[key]")  # some servers repeat it
-        if status in (400, 413, 422):
-            raise BadRequest(f"{status}: {detail}")
-        if status in (401, 403, 404):
-            key = f"${self.api_key_env} is {'set' if self.key else 'not set'}"
-            raise InputError(f"{url} answered {status} (model {self.model!r}, {key}): {detail}")
-        return f"{status}: {detail}"
+_HELLO = [{"role": "user", "content": "Say hello."}]
+_WITHOUT = {
+    "max_tokens": "max_completion_tokens is sent",
+    "stop": "texts are cut here",
+    "n": "candidates are asked for one at a time",
+    "seed": "sampled replies cannot be repeated",
+}
 
 
-def _parse_choices(body):
-    """Returns ([(text, whether it was cut at the token limit)], token counts). Raises if fields are missing."""
-    choices, usage = [], body.get("usage") or {}
-    for choice in body["choices"]:
-        message = choice if "text" in choice else choice["message"]  # /completions has no message
-        text = "" if message.get("refusal") else message["text" if "text" in choice else "content"]
+def _read_choices(answer):
+    """Returns ([(text, finish reason)], token counts). Raises one of UNREADABLE if fields are missing."""
+    choices, usage = [], answer.get("usage") or {}
+    for choice in answer["choices"]:
+        if choice.get("finish_reason") == "error":  # a gateway lost the server behind it
+            raise ValueError
+        text = _plain(choice["text"]) if "text" in choice else _reply(choice["message"])
+        if "</think>" in text and "<think>" not in text:
+            text = "<think>" + text  # the chat template of DeepSeek-R1 opens the thinking itself
         text = text.encode("utf-8", "replace").decode()  # half of a surrogate pair cannot be written to a file
-        choices.append((text, choice.get("finish_reason") == "length"))
+        choices.append((text, choice.get("finish_reason")))
     if not choices:
         raise LookupError
-    return choices, {name: usage.get(name) or 0 for name in ("prompt_tokens", "completion_tokens")}
+    return choices, {name: int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")}
+
+
+def _reply(message):
+    """The text of a message after its thinking as <think>...</think>, which does not close where no text follows."""
+    text, thinking = _plain(message.get("content")), message.get("reasoning_content") or message.get("reasoning")
+    if isinstance(thinking, str) and not text.lstrip().startswith("<think>"):
+        text = f"<think>{thinking}</think>{text}" if text else f"<think>{thinking}"
+    return text
+
+
+def _plain(content):
+    """The text of a message's content: null, a string, or a list of parts."""
+    if isinstance(content, list):
+        return "".join(map(_plain, content))
+    if isinstance(content, dict):
+        return f"<think>{_plain(content['thinking'])}</think>" if "thinking" in content else _plain(content.get("text"))
+    return (content or "") + ""  # a TypeError for anything else
+
+
+def _thinks_on(text):
+    """Whether a text is thinking that has not ended."""
+    return text.lstrip().startswith("<think>") and "</think>" not in text
 
 
 def cut_at_stop(text, stop):
-    """The text before the first stop string. `transformers serve` leaves the string in, other servers remove it."""
-    ends = [text.find(s) for s in stop]
+    """The text before the first stop string after the thinking. Some servers leave the string in, or ignore `stop`."""
+    begin = len(text) if _thinks_on(text) else text.find("</think>") + 1
+    ends = [text.find(string, begin) for string in stop]
     return text[: min((end for end in ends if end >= 0), default=len(text))]
+
+
+def cut_partial_stop(text, stop):
+    """The text without the beginning of a stop string at its end, where the token limit cut it."""
+    parts = (string[:length] for string in stop for length in range(len(string) - 1, 0, -1))
+    return text.removesuffix(next(filter(text.endswith, parts), ""))
 
 
 class Served:
     """A served model that answers turns.
 
-    mode: how the server is made to continue an opening. "continue": continue_final_message, as vLLM has it (probed).
-    "completions": the chat is rendered here with the tokenizer's template and sent to /v1/completions.
+    mode: how the server is made to continue an opening. "continue": by continue_final_message, as vLLM has it, or by
+    itself, as llama.cpp does (probed). "completions": the chat is rendered here with the tokenizer's template and sent
+    to /v1/completions. template_options: further arguments of the chat template. sampling: temperature, max_tokens, ...
     """
 
-    def __init__(self, client, mode="continue", tokenizer=None, **sampling):
-        self.client, self.mode, self.tokenizer, self.sampling = client, mode, tokenizer, sampling
+    def __init__(self, client, mode="continue", tokenizer=None, template_options=None, **sampling):
+        self.client, self.mode, self.tokenizer = client, mode, tokenizer
+        self.template_options, self.sampling = template_options, _NO_DEFAULTS | sampling
+        self.continuing = {} if mode == "completions" else _CONTINUE
 
     def answer(self, turn, usage, n=1, seed=None):
         """n candidate texts for a turn. Token counts are added to the Counter `usage`."""
-        sampling = self.sampling | {"n": n, "seed": seed}
-        opened = [*turn.messages, {"role": "assistant", "content": turn.opening}]
-        if not turn.opening:
-            texts, used = self.client.chat(turn.messages, **sampling)
-        elif self.mode == "continue":
-            texts, used = self.client.chat(opened, **_CONTINUE, **sampling)
+        opening = turn.opening.rstrip()  # many tokens begin with a space: after one, models continue badly
+        fields = self.sampling | {"n": n, "seed": seed} | (self.continuing if opening else {})
+        messages = [*turn.messages, {"role": "assistant", "content": opening}] if opening else turn.messages
+        if opening and self.mode == "completions":
+            texts, used = self.client.complete(self._render(messages), **fields)
         else:
-            texts, used = self.client.complete(self._render(opened), **sampling)
+            texts, used = self.client.chat(messages, chat_template_kwargs=self.template_options, **fields)
         usage.update(used)
-        return texts
+        texts = [text.removeprefix(opening) for text in texts]  # llama.cpp repeats it
+        return texts if opening == turn.opening else [text.lstrip() for text in texts]
 
-    def probe(self, opening=False):
+    def probe(self, n=1, opening=False):
         """Ask a short question first: what would fail in every episode is refused before the first one.
 
-        opening: whether turns will have an opening. A server that does not know continue_final_message may ignore it,
-        close the assistant's turn and open another. The prompt is then as long as without the field; that is compared.
+        n: candidates per turn. opening: whether turns will have an opening.
         """
-        try:
-            self.client.chat(_HELLO, max_tokens=1)
-            if opening and self.mode == "completions":
-                self.client.complete(self._render(_OPENED), max_tokens=1)
-        except BadRequest as error:
-            raise InputError(f"the server refuses even a short request ({error})") from None
-        if not opening or self.mode == "completions":
-            return
-        other = "name --prefix-mode completions"
-        try:
-            _, continued = self.client.chat(_OPENED, max_tokens=1, **_CONTINUE)
-        except BadRequest as error:
-            raise InputError(f"the server does not continue a message ({error}): {other}") from None
-        with contextlib.suppress(BadRequest):  # some accept a final assistant message only when told to continue it
-            _, closed = self.client.chat(_OPENED, max_tokens=1)
-            if continued["prompt_tokens"] >= closed["prompt_tokens"]:
-                raise InputError(f"the server ignores continue_final_message: {other}")
+        needed = [name for name in ("temperature", "top_p") if self.sampling.get(name) not in (None, 1)]
+        fields = self.sampling | {"n": n, "seed": 0, "needed": needed}
+        self.client.probe(chat_template_kwargs=self.template_options, **fields)
+        if opening and self.mode == "completions":
+            self._render(_OPENED)
+            self.client.probe("/completions", **fields)
+        elif opening:
+            self._probe_continuing()
+
+    def _probe_continuing(self):
+        """Find out how the server continues a message, by the length of its prompt.
+
+        A server that does not would close the assistant's turn and open another: the prompt would be longer than if
+        the user had said the same words.
+        """
+
+        def count(messages, **fields):
+            return self.client.chat(messages, max_tokens=1, **fields)[1]["prompt_tokens"]
+
+        short, same = count(_HELLO), count([{"role": "user", "content": "Say hello. Hello"}])
+        refusal = "it ignores continue_final_message" if same else "it sends no token counts that would show it"
+        for fields in (_CONTINUE, {}):
+            try:
+                if short < same >= count(_OPENED, **fields):
+                    self.continuing = fields
+                    return
+            except BadRequest as error:
+                refusal = error
+        raise InputError(f"the server does not continue a message ({refusal}): name --prefix-mode completions")
 
     def _render(self, opened):
         """A chat as text that ends with its last message, by the model's own template."""
@@ -191,22 +330,109 @@ class Served:
                 raise InputError(f"--tokenizer {self.tokenizer}: {str(error).splitlines()[0]}") from None
         if not self.tokenizer.chat_template:
             raise InputError(f"--tokenizer {self.tokenizer.name_or_path}: it has no chat template")
-        text = self.tokenizer.apply_chat_template(opened, continue_final_message=True, tokenize=False)
+        options = {"continue_final_message": True, "tokenize": False} | (self.template_options or {})
+        text = self.tokenizer.apply_chat_template(opened, **options)
         # The server adds the beginning-of-text token again where the tokenizer does so itself.
         begins = self.tokenizer.bos_token and self.tokenizer("").input_ids[:1] == [self.tokenizer.bos_token_id]
         return text.removeprefix(self.tokenizer.bos_token) if begins else text
 
 
-_HELLO = [{"role": "user", "content": "Say hello."}]
-_OPENED = [*_HELLO, {"role": "assistant", "content": "Hel"}]
+_OPENED = [*_HELLO, {"role": "assistant", "content": "Hello"}]
 _CONTINUE = {"continue_final_message": True, "add_generation_prompt": False}
+# Else vLLM uses what the checkpoint's generation_config.json says, and llama.cpp top_k 40 and min_p 0.05.
+_NO_DEFAULTS = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
 def in_parallel(function, items, workers):
-    """Yield function(item) for each item as it finishes. The first exception cancels the rest and is raised."""
-    pool = ThreadPoolExecutor(workers)
+    """Yield function(item) for each item as it finishes.
+
+    After an exception no further item is begun; those under way are finished and yielded, and then it is raised.
+    """
+    pool, errors = ThreadPoolExecutor(workers), []
+
+    def run(item):
+        try:
+            return [] if errors else [function(item)]
+        except Exception as error:
+            errors.append(error)
+            return []
+
     try:
-        for future in as_completed([pool.submit(function, item) for item in items]):
-            yield future.result()
+        for future in as_completed([pool.submit(run, item) for item in items]):
+            yield from future.result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+    if errors:
+        raise errors[0]
+
+
+class Judge:
+    """Asks an LLM whether an answer says what one of the gold answers says.
+
+    Called with (question, gold answers, prediction), as grading.grade does; returns True, False, or None if no attempt
+    brought a clear verdict: `undecided` has a key for each such answer. journal: a Journal that keeps verdicts by the
+    hash of model and prompt. The files `caches` are read too: nothing is asked twice. Threads may share a judge.
+    Raises what Client.probe and Client.chat raise, but not BadRequest for a single answer: that is no verdict.
+    """
+
+    ATTEMPTS, CHARACTERS = 3, 2000  # the answer to a factual question is a phrase: a longer one is cut
+    MAX_TOKENS = 1024  # some judges think first
+
+    def __init__(self, client, prompts, journal, caches=()):
+        self.client, self.prompts, self.journal, self.undecided = client, prompts, journal, set()
+        rows = list(journal.rows)
+        for path in caches:
+            with contextlib.suppress(InputError):  # another process may be writing its last line
+                rows.extend(row for _, row in read_jsonl(path))
+        self.verdicts = {row["key"]: row["verdict"] for row in rows}
+        self.lock, self.probed = threading.Lock(), False
+
+    def probe(self):
+        """Ask a short question before the first of all; see Client.probe."""
+        with self.lock:
+            if not self.probed:
+                self.client.probe(temperature=0.0, max_tokens=self.MAX_TOKENS, seed=0)
+            self.probed = True
+
+    def __call__(self, question, answers, prediction):
+        answers, prediction = (json.dumps(x, ensure_ascii=False) for x in (answers, prediction[: self.CHARACTERS]))
+        prompt = self.prompts.fill("judge", question=question or "(not given)", answer=answers, prediction=prediction)
+        key = hashlib.sha256(f"{self.client.model}\n{prompt}".encode("utf-8", "replace")).hexdigest()
+        if key not in self.verdicts and key not in self.undecided:
+            self.probe()
+            if verdict := self._ask([{"role": "user", "content": prompt}]):
+                self.journal.append({"key": key, "verdict": verdict, "model": self.client.model})
+                self.verdicts[key] = verdict
+            else:
+                self.undecided.add(key)
+        return self.verdicts[key] == "correct" if key in self.verdicts else None
+
+    def _ask(self, messages):
+        with contextlib.suppress(BadRequest):
+            for attempt in range(self.ATTEMPTS):
+                [text], _ = self.client.chat(messages, temperature=0.0, max_tokens=self.MAX_TOKENS, seed=attempt)
+                if verdict := read_verdict(text):
+                    return verdict
+        return None
+
+
+def read_verdict(reply):
+    """The verdict in a reply: that of the JSON object asked for, whatever stands around it, or the one word alone.
+
+    None for a reply without a verdict, or with two different ones.
+    """
+    text = "" if _thinks_on(reply) else reply.rpartition("</think>")[2].lower()
+    verdicts, at = [], text.find("{")
+    while at >= 0:
+        try:
+            value, end = json.JSONDecoder().raw_decode(text, at)
+            verdicts += [value["verdict"]] if "verdict" in value else []
+        except ValueError:
+            end = at + 1
+        except RecursionError:
+            return None
+        at = text.find("{", end)
+    if word := re.fullmatch(r"[^\w\[]*(?:verdict[^\w\[]+)?(correct|incorrect)[^\w\[]*", text):
+        verdicts.append(word[1])
+    clear = verdicts[:1] in (["correct"], ["incorrect"]) and all(each == verdicts[0] for each in verdicts)
+    return verdicts[0] if clear else None

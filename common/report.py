@@ -3,19 +3,16 @@
     python evaluate.py report runs/miniature
 
 A run folder holds run.json (its configuration), model.json ({"model", "parameters", "training"}) and one
-transcripts.RANK.jsonl per process. Only these are read, so a report can be made while runs are in progress; unfinished
-tasks are marked if run.json has "questions": {task: number}.
+transcripts.RANK.jsonl per process. Only these are read, so a report can be made while runs are in progress.
 """
 
 import collections
 import json
 import math
 import re
-import warnings
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
-
-import numpy as np
 
 from common import InputError, parse_object, read_text, write_json
 
@@ -39,21 +36,15 @@ TASKS = {  # in the paper's order
     "aime": Task("AIME", "math", "out", 90),
     "olymmath": Task("OlymMATH", "math", "out", 200),
 }
-
-# The paper's averages over its eight tasks, in %. The students are Qwen2.5-Instruct 0.5B, 1.5B, 3B and 7B.
-PAPER_SIZES = [494_032_768, 1_543_714_304, 3_085_938_688, 7_615_616_512]
-PAPER = {
-    ("cot distill", "greedy"): [13.64, 21.28, 27.72, 33.54],
-    ("cot-rag distill", "greedy"): [15.90, 24.64, 28.53, 32.16],
-    ("agent distill", "greedy"): [19.24, 28.06, 33.60, 39.85],
-    ("agent distill+prefix", "sc8"): [21.90, 30.55, 36.60, 42.68],
-}
-
-# Options that do not alter results. "prompts" is a path; the hash of the prompts' text counts instead.
-NOT_SETTINGS = set(
-    "seed out name quiet batch concurrency tasks limit questions url device api_key_env prompts system_prompt".split()
-)
+LABELS = {name: task.label for name, task in TASKS.items()}
+# The paper's names of methods and trainings, in the order of its table.
+METHODS = {"cot": "CoT", "cot-rag": "CoT + RAG", "agent": "agent"}
+TRAININGS = {"none": "prompting", "distill": "distilled", "distill+prefix": "distilled + prefix"}
+# Settings that not all methods have; the page shows them in plain words.
+SETTINGS = {"cot": "", "cot-rag": "top_k", "agent": "top_k max_steps"}
 SEED = re.compile(r"(seed[-_]?)\d+")
+KEY = {"task": str, "id": (str, int)}  # fields of any row, and of a transcript, with their types
+FIELDS = dict.fromkeys(("id", "task", "kind", "question", "stop"), str) | {"correct": bool, "steps": list}
 
 
 # ------------- One run
@@ -63,132 +54,127 @@ def transcript_files(folder):
     return sorted(Path(folder).glob("transcripts.*.jsonl"))
 
 
-def transcripts(folder):
-    """All transcript rows of a run. An incomplete last line is ignored."""
-    rows = []
-    for path in transcript_files(folder):
-        lines = path.read_bytes().split(b"\n")[:-1]
-        rows += [parse_object(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
-    return rows
+def transcripts(where, fields=KEY):
+    """The rows of a run folder, or of one file of trajectories: one row for each (task, id, sample).
+
+    The last row of a question counts; one that ended in an error counts only if there is no other. An incomplete last
+    line is ignored: it is being written, or a kill left it. Raises InputError for a row without {field: type}.
+    """
+    rows = {}
+    for path in [Path(where)] if Path(where).is_file() else transcript_files(where):
+        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+            row = parse_object(line, f"{path}:{number}")
+            wrong = [name for name, kind in fields.items() if not isinstance(row.get(name), kind)]
+            if wrong:
+                raise InputError(f"{path}:{number}: not a transcript: the field {wrong[0]!r} is missing or wrong")
+            key = row["task"], row["id"], row.get("sample", 0)
+            if key not in rows or row.get("stop") != "error":
+                rows[key] = row
+    return list(rows.values())
 
 
 def outcome(row):
     """What the tables need of a transcript row. question: (id, text): two worlds may use one id for two questions."""
-    steps, kinds = row["steps"], collections.Counter(step.get("error_kind") for step in row["steps"])
+    kinds = collections.Counter(str(step.get("error_kind")) for step in row["steps"])
     figures = {
-        "searches": sum((step.get("code") or "").count("web_search(") for step in steps),
-        "steps": len(steps),
+        "searches": sum(str(step.get("code")).count("web_search(") for step in row["steps"]),
+        "steps": len(row["steps"]),
         "parse errors": kinds["no_code"] + kinds["syntax"],
         "run-time errors": sum(kinds[kind] for kind in ("runtime", "timeout", "memory", "killed")),
         "no answer": int(row["stop"] != "final_answer"),
-        "tokens": row.get("usage", {}).get("completion_tokens", 0),
+        "tokens": (row.get("usage") or {}).get("completion_tokens", 0),
     }
     domain = row.get("domain") or (TASKS[row["task"]].domain if row["task"] in TASKS else "out")
-    about = {name: row[name] for name in ("task", "kind", "correct")}
+    about = {name: row.get(name) for name in ("task", "kind", "correct", "stop", "why")}
     return about | {"domain": domain, "question": (row["id"], row["question"]), "figures": figures}
 
 
 def means(outcomes):
     """The figures of tool use as means per question."""
-    return {name: float(np.mean([o["figures"][name] for o in outcomes])) for name in outcomes[0]["figures"]}
+    return {name: fmean(o["figures"][name] for o in outcomes) for name in outcomes[0]["figures"]}
 
 
-def accuracy(outcomes):
-    return float(np.mean([o["correct"] for o in outcomes]))
+def in_order(tasks):
+    """The different names among these, the paper's tasks first and in its order."""
+    return sorted(set(tasks), key=lambda task: (list(TASKS).index(task) if task in TASKS else len(TASKS), task))
 
 
 def by_task(outcomes):
-    """{task: its outcomes}, the paper's tasks first and in its order."""
-    tasks = collections.defaultdict(list)
-    for o in sorted(outcomes, key=lambda o: place(o["task"])):
-        tasks[o["task"]].append(o)
-    return tasks
-
-
-def place(task):
-    return (list(TASKS).index(task) if task in TASKS else len(TASKS), task)
+    """{task: its outcomes}, in order."""
+    return {task: [o for o in outcomes if o["task"] == task] for task in in_order(o["task"] for o in outcomes)}
 
 
 class Run:
     """A run folder: who answered, how, and all outcomes. Raises InputError if run.json is missing or broken.
 
-    settings: the options that alter results. Seeds may have folders of their own (seed0/index, seed1/index), so the
-    number after "seed" is left out of them. replicate: equal for runs of one seed.
+    about: what results.json says of it. label: the method's name in the paper's table. order: sorts as that table.
+    settings: {option: value}, of those that a reader needs. asked: {task: questions}; some may not be answered yet.
     """
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        config, about = parse_object(read_text(self.folder / "run.json"), f"{folder}/run.json"), {}
-        if (self.folder / "model.json").exists():
-            about = parse_object(read_text(self.folder / "model.json"), f"{folder}/model.json")
+        config = parse_object(read_text(self.folder / "run.json"), f"{folder}/run.json")
         if "method" not in config:
             raise InputError(f"{folder}/run.json: not the configuration of an evaluation: it has no method")
-        model = SEED.sub(r"\1*", str(config.get("name") or about.get("model") or config.get("model")))
-        training = about.get("training") or "none"
-        method = f"{config['method']} {'prompting' if training == 'none' else training}"
-        greedy = config.get("sc", 1) == 1 and not config.get("sample")
-        decoding = f"sc{config['sc']}" if config.get("sc", 1) > 1 else "greedy" if greedy else "sampled"
-        self.who = (model, about.get("parameters"), method, decoding)
-        self.seed, self.questions = config.get("seed", 0), config.get("questions") or {}
-        unused = NOT_SETTINGS | ({"temperature", "top_p"} if greedy else set())
-        given = {name: value for name, value in config.items() if value is not None}
-        settings = json.dumps({name: value for name, value in given.items() if name not in unused})
-        self.settings, self.replicate = json.loads(SEED.sub(r"\1*", settings)), (self.seed, settings)
-        self.outcomes = [outcome(row) for row in transcripts(folder)]
+        about = self.folder / "model.json"
+        about = parse_object(read_text(about), about) if about.exists() else {}
+        method, training, sc = config["method"], about.get("training") or "none", config.get("sc") or 1
+        sampled = sc > 1 or config.get("sample")
+        self.about = {
+            "model": str(config.get("name") or about.get("model") or config.get("model")),
+            "parameters": about.get("parameters"),
+            "method": f"{method} {'prompting' if training == 'none' else training}",
+            "decoding": f"sc{sc}" if sc > 1 else "sampled" if sampled else "greedy",
+        }
+        self.label = f"{METHODS.get(method, method)} {TRAININGS.get(training, training)}"
+        if sampled:
+            self.label += ", sampled" if sc == 1 else " + SC-action" if method == "agent" else " + self-consistency"
+        rank = training != "none", [*METHODS, method].index(method), training, sc
+        self.order = self.about["parameters"] or 0, self.about["model"], rank
+        names = f"seed sc max_tokens {SETTINGS.get(method, '')} {'temperature top_p' if sampled else ''}"
+        self.settings = {name: config.get(name) for name in names.split()}
+        self.outcomes = [outcome(row) for row in transcripts(folder, FIELDS)]
+        self.asked = collections.Counter(o["task"] for o in self.outcomes)
+        self.asked |= collections.Counter(config.get("questions"))
 
 
 def summarise(folder):
     """Write results.json of one run folder, one row per task, and return a line that describes it."""
     run, rows = Run(folder), []
-    about = dict(zip(("model", "parameters", "method", "decoding"), run.who, strict=True))
     for task, outcomes in by_task(run.outcomes).items():
-        n, mean = len(outcomes), accuracy(outcomes)
-        row = about | {"task": task, "kind": outcomes[0]["kind"], "domain": outcomes[0]["domain"], "n": n}
-        row |= {"correct": sum(o["correct"] for o in outcomes), "accuracy": mean}
-        rows.append(row | {"ci95": [round(end, 4) for end in wilson(mean, n)], "errors": means(outcomes)})
+        right, n = sum(o["correct"] for o in outcomes), len(outcomes)
+        row = {"task": task, "kind": outcomes[0]["kind"], "domain": outcomes[0]["domain"], "n": n, "correct": right}
+        rows.append(run.about | row | {"accuracy": right / n, "ci95": [round(end, 4) for end in wilson(right / n, n)]})
     write_json(run.folder / "results.json", rows)
-    average = np.mean([row["accuracy"] for row in rows]) if rows else 0.0
-    return f"{len(run.outcomes)} questions, {len(rows)} tasks, average {average:.1%}"
+    mean = fmean(row["accuracy"] for row in rows) if rows else 0.0
+    return f"{len(run.outcomes)} questions, {len(rows)} tasks, average {mean:.1%}"
 
 
 # ------------- Intervals and tests
 
-Z = 1.959964  # 95 % of a normal distribution lie within Z standard deviations
-
 
 def wilson(p, n):
     """Wilson's 95 % interval of a proportion p among n. It is not empty at p = 0 and p = 1."""
-    centre, half = p + Z * Z / (2 * n), Z * math.sqrt(p * (1 - p) / n + (Z / (2 * n)) ** 2)
-    return max(0.0, (centre - half) / (1 + Z * Z / n)), min(1.0, (centre + half) / (1 + Z * Z / n))
+    z = 1.959964  # 95 % of a normal distribution lie within z standard deviations
+    centre = p + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
+    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
 
 
-def interval(seeds, draws=1_000):
-    """The mean over tasks of the accuracy, with its 95 % interval: (mean, low, high). seeds: the outcomes of each seed.
+def averages(runs):
+    """{"all" | "in" | "out": (mean over tasks, low, high)}; empty as long as one of the tasks has no answer at all.
 
-    It is Wilson's interval of the mean, with the n that gives the mean its variance if all tasks are equally hard
-    (tasks of different difficulty make it a little too wide). With several seeds, it is widened to that of a bootstrap
-    in two levels where that is wider: each draw takes S - 1 of the S seeds (S of S would give too small a variance:
-    Rao and Wu, 1988) and as many questions as there are. A question that several seeds answered is drawn for all of
-    them together.
+    The 95 % interval is Wilson's with the effective sample size of a mean over tasks, if all tasks are equally hard
+    (tasks of different difficulty make it a little too wide). A question that several seeds answered counts once.
     """
-    tables = []  # of each task: (seeds, questions), 1 right, 0 wrong, NaN not answered
-    for task, outcomes in by_task(o for seed in seeds for o in seed).items():
-        questions = dict.fromkeys(o["question"] for o in outcomes)
-        right = [{o["question"]: o["correct"] for o in seed if o["task"] == task} for seed in seeds]
-        tables.append(np.array([[answers.get(q, np.nan) for q in questions] for answers in right], float))
-    mean = float(np.mean([np.nanmean(table) for table in tables]))
-    low, high = wilson(mean, len(tables) ** 2 / sum(1 / table.shape[1] for table in tables))
-    if len(seeds) > 1:
-        rng, means = np.random.default_rng(0), []
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a draw may lack a task that only one seed has answered so far
-            for _ in range(draws):
-                taken = rng.integers(len(seeds), size=len(seeds) - 1)
-                drawn = [table[taken][:, rng.integers(table.shape[1], size=table.shape[1])] for table in tables]
-                means.append(np.nanmean([np.nanmean(table) for table in drawn]))
-        ends = np.nanquantile(means, [0.025, 0.975])
-        low, high = min(low, float(ends[0])), max(high, float(ends[1]))
-    return mean, low, high
+    tasks, found = by_task([o for run in runs for o in run.outcomes]), {}
+    for domain in ("all", "in", "out"):
+        inside = [outcomes for outcomes in tasks.values() if domain in ("all", outcomes[0]["domain"])]
+        if inside and all(task in tasks for run in runs for task in run.asked):
+            mean = fmean(fmean(o["correct"] for o in outcomes) for outcomes in inside)
+            sizes = [len({o["question"] for o in outcomes}) for outcomes in inside]
+            found[domain] = mean, *wilson(mean, len(sizes) ** 2 / sum(1 / size for size in sizes))
+    return found
 
 
 def mcnemar(first, second):
@@ -201,124 +187,106 @@ def mcnemar(first, second):
 
 def paired_table(first, second, names):
     """Two runs on the questions that both answered, by task. first, second: {(task, id, ...): right or wrong}."""
-    shared = sorted(first.keys() & second.keys(), key=lambda key: place(key[0]))
+    shared = first.keys() & second.keys()
     if not shared:
         raise InputError(f"{names[0]} and {names[1]} have no question in common")
     rows = []
-    for task in [*dict.fromkeys(key[0] for key in shared), "all"]:
+    for task in [*in_order(key[0] for key in shared), "all"]:
         pairs = [(first[key], second[key]) for key in shared if task in (key[0], "all")]
         lost, won, p = mcnemar(*zip(*pairs, strict=True))
-        a, b = (100 * sum(side) / len(pairs) for side in zip(*pairs, strict=True))
+        a, b = (100 * fmean(side) for side in zip(*pairs, strict=True))
         rows.append([task, len(pairs), f"{a:.1f}", f"{b:.1f}", f"{b - a:+.1f}", lost, won, f"{p:.2g}"])
     return table(["task", "n", *names, "gain", *(f"only {name}" for name in names), "p (McNemar)"], rows)
 
 
 def table(head, rows):
-    """A Markdown table."""
+    """A Markdown table. In a cell, what is not printable, such as a line break, becomes a space, and | is escaped."""
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+    lines = (["".join(c if c.isprintable() else " " for c in str(cell)) for cell in line] for line in lines)
+    lines = ([cell.strip().replace("\\", r"\\").replace("|", r"\|") for cell in line] for line in lines)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 # ------------- Many runs: tables and page
 
-NOTES = "Averages are means over tasks, with Wilson's 95 % intervals, wider where seeds differ. (n of N): unfinished."
-
-
-class System:
-    """One line of the tables: the runs that differ in nothing but the seed.
-
-    averages: {"all" | "in" | "out": (mean over tasks, low, high)}. load_systems sets total, {task: questions that a
-    complete system answers}; setting, what distinguishes it from others of its method and model; and a unique name.
-    """
-
-    def __init__(self, runs):
-        self.runs, self.settings, self.who = runs, runs[0].settings, runs[0].who
-        self.model, self.parameters, self.method, self.decoding = self.who
-        seeds = collections.defaultdict(dict)
-        for run in runs:
-            seeds[run.replicate] |= {(o["task"], o["question"]): o for o in run.outcomes}
-        self.seeds, self.averages = len(seeds), {}
-        self.outcomes = [o for seed in seeds.values() for o in seed.values()]
-        for domain in ("all", "in", "out"):
-            answered = [[o for o in seed.values() if domain in ("all", o["domain"])] for seed in seeds.values()]
-            if any(answered):
-                self.averages[domain] = interval([seed for seed in answered if seed])
+NOTES = "Averages are means over tasks. [Wilson's 95 % intervals] cover the choice of the questions, not of the seed."
 
 
 def load_systems(folder):
-    """The systems in and below a folder, small models and low averages first. Raises InputError if there is none."""
+    """{(student, name): its runs} of all runs below a folder, in the order of the paper's table; InputError for none.
+
+    Runs of one student and method whose paths differ only in the number after "seed" have one name.
+    """
     folders = sorted({path.parent for path in Path(folder).rglob("transcripts.*.jsonl")})
-    runs = [run for run in map(Run, folders) if run.outcomes]
+    runs = sorted((run for run in map(Run, folders) if run.outcomes), key=lambda run: run.order)
     if not runs:
         raise InputError(f"{folder}: no run folder with finished questions in it: evaluate something first")
-    alike, largest = collections.defaultdict(list), collections.Counter()
+    groups, largest = collections.defaultdict(list), collections.Counter()
     for run in runs:
-        alike[json.dumps([run.who, run.settings], sort_keys=True)].append(run)
-        largest |= collections.Counter(o["task"] for o in run.outcomes) | collections.Counter(run.questions)
-    systems = [System(group) for group in alike.values()]
-    for s in systems:
-        s.total = {task: s.seeds * largest[task] for task in sorted(largest, key=place)}
-        rivals = [other.settings for other in systems if other.who == s.who]
-        different = [name for name in s.settings if any(other.get(name) != s.settings[name] for other in rivals)]
-        s.setting = ", ".join(f"{name} {s.settings[name]}" for name in different)
-        model = s.model if len({other.model for other in systems}) > 1 else ""
-        s.name = ", ".join(filter(None, [s.method, s.decoding, model, s.setting]))
-    return sorted(systems, key=lambda s: (s.parameters or 0, s.model, s.averages["all"], s.name))
+        path = SEED.sub(r"\1*", str(run.folder.relative_to(folder)))
+        groups[Path(run.about["model"]).name or "?", run.label, path].append(run)
+        largest |= run.asked
+    labels, systems = collections.Counter((student, label) for student, label, _ in groups), {}
+    for (student, label, path), group in groups.items():
+        name = f"{label} ({path})" if labels[student, label] > 1 else label
+        answered, most = sum(len(run.outcomes) for run in group), len(group) * largest.total()
+        if answered < most:
+            unfinished = "unfinished: " if answered < sum(run.asked.total() for run in group) else ""
+            name += f" ({unfinished}{answered} of {most} questions)"
+        systems[student, name] = group
+    return systems
 
 
-def label(task):
-    """The name of a task as the paper writes it."""
-    return TASKS[task].label if task in TASKS else task
-
-
-def cells(system):
-    """What the tables show of a system, as three dicts {head: cell}: who it is, its accuracy, its use of tools."""
-    size = f"{system.parameters / 1e6:,.0f}M" if system.parameters else ""
-    who = {"student": system.model, "size": size, "method": system.method, "decoding": system.decoding}
-    who |= {"setting": system.setting, "seeds": system.seeds}
-    right, tasks = {}, by_task(system.outcomes)
-    for head, domain in (("average [95 %]", "all"), ("in-domain [95 %]", "in"), ("out-of-domain [95 %]", "out")):
-        ends = [100 * end for end in system.averages.get(domain, ())]
-        right[head] = "{:.1f} [{:.1f}, {:.1f}]".format(*ends) if ends else ""
-    for task, total in system.total.items():
-        answered = tasks.get(task, [])
-        part = f"({len(answered)} of {total})" if len(answered) < total else ""
-        right[label(task)] = f"{100 * accuracy(answered):.1f} {part}".strip() if answered else part
-    # The paper's figures stand only beside its students, and only where all its test questions are answered.
-    asked = {task: len({o["question"] for o in outcomes}) for task, outcomes in tasks.items()}
-    figures = PAPER.get((system.method, system.decoding))
-    if figures and system.parameters in PAPER_SIZES and asked == {name: task.questions for name, task in TASKS.items()}:
-        right["paper's average"] = figures[PAPER_SIZES.index(system.parameters)]
-    return who, right, {name: f"{mean:.2f}" for name, mean in means(system.outcomes).items()}
-
-
-def columns(rows):
-    """(heads, rows of cells) of a table given as dicts {head: cell}, without the columns that are empty."""
-    heads = [head for head in dict.fromkeys(h for row in rows for h in row) if any(row.get(head) for row in rows)]
-    return heads, [[row.get(head, "") for head in heads] for row in rows]
+def tables(systems):
+    """{title: (heads, rows of cells)}, without columns that are empty."""
+    shown = {"Accuracy in %: averages": [], "Accuracy in %: each task": [], "Tool use per question": [], "Settings": []}
+    tasks = in_order(task for runs in systems.values() for run in runs for task in run.asked)
+    for (student, name), runs in systems.items():
+        who, accuracy = {"student": student, "method": name}, {}
+        for head, domain in (("average", "all"), ("in-domain", "in"), ("out-of-domain", "out")):
+            ends = averages(runs).get(domain, ())
+            accuracy[head] = "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * end for end in ends)) if ends else ""
+        if len(runs) > 1:
+            seeds = [averages([run]).get("all") for run in runs]
+            accuracy["each seed"] = ", ".join(f"{100 * seed[0]:.1f}" if seed else "unfinished" for seed in seeds)
+        outcomes = [o for run in runs for o in run.outcomes]
+        each = dict.fromkeys((LABELS.get(task, task) for task in tasks), "")
+        for task, answered in by_task(outcomes).items():
+            each[LABELS.get(task, task)] = f"{100 * fmean(o['correct'] for o in answered):.1f}"
+        use = {"n": len(outcomes)}
+        use |= {head: f"{mean:.2f}" if mean < 100 else f"{mean:.0f}" for head, mean in means(outcomes).items()}
+        use["n with an error"] = sum(o["stop"] == "error" for o in outcomes)
+        use["n graded by a judge"] = sum(str(o["why"]).startswith("judge:") for o in outcomes)
+        use["n left open by the judge"] = sum(o["why"] == "judge: no verdict" for o in outcomes)
+        options = runs[0].settings
+        how = {option: ", ".join(dict.fromkeys(str(run.settings[option]) for run in runs)) for option in options}
+        for rows, cells in zip(shown.values(), (accuracy, each, use, how), strict=True):
+            rows.append(who | cells)
+    for title, rows in shown.items():
+        heads = [head for head in dict.fromkeys(h for row in rows for h in row) if any(row.get(head) for row in rows)]
+        shown[title] = heads, [[row.get(head, "") for head in heads] for row in rows]
+    return shown
 
 
 def markdown(folder):
-    """The report as Markdown: accuracies, then the figures of tool use. Unfinished results are marked with n of N."""
-    parts = [cells(system) for system in load_systems(folder)]
-    accuracies = table(*columns([who | right for who, right, _ in parts]))
-    use = table(*columns([who | use for who, _, use in parts]))
-    return f"Accuracy in %:\n\n{accuracies}\n\n{NOTES}\n\nMeans per question:\n\n{use}\n"
+    """The report as Markdown: accuracies, then the figures of tool use."""
+    *shown, _ = tables(load_systems(folder)).items()
+    return "\n\n".join([*(f"{title}:\n\n{table(*cells)}" for title, cells in shown), NOTES]) + "\n"
 
 
 def html(folder, per_task=10):
     """The page: report.html filled with tables and, for each task of a run, per_task episodes, the first ones by id."""
-    tables, episodes = {"Accuracy in %": [], "Tool use, means per question": [], "Settings": []}, []
-    for system in load_systems(folder):
-        who, right, use = cells(system)
-        for rows, part in zip(tables.values(), (right, use, who | system.settings), strict=True):
-            rows.append({"system": system.name} | part)
-        for run in system.runs:
+    systems, episodes = load_systems(folder), []
+    for (student, name), runs in systems.items():
+        for run in runs:
+            about = {"student": student, "system": name, "seed": run.settings["seed"], "messages": None}
             for task, rows in by_task(transcripts(run.folder)).items():
-                about = {"system": system.name, "task": label(task), "seed": run.seed, "messages": None}
-                episodes += [row | about for row in sorted(rows, key=lambda row: row["id"])[:per_task]]
-    notes = f"{NOTES} The browser shows up to {per_task} episodes per task and run."
-    data = {"tables": [[title, *columns(rows)] for title, rows in tables.items()], "notes": notes, "episodes": episodes}
+                first = sorted(rows, key=lambda row: (len(row["id"]), row["id"]))[:per_task]
+                episodes += [row | about | {"task": LABELS.get(task, task)} for row in first]
+    shown = [(title, *cells) for title, cells in tables(systems).items()]
+    data = {"notes": NOTES, "tables": shown, "episodes": episodes}
+    # Numbers that JavaScript cannot hold (NaN, integers of many digits) become texts.
+    data = json.loads(json.dumps(data), parse_constant=str, parse_int=lambda n: int(n) if len(n) < 16 else n)
     template = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
     # A transcript may hold "</script>": escaped, it cannot end the element that carries the data.
     return template.replace("/*DATA*/", json.dumps(data, ensure_ascii=False).replace("<", "\\u003c"))

@@ -25,11 +25,14 @@ class Setting(train.Config):
     max_tokens: int = option(1024, "new tokens per step (paper: 1,024)", above=0)
 
 
-def train_student(setting, name, data, weigh=train.turn_weight):
-    """Fine-tune setting.model on a file of filtered trajectories, unless that is done. Returns the student's folder."""
+def train_student(setting, name, data, weigh=None):
+    """Fine-tune setting.model on a file of filtered trajectories, unless that is done. Returns the student's folder.
+
+    weigh: MODULE.FUNCTION, as train.py's --weigh.
+    """
     options = {field.name: getattr(setting, field.name) for field in dataclasses.fields(train.Config)}
-    config = train.Config(**options | {"data": [str(data)], "out": str(Path(setting.out, name))})
-    train.fit(config, weigh)
+    config = train.Config(**options | {"data": [str(data)], "out": str(Path(setting.out, name)), "weigh": weigh})
+    train.fit(config)
     return config.out
 
 

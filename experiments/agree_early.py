@@ -17,7 +17,7 @@ import shutil
 from pathlib import Path
 
 from agent_distill import Running, TurnFailed, agent_episode, parse_action, votes_of
-from common import load_tasks, option, report, run_command_line, write_jsonl
+from common import load_tasks, option, report, run_command_line, write_json, write_jsonl
 from experiments import Setting, compare, evaluate_student
 
 MOST = 8  # N
@@ -81,7 +81,10 @@ def vote_over_episodes(run, out):
         usage = sum((collections.Counter(row["usage"]) for row in rows), collections.Counter())
         chosen.append(rows[best] | {"id": question, "usage": dict(usage)})
     write_jsonl(Path(out, "transcripts.0.jsonl"), chosen)
-    shutil.copy(Path(run, "run.json"), out)
+    config = json.loads(Path(run, "run.json").read_text())
+    config["questions"] = collections.Counter(row["task"] for row in chosen)  # each was asked several times
+    write_json(Path(out, "run.json"), config)
+    shutil.copy(Path(run, "model.json"), out)
 
 
 def run(config):

@@ -12,7 +12,6 @@ question at temperature 1. With a real teacher, give its own: `collect --samples
 Result (three seeds): 68.6 instead of 73.3 %, p = 0.068: no help here.
 """
 
-import dataclasses
 import functools
 from pathlib import Path
 
@@ -20,31 +19,23 @@ import torch
 
 import train
 from agent_distill import CODE_OPEN, FilterConfig, filter_trajectories
-from common import option, progress, read_jsonl, run_command_line, write_jsonl
-from common.devices import choose_device, uses_bf16
-from common.lora import load_model
+from common import progress, read_jsonl, run_command_line, write_jsonl
+from common.models import choose_device, load_model, uses_bf16
 from experiments import Setting, compare, evaluate_student, train_student
 
-
-@dataclasses.dataclass(kw_only=True)
-class Config(Setting):
-    code_weight: float = option(2.0, "weight of a token of code or final answer; thoughts have weight 1")
+CODE_WEIGHT = 2.0  # of a token of code or final answer; thoughts have weight 1
 
 
-def weigh_code(weight):
-    """Returns a function that gives the code of an action this weight; see train.turn_weight."""
-
-    def weigh(text, turn, row):
-        start = text.find(CODE_OPEN)
-        return [(start, len(text), weight)] if start >= 0 else 1.0
-
-    return weigh
+def weigh_code(text, turn, row):
+    """The code of an action weighs more; see train.turn_weight."""
+    start = text.find(CODE_OPEN)
+    return [(start, len(text), CODE_WEIGHT)] if start >= 0 else 1.0
 
 
 @torch.no_grad()
-def surprise(model, tokenizer, row, weigh):
+def surprise(model, tokenizer, row):
     """Mean of -log p over the trajectory's trained tokens, weighted: how unlikely the student finds it."""
-    examples = train.encode(tokenizer, row["messages"], weigh, row)
+    examples = train.encode(tokenizer, row["messages"], weigh_code, row)
     examples = [train.Example(torch.tensor(ids), torch.tensor(weights)) for ids, weights in examples]
     total = sum(example.weights.sum().item() for example in examples)
     return sum(train.loss_of(model, [example]).item() for example in examples) / total
@@ -60,7 +51,7 @@ def by_question(rows):
 
 def run(config):
     """Train on the first and on the likeliest right trajectories, evaluate both students, and compare."""
-    weigh, out = weigh_code(config.code_weight), Path(config.out)
+    out = Path(config.out)
     files = {name: out / f"{name}.train.jsonl" for name in ("right", "first", "likeliest")}
     filter_trajectories(FilterConfig(trajectories=config.data, out=str(files["right"]), per_question=1000))
     questions = by_question(row for _, row in read_jsonl(files["right"]))
@@ -70,14 +61,14 @@ def run(config):
         dtype = torch.bfloat16 if uses_bf16("auto", device) else torch.float32
         model, tokenizer = load_model(config.model, device, dtype)
         bar = progress(questions, desc="score", unit="question", quiet=config.quiet)
-        score = functools.partial(surprise, model, tokenizer, weigh=weigh)
+        score = functools.partial(surprise, model, tokenizer)
         write_jsonl(files["likeliest"], [min(rows, key=score) for rows in bar])
     students = {
         "first": train_student(config, "first", files["first"]),
-        "likeliest": train_student(config, "likeliest", files["likeliest"], weigh),
+        "likeliest": train_student(config, "likeliest", files["likeliest"], "experiments.choose_trajectory.weigh_code"),
     }
     compare(*(evaluate_student(config, student, name) for name, student in students.items()))
 
 
 if __name__ == "__main__":
-    run_command_line(__doc__, {"run": (Config, run)}, default="run")
+    run_command_line(__doc__, {"run": (Setting, run)}, default="run")

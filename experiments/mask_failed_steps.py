@@ -6,7 +6,7 @@ Python interpreter says it: a step has failed if its code raised an error.
 
     make experiment NAME=mask_failed_steps
 
-Replaced: the weights of tokens in the loss (`weigh` of train.fit). Baseline: the same trajectories with all steps in
+Replaced: the weights of tokens in the loss (`--weigh` of train.py). Baseline: the same trajectories with all steps in
 the loss. The scripted teacher fails in 2 % of its steps, too few to see anything, so these trajectories are collected
 from one that fails in 30 % (`--run-error 0.3`). With a real teacher, give its own trajectories.
 Result (three seeds): 51.4 instead of 57.8 %, p = 0.023; nearly all of it on seed 0.
@@ -31,7 +31,7 @@ def run(config):
     steps = [step["error_kind"] for _, row in read_jsonl(data) for step in row["steps"]]
     print(f"{sum(map(bool, steps))} of {len(steps)} steps failed")
     students = {"all": train_student(config, "all", data)}
-    students["masked"] = train_student(config, "masked", data, weigh_steps)
+    students["masked"] = train_student(config, "masked", data, "experiments.mask_failed_steps.weigh_steps")
     compare(*(evaluate_student(config, student, name) for name, student in students.items()))
 
 

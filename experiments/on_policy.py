@@ -18,10 +18,11 @@ import random
 from pathlib import Path
 
 import torch
+from transformers import GenerationConfig
 
 import train
 from common import REQUIRED, option, progress, read_jsonl, run_command_line, stable_seed, write_json, write_jsonl
-from common.lora import load_model, load_tokenizer, save_lora, training_record
+from common.models import load_model, load_tokenizer, render, save_lora, training_record
 from experiments import Setting, compare, evaluate_student, train_student
 
 
@@ -45,13 +46,16 @@ def draw_turn(messages, decay, rng):
 
 def write_turns(model, tokenizer, prompts, config):
     """Returns the ids that the student writes after each prompt (a list of ids), with the end-of-turn token."""
-    longest, pad, end = max(map(len, prompts)), tokenizer.pad_token_id or 0, tokenizer.eos_token_id
+    longest, end = max(map(len, prompts)), tokenizer.eos_token_id
+    pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     padding, device = [longest - len(prompt) for prompt in prompts], model.device
     ids = torch.tensor([[pad] * n + prompt for n, prompt in zip(padding, prompts, strict=True)], device=device)
     mask = torch.tensor([[0] * n + [1] * (longest - n) for n in padding], device=device)  # (turns, longest), as ids
+    # Nothing of the checkpoint's own generation_config.json (top_p, ...) is used: it would not be on-policy.
+    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad)
     options = {"max_new_tokens": config.max_tokens, "do_sample": True, "temperature": config.temperature, "top_k": 0}
     model.eval()
-    ids = model.generate(ids, attention_mask=mask, eos_token_id=end, pad_token_id=pad, **options)
+    ids = model.generate(ids, attention_mask=mask, **options)
     model.train()
     written = ids[:, longest:].tolist()
     return [tokens[: tokens.index(end) + 1] if end in tokens else tokens for tokens in written]
@@ -87,7 +91,7 @@ def distill(config, student, out):
             rng = random.Random(stable_seed(config.seed, step))
             torch.manual_seed(rng.getrandbits(31))
             replayed = [draw_turn(messages, config.decay, rng) for messages in rng.choices(rows, k=config.turns)]
-            prompts = [train.render(tokenizer, messages, reply=True) for messages in replayed]
+            prompts = [render(tokenizer, messages, reply=True) for messages in replayed]
             prompts = tokenizer(prompts, add_special_tokens=False)["input_ids"]
             turns, losses = write_turns(trainer.model, tokenizer, prompts, config), []
             total = sum(map(len, turns))
@@ -97,7 +101,8 @@ def distill(config, student, out):
                 weight = 1 / (1 + each.detach().mean()) if config.trust else 1.0
                 (weight * each.sum() / total).backward()
                 losses.append(each.sum().item())
-            trainer.update(config.policy_lr * (1 - step / config.steps), clip=1.0)
+            norm = trainer.gradient.norm().item()
+            trainer.update(config.policy_lr * (1 - step / config.steps), 1.0 / (norm + 1e-6))
             trainer.save(state, step + 1, student)
             bar.set_postfix_str(f"KL per token {sum(losses) / total:.4f}, {total} tokens written")
     save_lora(trainer.model, out, trainer.base)

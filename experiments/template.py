@@ -48,7 +48,7 @@ def run(config):
         (prompts / "tools" / f"{name}.txt").write_text(text + "\n")
     data = f"{config.out}/train.jsonl"
     filter_trajectories(FilterConfig(trajectories=config.data, out=data))
-    student = train_student(config, "student", data, weigh)
+    student = train_student(config, "student", data, "experiments.template.weigh")
     paper = evaluate_student(config, student, "paper", sc=4)
     forked = {"tools": "experiments.template.tools", "choose": "experiments.template.choose", "prompts": str(prompts)}
     compare(paper, evaluate_student(config, student, "fork", sc=4, **forked))

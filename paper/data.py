@@ -1,20 +1,55 @@
-"""The formats of the authors' published data, converted to the project's own. `make paper` downloads it.
+"""Published data in the project's own formats. `make paper` downloads it and checks its sha256 where that is known.
 
 python -m paper.data tasks runs/paper/download/benchmarks --out runs/paper/tasks
 python -m paper.data trajectories runs/paper/download/agent-trajectories --out agent.train.jsonl
 """
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
-from agent_distill import Prompts
-from common import REQUIRED, InputError, option, parse_object, read_jsonl, read_text, run_command_line, write_jsonl
+from agent_distill import FilterConfig, Prompts, filter_trajectories
+from common import REQUIRED, InputError, grading, option, read_jsonl, read_text, run_command_line, write_jsonl
 from common.report import TASKS
 
 # The authors' benchmark files, as sha256sum lists them: their paths below data_processor/ in the authors' repository.
-BENCHMARKS = Path(__file__).with_name("benchmarks.sha256")
-BENCHMARK_FILES = [line.split()[1] for line in BENCHMARKS.read_text().splitlines()]
+BENCHMARK_FILES = [line.split()[1] for line in Path(__file__).with_name("benchmarks.sha256").read_text().splitlines()]
+# HippoRAG's tasks: 1,000 questions in TASK.json, and the paragraphs that they list, pooled, in TASK_corpus.json.
+POOLED_TASKS = ("hotpotqa", "2wikimultihopqa", "musique")
+
+
+# ------------- Tasks
+
+
+@dataclasses.dataclass(kw_only=True)
+class TasksConfig:
+    folder: str = option(REQUIRED, "the authors' benchmark files, as downloaded", positional=True)
+    pooled: str | None = option(None, "folder of HippoRAG's files: their questions replace the authors' factual ones")
+    out: str = option(REQUIRED, "folder for test/TASK.jsonl, train/TASK.jsonl and, with --pooled, passages.jsonl")
+
+
+def make_tasks(config):
+    """Write the authors' questions, or the pooled and the authors' mathematical ones, as task files."""
+    for path in BENCHMARK_FILES:
+        split, task = task_of(path)
+        if not (config.pooled and path.startswith("qa_dataset")):
+            write_tasks(config.out, split, task, json.loads(read_text(Path(config.folder) / path))["examples"])
+    contents = {}  # as an ordered set
+    for task in POOLED_TASKS if config.pooled else ():
+        questions = json.loads(read_text(Path(config.pooled) / f"{task}.json"))
+        # A teacher of one's own needs training questions whose paragraphs are among these passages.
+        tests = len(questions) // 2 if task == "hotpotqa" else len(questions)
+        write_tasks(config.out, "test", task, questions[:tests])
+        if questions[tests:]:
+            write_tasks(config.out, "train", task, questions[tests:])
+        paragraphs = json.loads(read_text(Path(config.pooled) / f"{task}_corpus.json"))
+        contents |= dict.fromkeys(f'"{paragraph["title"]}"\n{paragraph["text"]}' for paragraph in paragraphs)
+    if contents:
+        write_jsonl(
+            Path(config.out) / "passages.jsonl", [{"id": str(i), "contents": c} for i, c in enumerate(contents)]
+        )
+        print(f"{len(contents)} passages")
 
 
 def task_of(path):
@@ -23,86 +58,117 @@ def task_of(path):
     return split, name.rsplit("_", 2)[0].replace("olymath", "olymmath")
 
 
-@dataclasses.dataclass(kw_only=True)
-class TasksConfig:
-    folder: str = option(REQUIRED, "the authors' benchmark files, as downloaded", positional=True)
-    out: str = option(REQUIRED, "folder for test/TASK.jsonl and train/TASK.jsonl")
+def write_tasks(out, split, task, examples):
+    """Write one task file. The published files state task, kind and domain only by their names."""
+    known = TASKS[task.removesuffix("_medium")]  # math_medium: training questions of MATH, of medium difficulty
+    about, rows = {"task": task, "kind": known.kind, "domain": known.domain}, []
+    for e in examples:
+        if e["answer"] not in (None, ""):  # four training questions have no answer
+            row = {"id": str(e["_id"] if "_id" in e else e["id"]), **about, "question": e["question"]}
+            rows.append(row | {"answer": e["answer"], "aliases": e.get("answer_aliases", [])})
+    write_jsonl(Path(out) / split / f"{task}.jsonl", rows)
+    print(f"{split} {task}: {len(rows)} questions, {len(examples) - len(rows)} without an answer dropped")
 
 
-def make_tasks(config):
-    """Write the authors' questions as task files. Their files state task, kind and domain only by their names."""
-    for path in BENCHMARK_FILES:
-        source, (split, task) = Path(config.folder) / path, task_of(path)
-        known = TASKS[task.removesuffix("_medium")]  # math_medium: training questions of MATH, of medium difficulty
-        about = {"task": task, "kind": known.kind, "domain": known.domain}
-        examples = parse_object(read_text(source), source)["examples"]
-        rows = [{"id": str(e["id"]), **about, "question": e["question"], "answer": e["answer"]} for e in examples]
-        answered = [row for row in rows if row["answer"] not in (None, "")]  # four training questions have no answer
-        write_jsonl(Path(config.out) / split / f"{task}.jsonl", answered)
-        print(f"{split} {task}: {len(answered)} questions, {len(rows) - len(answered)} without an answer dropped")
+# ------------- Trajectories
 
 
 @dataclasses.dataclass(kw_only=True)
 class TrajectoriesConfig:
-    folder: str = option(REQUIRED, "one of the authors' data sets, as downloaded: JSONL files", positional=True)
+    source: str = option(REQUIRED, "a file of collect, or the authors' data set: a file or a folder", positional=True)
     out: str = option(REQUIRED, "training file to write")
-    prefix: bool = option(False, "the rows were made with the first-thought prefix")
+    prefix: bool = option(False, "the authors' rows were made with the first-thought prefix")
 
 
-def convert_trajectories(config):
-    """Write the authors' published rows as training rows {"messages", "method", "prefix"}.
+def make_training_file(config):
+    """Write training rows {"messages", "method", "prefix", ...} from a file of collect, or from the authors' data set.
 
-    The rows get our system prompts, and search results in our wording: that is what the student will see. Agent rows
-    without a log, or with a second system message, are dropped, as the authors do.
+    Rows of collect are graded again, because grading may have improved since, and filtered. The authors' rows get our
+    system prompts, and our wording of questions and search results: that is what the student will see. Rows without a
+    log, or with a second system message, are dropped, as the authors do.
     """
-    prompts, kept, dropped = Prompts(), [], 0
-    systems = {"agent": prompts.system("agent_student_system", ["web_search"]), "cot": prompts.cot_system}
-    for path in sorted(Path(config.folder).rglob("*.jsonl")):
-        for number, row in read_jsonl(path):
-            try:
-                method, messages = published_messages(row)
-            except (KeyError, TypeError, AttributeError):
-                expected = "log_data.messages, or messages and response,"
-                raise InputError(f"{path}:{number}: {expected} were expected") from None
-            turns = [message for message in messages if message["role"] != "system"]
-            if len(turns) < 2 or len(messages) - len(turns) > 1:
-                dropped += 1
-                continue
-            for message in turns:
-                if message["role"] == "user":
-                    message["content"] = reword_search_results(message["content"], prompts)
-            messages = [{"role": "system", "content": systems[method]}, *turns]
-            kept.append({"messages": messages, "method": method, "prefix": config.prefix})
+    prompts, rows, made = Prompts(), list(read_rows(Path(config.source))), []
+    collected = bool(rows) and "steps" in rows[0][1]
+    for where, row in rows:
+        try:
+            made.append(graded_again(row) if collected else training_row(row, prompts, config.prefix))
+        except (KeyError, TypeError, AttributeError, ValueError):
+            raise InputError(f"{where}: a row of {'collect' if collected else 'the authors'} was expected") from None
+    kept = [row for row in made if row]
     if not kept:
-        raise InputError(f"{config.folder}: no conversation in its .jsonl files ({dropped} rows dropped)")
-    write_jsonl(config.out, kept)
-    print(f"{config.out}: {len(kept)} conversations, {dropped} rows dropped")
+        raise InputError(f"{config.source}: no conversation in it ({len(rows)} rows dropped)")
+    if collected:
+        graded = Path(config.out).with_name(f"graded.{Path(config.out).name}")
+        write_jsonl(graded, kept)
+        filter_trajectories(FilterConfig(trajectories=[str(graded)], out=config.out))
+    else:
+        write_jsonl(config.out, kept)
+        print(f"{config.out}: {len(kept)} conversations, {len(rows) - len(kept)} rows dropped")
 
 
-def published_messages(row):
+def read_rows(source):
+    """Yields (file and row number, row) for the rows of a JSONL or parquet file, or of all of them in a folder."""
+    paths = sorted(source.rglob("*.jsonl")) + sorted(source.rglob("*.parquet")) if source.is_dir() else [source]
+    for path in paths:
+        if path.suffix == ".parquet":
+            try:
+                from pyarrow import parquet  # `make paper` installs it where there are such files
+
+                rows = enumerate(parquet.read_table(path).to_pylist(), 1)
+            except ImportError:
+                raise InputError(f"{path}: parquet files need pyarrow: pip install pyarrow") from None
+            except (OSError, ValueError) as error:  # what pyarrow raises for other files
+                raise InputError(f"{path}: {str(error).splitlines()[0]}") from None
+        else:
+            rows = read_jsonl(path)
+        for number, row in rows:
+            yield f"{path}:{number}", row
+
+
+def graded_again(row):
+    """A row of collect with the present code's grade."""
+    aliases = row.get("aliases") or ()
+    verdict = grading.grade(row["kind"], row["prediction"], row["answer"], aliases, row["question"])
+    return row | {"correct": verdict.correct, "why": verdict.why}
+
+
+def training_row(row, prompts, prefix):
+    """One of the authors' rows as a training row, or None if it is dropped."""
+    method, messages = published_messages(row, prompts)
+    turns = [message for message in messages if message["role"] != "system"]
+    if len(turns) < 2 or len(messages) - len(turns) > 1:
+        return None
+    system = prompts.cot_system if method == "cot" else prompts.system("agent_student_system", ["web_search"])
+    return {"messages": [{"role": "system", "content": system}, *turns], "method": method, "prefix": prefix}
+
+
+def published_messages(row, prompts):
     """(method, messages) of one of the authors' rows; messages is [] for a row without a log.
 
-    A CoT row has the messages and the response. An agent row has the log of smolagents 1.13: the content is a list of
-    text parts; "tool-call" repeats the code of the assistant's message and is removed; "tool-response" is the user's
-    turn and loses its line "Call id: ..."; neighbours of one role (logs, then an error) become one turn. References in
-    the question, and what follows the last assistant's turn, are removed.
+    A CoT row has the messages and the response. An agent row has the log of smolagents 1.13: an object or, on the hub,
+    its JSON text. Contents are lists of text parts; "tool-call" repeats the code of the assistant's message and is
+    removed; "tool-response" is the user's turn and loses its line "Call id: ..."; neighbours of one role (logs, then an
+    error) become one turn. What follows the last assistant's turn is removed, and so are the references and the
+    instructions that the authors append to a question.
     """
     if "response" in row:
         return "cot", [*row["messages"], {"role": "assistant", "content": row["response"]}]
-    chat = []
-    for message in row["log_data"]["messages"] if row["log_data"] else []:
+    log, chat = row["log_data"], []
+    if isinstance(log, str):
+        log = json.loads(log or "null")
+    for message in log["messages"] if log else []:
         role = message["role"].removeprefix("MessageRole.").lower().replace("_", "-")
         content = "\n".join(part["text"] for part in message["content"])
         if role == "tool-call":
             continue
         if role == "tool-response":
-            role, content = "user", re.sub(r"^Call id: .*\n", "", content)
+            role, content = "user", reword_search_results(re.sub(r"^Call id: .*\n", "", content), prompts)
         if chat and chat[-1]["role"] == role:
             chat[-1]["content"] += "\n" + content
         else:
             chat.append({"role": role, "content": content})
     for question in chat[1:2]:
-        question["content"] = re.sub(r"<reference>.*?</reference>", "", question["content"], flags=re.DOTALL)
+        question["content"] = prompts.fill("question", question=row["question"])
     if chat and chat[-1]["role"] == "user":
         chat.pop()
     return "agent", chat
@@ -119,8 +185,5 @@ def reword_search_results(text, prompts):
 
 
 if __name__ == "__main__":
-    commands = {
-        "tasks": (TasksConfig, make_tasks),
-        "trajectories": (TrajectoriesConfig, convert_trajectories),
-    }
+    commands = {"tasks": (TasksConfig, make_tasks), "trajectories": (TrajectoriesConfig, make_training_file)}
     run_command_line(__doc__, commands)

@@ -1,13 +1,17 @@
-"""A real HTTP server for the tests; a function (path, body, number) decides on each answer or fault."""
+"""HTTP servers for the tests: one whose answers and faults are decided by a function, and programs in own processes."""
 
 import contextlib
 import http.server
 import json
+import os
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
+
+import requests
 
 
 def completion(text, model="served-name", **more):
@@ -94,3 +98,33 @@ def serve(behave, port=0):
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@contextlib.contextmanager
+def running(command, port, log, **environment):
+    """Run a server's command until /health answers. Yields its base URL; then the process is killed."""
+    with open(log, "ab") as file:
+        command = [*command, "--host", "127.0.0.1", "--port", str(port)]
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | environment)
+    try:
+        deadline = time.monotonic() + 180
+        while not answers(f"http://127.0.0.1:{port}/health"):
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def answers(url):
+    try:
+        return requests.get(url, timeout=5).ok
+    except requests.ConnectionError:
+        return False

@@ -17,6 +17,7 @@ import train
 from agent_distill import STOP
 from common import read_jsonl, report, write_jsonl
 from common.client import cut_at_stop
+from common.models import render
 from miniature import student, world
 from miniature import teacher as miniature_teacher
 
@@ -109,7 +110,7 @@ def continuation():
 
     def continuation(model, tokenizer, messages, opening="", max_tokens=MAX_TOKENS):
         ids = tokenizer(
-            train.render(tokenizer, messages, reply=True) + opening, add_special_tokens=False, return_tensors="pt"
+            render(tokenizer, messages, reply=True) + opening, add_special_tokens=False, return_tensors="pt"
         )
         options = {"stop_strings": STOP, "tokenizer": tokenizer, "do_sample": False, "max_new_tokens": max_tokens}
         new = model.generate(**ids, **options)[0, ids["input_ids"].shape[1] :]

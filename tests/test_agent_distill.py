@@ -8,7 +8,9 @@ Code runs in the real sandbox; the model's side is a list of texts.
 import functools
 import json
 import random
+import re
 import shutil
+import time
 
 import pytest
 
@@ -41,6 +43,28 @@ SHAPES = {
     "made-up observation": "Thought: add.\nCode:\n```py\nx = 1 + 1\nprint(x)\n```\nObservation: 3\nThought: so 3",
     "label and fence on one line": "Thought: add.\nCode: ```py\nx = 1 + 1\nprint(x)\n```<end_code>",
     "another language first": "Thought: add.\n```json\n[1]\n```\nCode:\n```py\nx = 1 + 1\nprint(x)\n```<end_code>",
+    "Python": "Thought: add.\nCode:\n```Python\nx = 1 + 1\nprint(x)\n```<end_code>",
+    "python3": "Thought: add.\nCode:\n```python3\nx = 1 + 1\nprint(x)\n```<end_code>",
+    "tool_code": "Thought: add.\nCode:\n```tool_code\nx = 1 + 1\nprint(x)\n```<end_code>",
+    "four backticks": "Thought: add.\nCode:\n````py\nx = 1 + 1\nprint(x)\n````",
+    "code on the line of the fence": "Thought: add.\nCode:\n```py x = 1 + 1\nprint(x)\n```",
+    "labels in bold": "Thought: add.\n**Code:**\n```py\nx = 1 + 1\nprint(x)\n```<end_code>",
+    "small label": "Thought: add.\ncode:\nx = 1 + 1\nprint(x)",
+    "closed but not opened": "Thought: add.\nCode:\nx = 1 + 1\nprint(x)\n```<end_code>",
+    "closed but not opened, and prose": "add.\nCode:\nx = 1 + 1\nprint(x)\n```\nThis prints\nObservation: 3",
+    "never closed, made-up observation": "add.\nCode:\n```py\nx = 1 + 1\nprint(x)\nObservation: 3",
+    "indented": "add.\n1. Code:\n   ```py\n   x = 1 + 1\n   print(x)\n   ```",
+    "in a list": "add.\n- ```py\n  x = 1 + 1\n  print(x)\n  ```<end_code>",
+    "output after it": "add.\n```py\nx = 1 + 1\nprint(x)\n```\nOutput:\n```\n2\n```<end_code>",
+    "output after unmarked code": "add.\n```\nx = 1 + 1\nprint(x)\n```\nOutput:\n```\n2\n```",
+    "form of the answer first": "add.\n```\nx: number\n```\nCode:\n```\nx = 1 + 1\nprint(x)\n```",
+    "words before an unmarked fence": "add.\nCode:\nLike this:\n```\nx = 1 + 1\nprint(x)\n```",
+    "<code>": "Thought: add.\n<code>\nx = 1 + 1\nprint(x)\n</code>",
+    "label and <code>": "Thought: add.\nCode:\n<code>\nx = 1 + 1\nprint(x)\n</code>",
+    "<code> that never closes": "Thought: add.\n<code>\nx = 1 + 1\nprint(x)",
+    "<code> around a fence": "Thought: add.\n<code>\n```py\nx = 1 + 1\nprint(x)\n```\n</code>",
+    "thinking": "<think>\nI try\n```py\nfinal_answer(1)\n```\n</think>\n\nadd.\n```py\nx = 1 + 1\nprint(x)\n```",
+    "thinking opened in the prompt": "try:\n```py\n7\n```\n</think>\nadd.\n```py\nx = 1 + 1\nprint(x)\n```",
 }
 
 
@@ -49,8 +73,10 @@ def test_parse_shapes(shape):
     action = parse_action(SHAPES[shape])
     assert action.code == "x = 1 + 1\nprint(x)"
     assert action.thought.split("\n")[0] == "add."
-    assert "Observation" not in action.text and "\r" not in action.text
-    assert parse_action(action.text) == action  # what stays in the context reads the same again
+    assert "Observation" not in action.text and "\r" not in action.text and "think>" not in action.text
+    assert bool(action.thinking) == shape.startswith("thinking")
+    again = parse_action(action.text)  # what stays in the context reads the same again
+    assert (again.text, again.thought, again.code) == (action.text, action.thought, action.code)
 
 
 def test_the_word_observation_inside_code_does_not_end_it():
@@ -59,14 +85,41 @@ def test_the_word_observation_inside_code_does_not_end_it():
     assert action.code == code and action.text.endswith("```<end_code>")
 
 
-TEXTS = dict.fromkeys(["", "I do not know.", "Thought: it is Paris.", "Code:\n", "```py\n```", "yes"])
-TEXTS["Thought: t\nCode:\n```py\nprint((1\n```<end_code>"] = "print((1"  # a syntax error is for the sandbox to find
-TEXTS["Thought: t\nCode:\n```py\na = 1\n```\nand then\n```py\nprint(a)\n```<end_code>"] = "a = 1\n\nprint(a)"
+TEXTS = {
+    "": None, "I do not know.": None, "Thought: it is Paris.": None, "Code:\n": None, "```py\n```": None, "yes": None,
+    "Thought: t\nCode:\n```py\nprint((1\n```<end_code>": "print((1",  # a syntax error is for the sandbox to find
+    "Thought: t\nCode:\n```py\na = 1\n```\nand then\n```py\nprint(a)\n```<end_code>": "a = 1\n\nprint(a)",
+    "```py\na = 1\n```py\nprint(a)\n```": "a = 1\n\nprint(a)",
+    "Code: print(1)": "print(1)", "Code: `print(1)`": "print(1)", "code: ```py print(1)```<end_code>": "print(1)",
+    "```print(1)```": "print(1)", "t <code>print(1)</code>": "print(1)",
+    "```py\nt = '''\n```\na\n```\n'''\nprint(t)\n```<end_code>": "t = '''\n```\na\n```\n'''\nprint(t)",
+    '```py\nt = """\n    ```py\n"""\n```\nThat is """.': 't = """\n    ```py\n"""',
+    '```py\n# as """ here\nprint(1)\n```\nThat is """.': '# as """ here\nprint(1)',
+    "<think>it is\n```py\nfinal_answer(3)\n```": None,  # thinking that never ended: no answer
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_code_of_other_texts(text):
     assert parse_action(text).code == TEXTS[text]
+
+
+def test_a_reply_that_ends_inside_a_stop_string_loses_it():
+    whole = step("print(1)").removesuffix("<end_code>")
+    for n in range(1, len("<end_code>")):
+        assert parse_action(whole + "<end_code>"[:n]).text == step("print(1)")
+    for n in range(len("\nObserv"), len("\nObservation:")):
+        assert parse_action(whole + "\nObservation:"[:n]).text == step("print(1)")
+
+
+@pytest.mark.parametrize(
+    "text", ["'''" * 9999, "- " * 99999, "Code:" + " " * 99999 + "y", "<think>" * 9999, "```" * 9999]
+)
+def test_long_nonsense_is_read_in_no_time(text):
+    started = time.monotonic()
+    parse_action(f"```py\n{text}")
+    parse_action(text)
+    assert time.monotonic() - started < 5  # a bound: seconds would mean steps that grow with the square of the length
 
 
 def test_prompts_agree_with_the_parser():
@@ -97,11 +150,52 @@ def test_every_tool_is_described_to_teacher_and_student(tmp_path):
         PROMPTS.system("agent_system", ["shell"])
 
 
-def test_changed_prompts_have_another_hash(tmp_path):
+def test_the_hash_covers_the_prompts_that_are_used(tmp_path):
     shutil.copytree(Prompts.default, tmp_path / "prompts")
-    assert Prompts(tmp_path / "prompts").sha256 == PROMPTS.sha256
-    (tmp_path / "prompts" / "question.txt").write_text("Task: {question}")
-    assert Prompts(tmp_path / "prompts").sha256 != PROMPTS.sha256
+    for name, methods in (("judge", []), ("error", ["agent"]), ("search_result", ["agent", "cot-rag"])):
+        before = {method: Prompts(tmp_path / "prompts").sha256(method) for method in agent_distill.SHOWN}
+        (tmp_path / "prompts" / f"{name}.txt").write_text("Another text")
+        after = Prompts(tmp_path / "prompts")
+        assert [method for method in before if before[method] != after.sha256(method)] == methods
+
+
+def no_tools():
+    return []
+
+
+def two(actions, observations):
+    return 0
+
+
+WRONG_OPTIONS = {  # each is refused in one line before anything is loaded
+    "--search": {"kinds": {"fact"}},
+    "--choose nothing.here: ModuleNotFoundError": {"choose": "nothing.here"},
+    "--choose test_agent_distill.two: too many positional": {"choose": "test_agent_distill.two"},
+    "--episode test_agent_distill.two: ": {"episode": "test_agent_distill.two"},
+    "--tools test_agent_distill.two: missing a required argument": {"tools": "test_agent_distill.two"},
+    "--tools test_agent_distill.no_tools: {name: function} was expected": {"tools": "test_agent_distill.no_tools"},
+    "tools/shell.txt: describes a tool of --tools": {"tools": "test_agent_distill.shell"},
+    "only --method agent uses it": {"method": "cot", "choose": "test_agent_distill.last_candidate"},
+}
+
+
+def shell():
+    return {"shell": print}
+
+
+@pytest.mark.parametrize("message", WRONG_OPTIONS)
+def test_wrong_options(message):
+    options = {"tasks": [], "out": "", "url": "", **WRONG_OPTIONS[message]}
+    kinds = options.pop("kinds", ())
+    with pytest.raises(InputError, match=re.escape(message)):
+        agent_distill.check_options(agent_distill.CollectConfig(**options), PROMPTS, kinds)
+
+
+def test_a_description_without_a_signature_is_refused(tmp_path):
+    shutil.copytree(Prompts.default, tmp_path / "prompts")
+    (tmp_path / "prompts" / "tools" / "shell.txt").write_text("runs a program")
+    with pytest.raises(InputError, match="tools/shell.txt: describes a tool"):
+        Prompts(tmp_path / "prompts").system("agent_system", ["shell"])
 
 
 # The episode --------------------------------------------------------------------------------------
@@ -169,6 +263,20 @@ def test_a_turn_that_fails_ends_the_episode_as_an_error():
     assert (episode.stop, episode.error) == ("error", "400: context length")
 
 
+def test_thinking_is_kept_in_the_step_and_nowhere_else():
+    thinking = "<think>\nOr\n```py\nfinal_answer(1)\n```?\n</think>\n\n"
+    episode, turns = play(
+        [[thinking + step("print(7)")] * 2, thinking + step("final_answer(2)")], first_thought="I need it. \n"
+    )
+    assert turns[0].opening == "Thought: I need it." and episode.prediction == 2
+    assert "think>" not in json.dumps(episode.messages) and episode.messages[2]["content"].startswith(turns[0].opening)
+    assert [s["thinking"] for s in (*episode.steps, *episode.steps[0]["candidates"])] == [thinking.strip()[8:-9]] * 4
+    for text, answer in ((thinking + "So\n\n\\boxed{3}", "3"), ("<think>so \\boxed{3}", None)):
+        episode, _ = cot([text])
+        assert episode.prediction == answer and "think" not in json.dumps(episode.messages)
+        assert episode.steps[0]["thinking"]
+
+
 # SC-action ----------------------------------------------------------------------------------------
 
 
@@ -212,15 +320,31 @@ def last_candidate(actions, observations, rng):
     return len(actions) - 1
 
 
-def test_another_vote_is_an_option():
+def test_another_vote_is_an_option_and_stored_as_it_was_cast():
     config = EpisodeConfig(choose="test_agent_distill.last_candidate")
     config.method = "agent"
     running = Running(agent_distill.open_episode(config, "Q?", PROMPTS, {}, system="S"))
     running.advance([step("print(1)"), step("print(1)"), step("final_answer(2)")])
     assert running.result.prediction == 2 and running.result.steps[0]["chosen"] == 2
-    config.choose = "test_agent_distill.nothing"
-    with pytest.raises(InputError, match="no function test_agent_distill.nothing: "):
-        agent_distill.open_episode(config, "Q?", PROMPTS, {}, system="S")
+    assert [c["vote"] for c in running.result.steps[0]["candidates"]] == [None, None, 0]
+
+
+SAME = {  # kind, method, candidates' answers, the elected one
+    ("math", "agent", (5, "4", 4.0, 5, 4), "4"),
+    ("math", "cot", ("5", "\\frac12", "0.5", "5", "1/2"), "\\frac12"),
+    ("fact", "agent", ("Lyon", "the Paris", "Paris", "Lyon", "Paris."), "the Paris"),
+    (None, "agent", ("Lyon", "the Paris", "Paris", "Lyon", "Paris."), "Lyon"),
+}
+
+
+@pytest.mark.parametrize("kind, method, answers, elected", SAME)
+def test_equal_answers_are_one_vote(kind, method, answers, elected):
+    config = EpisodeConfig()
+    config.method = method
+    running = Running(agent_distill.open_episode(config, "Q?", PROMPTS, {}, system="S", kind=kind))
+    texts = {"agent": [step(f"final_answer({a!r})") for a in answers], "cot": [rf"\boxed{{{a}}}" for a in answers]}
+    running.advance(texts[method])
+    assert running.result.prediction == elected
 
 
 def test_candidates_do_not_see_each_other_and_the_winner_is_not_run_again():
@@ -267,7 +391,7 @@ def test_a_reply_that_was_cut_is_told_from_one_without_an_answer():
 
 def test_first_step_is_the_text_to_the_first_blank_line():
     assert first_step("\nI need a\nand b.\n \nThen c.\n\nd") == "I need a\nand b."
-    assert first_step("one\r\n\r\ntwo") == "one"
+    assert first_step("one\r\n\r\ntwo") == first_step("<think>\nOkay.\n\nSo\n</think>\n\none\n\ntwo") == "one"
     assert first_step("only one") == "only one"
 
 
@@ -277,7 +401,7 @@ def test_first_step_is_the_text_to_the_first_blank_line():
 def row(i, correct=True, stop="final_answer", errors=(None,), question=None):
     return {
         "id": str(i), "task": "t", "kind": "fact", "question": question or f"question {i}?", "answer": "a",
-        "method": "agent", "messages": [{"role": "user", "content": "x"}],
+        "method": "agent", "tools": [], "messages": [{"role": "user", "content": "x"}],
         "steps": [{"error_kind": e} for e in errors], "correct": correct, "stop": stop,
     }  # fmt: skip
 
@@ -310,14 +434,27 @@ def test_only_the_very_same_question_is_a_duplicate(tmp_path):
 def test_training_rows_carry_the_students_prompt_and_what_a_weighting_needs(tmp_path):
     rows = [row(0) | {"tools": ["web_search"], "prefix": "I need"}, row(1, errors=("runtime", None))]
     first, second = filtered(tmp_path, rows)
+    assert (first["tools"], second["tools"]) == (["web_search"], [])  # what evaluation compares with its own
     system = {"role": "system", "content": PROMPTS.system("agent_student_system", ["web_search"])}
     assert first["messages"] == [system, {"role": "user", "content": "x"}]
     assert (first["method"], first["prefix"], second["prefix"]) == ("agent", True, False)
     assert second["steps"] == [{"error_kind": "runtime"}, {"error_kind": None}]
 
 
-def test_filter_refuses_what_is_no_trajectory_and_an_empty_result(tmp_path):
-    with pytest.raises(InputError, match=r"a:1: not a trajectory: the field 'id' is missing"):
-        filtered(tmp_path, [{"task": "t"}])
+NOT_TRAJECTORIES = {
+    "the field 'id' is missing": {"task": "t"},
+    "the tools are not stated": {name: value for name, value in row(0).items() if name != "tools"},
+    "messages must be a list": row(0) | {"messages": "x"},
+    "steps must be a list": row(0) | {"steps": [{}]},
+}
+
+
+@pytest.mark.parametrize("message", NOT_TRAJECTORIES)
+def test_filter_refuses_what_is_no_trajectory(tmp_path, message):
+    with pytest.raises(InputError, match=f"a:1: .*{message}"):
+        filtered(tmp_path, [NOT_TRAJECTORIES[message]])
+
+
+def test_filter_refuses_to_keep_nothing(tmp_path):
     with pytest.raises(InputError, match="none of 1"):
         filtered(tmp_path, [row(0, correct=False)])

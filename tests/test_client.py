@@ -1,4 +1,4 @@
-"""The client against a server that misbehaves in every way that servers do.  `make test ROOM=client`"""
+"""The client and the judge against servers that answer in every way that servers do.  `make test ROOM=client`"""
 
 import collections
 import copy
@@ -10,8 +10,9 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 import common
-from common import InputError
-from common.client import BadRequest, Client, Served, ServerError, in_parallel
+from agent_distill import Prompts
+from common import InputError, Journal
+from common.client import BadRequest, Client, Judge, Served, ServerError, in_parallel, read_verdict
 from servers import completion, serve
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -22,12 +23,14 @@ def short_waits(monkeypatch):
     monkeypatch.setattr(common, "BACKOFF", 0.01)
 
 
+# ------------- Lost connections and refusals
+
 PASSING = {
     "429": ("status", 429, {}, "slow down"),
-    "429 retry-after": ("status", 429, {"Retry-After": "1"}, "slow down"),
+    "429 retry-after": ("status", 429, {"Retry-After": "0.6"}, "slow down"),
     "500": ("status", 500, {}, "oops"),
     "502": ("status", 502, {}, "<html>bad gateway</html>"),
-    "503": ("status", 503, {}, ""),
+    "503": ("status", 503, {"Retry-After": "when it is Friday"}, ""),
     "reset": ("reset",),
     "reset in body": ("reset in body",),
     "cut body": ("cut",),
@@ -37,9 +40,11 @@ PASSING = {
     "null choices": {"choices": None},
     "no choice": {"choices": [None]},
     "no message": {"choices": [{"message": "fine"}]},
+    "content is a number": completion(5),
     "usage is text": {"choices": [{"text": "fine"}], "usage": "much"},
     "nested too deep": ("raw", b"[" * 100_000),
-    "null content": {"choices": [{"message": {"role": "assistant", "content": None}}]},
+    "an error in a body": {"error": {"message": "upstream is busy", "code": 503}},
+    "a choice that failed": completion("half", finish_reason="error"),
     "hang": ("hang", 2.0),
 }
 
@@ -52,51 +57,68 @@ def test_passing_faults_are_retried(fault):
         texts, usage = asker.chat(HELLO)
         assert (texts, usage["retries"], usage["prompt_tokens"], len(seen)) == (["fine"], 2, 5, 3)
         if "retry-after" in fault:
-            assert time.monotonic() - start > 2
+            assert time.monotonic() - start > 1.2
         assert time.monotonic() - start < 5
 
 
-def test_retries_are_bounded():
-    with serve(lambda *request: ("status", 500, {}, "broken for good")) as (url, seen):
-        with pytest.raises(ServerError, match="500: broken for good; gave up after 3 attempts"):
-            Client(url, retries=2).chat(HELLO)
-        assert len(seen) == 3
-    with pytest.raises(ServerError, match="no answer .NewConnectionError.; gave up after 2 attempts"):
+def test_retries_are_bounded_and_the_servers_words_are_shown():
+    answers = {"500: broken for good": ("status", 500, {}, "broken for good"), "no credit": {"error": "no credit"}}
+    for words, answer in answers.items():
+        with serve(lambda *request, answer=answer: answer) as (url, seen):
+            with pytest.raises(ServerError, match=f"{words}.*; gave up after 3 attempts"):
+                Client(url, retries=2).chat(HELLO)
+            assert len(seen) == 3
+    with pytest.raises(ServerError, match="no answer: Failed to establish .*refused; gave up after 2 attempts"):
         Client(url, model="m", retries=1).chat(HELLO)
 
 
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 422])
-def test_hopeless_requests_are_not_repeated_and_show_no_key(status, monkeypatch):
+PERMANENT = [
+    (status, ("status", status, {}, "no: sk-very-secret")) for status in (400, 401, 402, 403, 404, 405, 413, 422)
+]
+PERMANENT.append((301, ("status", 301, {"Location": "https://elsewhere/v1"}, "")))
+
+
+@pytest.mark.parametrize("status, answer", PERMANENT)
+def test_what_cannot_succeed_is_not_repeated_and_shows_no_key(status, answer, monkeypatch):
     monkeypatch.setenv("TEACHER_KEY", "sk-very-secret")
-    with serve(lambda *request: ("status", status, {}, "no: sk-very-secret")) as (url, seen):
-        expected = InputError if status in (401, 403, 404) else BadRequest
-        with pytest.raises(expected, match=rf"{status}[^\n]*: no: \[key\]$"):
+    with serve(lambda *request: answer) as (url, seen):
+        expected = r"https://elsewhere/v1" if status == 301 else r"no: \[key\]"
+        with pytest.raises(InputError, match=rf"{status}[^\n]*: .*{expected}") as caught:
             Client(url, api_key_env="TEACHER_KEY").chat(HELLO)
+        assert isinstance(caught.value, BadRequest) == (status in (400, 413, 422))
+        assert "secret" not in str(caught.value)
         assert len(seen) == 1 and seen[0][2]["Authorization"] == "Bearer sk-very-secret"
 
 
-def test_a_server_that_ignores_n_is_asked_n_times_with_other_seeds():
-    with serve(lambda path, body, number: completion(f"seed {body['seed']}")) as (url, seen):
-        texts, usage = Client(url).chat(HELLO, n=3, seed=7, temperature=0.5)
-        assert texts == ["seed 7", "seed 8", "seed 9"]
-        assert len(seen) == 3 and usage["completion_tokens"] == 6
+ADDRESSES = ["localhost:8000", "ftp://x/v1", "http://", "http://me:word@x/v1", "http://x:99999/v1", "http://[::1/v1"]
+ADDRESSES += ["http://two words/v1", f"http://{'x' * 70}/v1", "http://nowhere.invalid/v1"]
 
 
-REFUSAL = {"role": "assistant", "content": None, "refusal": "I cannot help with that."}
-ANSWERS = {
-    # Servers that cut a text by UTF-16 units leave such halves, which no file could take.
-    "half a surrogate pair": (completion("cut \ud83d", finish_reason="length"), "cut ?", 1),
-    "stop strings": (completion("code ```<end_code> and Observation: made up"), "code ```", 0),
-    "a refusal": ({"choices": [{"message": REFUSAL, "finish_reason": "stop"}]}, "", 0),
-}
+@pytest.mark.parametrize("url", ADDRESSES)
+def test_an_address_that_is_none_is_refused_at_once(url):
+    with pytest.raises(InputError) as caught:
+        Client(url, "m").chat(HELLO)
+    assert (
+        not isinstance(caught.value, ServerError) and "\n" not in str(caught.value) and "word@" not in str(caught.value)
+    )
 
 
-@pytest.mark.parametrize("name", ANSWERS)
-def test_answers_that_need_care(name):
-    answer, text, truncated = ANSWERS[name]
-    with serve(lambda *request: answer) as (url, seen):
-        texts, usage = Client(url).chat(HELLO, stop=["<end_code>", "Observation:"])
-        assert (texts, usage["truncated"], len(seen)) == ([text], truncated, 1)
+def test_a_key_that_no_header_can_carry(monkeypatch):
+    for key in ("sk-secret\n", "sk secret", "sk-schlüssel"):
+        monkeypatch.setenv("TEACHER_KEY", key)
+        with pytest.raises(InputError, match=r"\$TEACHER_KEY") as caught:
+            Client("http://127.0.0.1:9/v1", "m", "TEACHER_KEY")
+        assert "sk-s" not in str(caught.value) and "sk s" not in str(caught.value)
+
+
+def test_neither_the_proxy_nor_netrc_is_used_for_loopback(monkeypatch, tmp_path):
+    (tmp_path / "netrc").write_text("default login someone password else\n")
+    for name, value in {"http_proxy": "http://127.0.0.1:9", "NETRC": str(tmp_path / "netrc"), "KEY": "sk-1"}.items():
+        monkeypatch.setenv(name, value)
+    with serve(lambda *request: completion("direct")) as (url, seen):
+        for host in ("127.0.0.1", "localhost"):
+            assert Client(url.replace("127.0.0.1", host), "m", "KEY", retries=0).chat(HELLO)[0] == ["direct"]
+            assert seen[-1][2]["Authorization"] == "Bearer sk-1"
 
 
 def test_a_server_that_restarts_in_the_middle(monkeypatch):
@@ -114,37 +136,157 @@ def test_a_server_that_restarts_in_the_middle(monkeypatch):
     assert answers == ["after"]
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "ftp://x/v1"])
-def test_an_address_that_is_none(url):
-    with pytest.raises(InputError, match="--url"):
-        Client(url)
+# ------------- What replies look like
 
 
-def vllm(path, body, number):
-    """Closes the assistant's turn and opens another unless told to continue, and counts tokens accordingly."""
-    prompt = sum(len(m["content"]) for m in body["messages"])
-    answer = completion("lo")
-    answer["usage"]["prompt_tokens"] = prompt + (0 if body.get("continue_final_message") else 9)
-    return answer
+def reply(content, finish_reason="stop", **more):
+    return {"choices": [{"message": {"role": "assistant", "content": content, **more}, "finish_reason": finish_reason}]}
 
 
-def strict(path, body, number):
-    """Refuses a field that it does not know."""
-    return ("status", 422, {}, "unknown field") if "continue_final_message" in body else completion("Hello!")
+STOP = ["<end_code>", "\nObservation:"]
+REPLIES = {  # name: (answer, text, truncated)
+    # Servers that cut a text by UTF-16 units leave such halves, which no file could take.
+    "half a surrogate pair": (reply("cut \ud83d", "length"), "cut ?", 1),
+    "a stop string left in": (reply("code ```<end_code> and more"), "code ```", 0),
+    "a stop string before the limit": (reply("code ```<end_code> and mo", "length"), "code ```", 0),
+    "a stop string cut by the limit": (reply("code\n```<end_co", "length"), "code\n```", 1),
+    "another": (reply("code\n```\nObserv"), "code\n```", 0),
+    "a stop string in the thinking": (reply("<think><end_code></think>x<end_code>"), "<think><end_code></think>x", 0),
+    "a refusal": (reply(None, refusal="I cannot help with that."), "", 0),
+    "null at the limit": (reply(None, "length"), "", 1),
+    "null with tool calls": (reply(None, "tool_calls", tool_calls=[{"id": "1"}]), "", 0),
+    "null by a filter": (reply(None, "content_filter"), "", 0),
+    "no content": ({"choices": [{"message": {"role": "assistant"}}]}, "", 0),
+    "parts": (reply([{"type": "text", "text": "one "}, {"type": "text", "text": "two"}, "!"]), "one two!", 0),
+    "a part that thinks": (
+        reply([{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "text", "text": "5"}]),
+        "<think>hm</think>5", 0,
+    ),
+    "reasoning_content": (reply("\n\n5", reasoning_content="hm"), "<think>hm</think>\n\n5", 0),
+    "reasoning": (reply("5", reasoning="hm"), "<think>hm</think>5", 0),
+    "both ways": (reply("<think>hm</think>5", reasoning_content="hm"), "<think>hm</think>5", 0),
+    "thinking up to the limit": (reply(None, "length", reasoning_content="hm"), "<think>hm", 1),
+    "thinking that the template opened": (reply("hm\n</think>\n5"), "<think>hm\n</think>\n5", 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REPLIES)
+def test_replies_that_need_care(name):
+    answer, text, truncated = REPLIES[name]
+    with serve(lambda *request: answer) as (url, seen):
+        texts, usage = Client(url).chat(HELLO, stop=STOP)
+        assert (texts, usage["truncated"], usage["prompt_tokens"], len(seen)) == ([text], truncated, 0, 1)
+
+
+@pytest.mark.parametrize("stopped", [reply("<think>say ```"), reply(None, reasoning_content="say ```")])
+def test_a_server_that_stops_inside_the_thinking_is_asked_without_stop_strings(stopped):
+    full = reply("<think>say ```<end_code> or not?</think>5 ```<end_code> and more")
+    with serve(lambda path, body, number: stopped if "stop" in body else full) as (url, seen):
+        client = Client(url)
+        for _ in range(2):
+            assert client.chat(HELLO, stop=STOP)[0] == ["<think>say ```<end_code> or not?</think>5 ```"]
+        assert ["stop" in body for _, body, _ in seen] == [True, False, False]
+
+
+def test_a_server_that_ignores_n_is_asked_n_times_with_other_seeds():
+    with serve(lambda path, body, number: completion(f"seed {body['seed']}")) as (url, seen):
+        texts, usage = Client(url).chat(HELLO, n=3, seed=7, temperature=0.5)
+        assert texts == ["seed 7", "seed 8", "seed 9"]
+        assert len(seen) == 3 and usage["completion_tokens"] == 6
+
+
+def test_half_a_surrogate_pair_in_a_question_is_sent_as_a_question_mark():
+    with serve(lambda path, body, number: completion(body["messages"][0]["content"])) as (url, _):
+        assert Client(url).chat([{"role": "user", "content": "caf\udce9 \ud83d é"}])[0] == ["caf? ? é"]
+
+
+# ------------- Probes
+
+
+def refusing(*names, status=400):
+    """A server that refuses fields by their names, with the word `unwelcome`."""
+
+    def behave(path, body, number):
+        bad = [name for name in names if name in body and (name != "top_p" or body["temperature"] == 0)]
+        return ("status", status, {}, f"unwelcome: {bad[0]}") if bad else completion("fine")
+
+    return behave
+
+
+FIELDS = {"temperature": 0.0, "top_p": 1.0, "max_tokens": 64, "stop": STOP}
+REFUSED = [
+    ([], 422), (["seed"], 422), (["stop"], 400), (["n"], 400), (["max_tokens"], 400), (["top_p"], 400),
+    (["top_k", "min_p", "repetition_penalty", "chat_template_kwargs"], 422),
+    (["seed", "stop", "n", "max_tokens", "top_p", "top_k", "min_p", "repetition_penalty", "chat_template_kwargs"], 400),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("names, status", REFUSED)
+def test_the_probe_finds_the_fields_that_a_server_refuses_and_does_without(names, status, capsys):
+    with serve(refusing(*names, status=status)) as (url, seen):
+        served = Served(Client(url), template_options={"enable_thinking": False}, **FIELDS)
+        served.probe(n=3)
+        note = capsys.readouterr().err
+        assert all(f"{name} ({status}: unwelcome: {name}), so " in note for name in names)
+        assert note.count("\n") == bool(names)
+        seen.clear()
+        assert served.answer(SimpleNamespace(messages=HELLO, opening=""), collections.Counter(), 3, 7) == ["fine"] * 3
+    sent = {"n": 3, "seed": 7, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+    sent |= {**FIELDS, "chat_template_kwargs": {"enable_thinking": False}}
+    sent = {name: value for name, value in sent.items() if name not in names}
+    if "max_tokens" in names:
+        sent["max_completion_tokens"] = 64
+    assert {name: seen[0][1][name] for name in seen[0][1].keys() - {"model", "messages"}} == sent
+
+
+def test_what_would_change_the_answers_is_not_left_out():
+    with serve(refusing("temperature")) as (url, _):
+        with pytest.raises(InputError, match="temperature 0.0 .400: unwelcome: temperature.: name another"):
+            Served(Client(url), **FIELDS).probe()
+        Served(Client(url), **FIELDS | {"temperature": 1.0}).probe()  # what such a server does anyway
+    with serve(lambda *request: ("status", 400, {}, "no such model: m")) as (url, _):
+        with pytest.raises(InputError, match="refuses even a short request .400: no such model: m"):
+            Served(Client(url, model="m"), **FIELDS).probe()
+
+
+def continuing(flag=True, closing=9, repeats=False, usage=True, strict=False):
+    """A server's prompt grows by the tokens of `closing` unless it continues the last message, as `flag` (if it
+    minds the field at all) or by itself (closing=0). repeats: its reply begins with the message that it continues."""
+
+    def behave(path, body, number):
+        last = body["messages"][-1]
+        if strict and "continue_final_message" in body:
+            return ("status", 422, {}, "unknown field")
+        answer = completion(" 5" if not (repeats and last["role"] == "assistant") else last["content"] + " 5")
+        extra = 0 if flag and body.get("continue_final_message") else closing
+        extra *= last["role"] == "assistant"
+        answer["usage"]["prompt_tokens"] = sum(len(m["content"].split()) for m in body["messages"]) + extra
+        return answer if usage else {"choices": answer["choices"]}
+
+    return behave
 
 
 def test_the_probe_tells_a_server_that_continues_from_those_that_do_not():
-    with serve(vllm) as (url, _):
-        assert Served(Client(url)).probe(opening=True) is None
+    turn = SimpleNamespace(messages=HELLO, opening="Thought: I need ")
+    by_itself = {"flag": False, "closing": 0}
+    for options in ({}, by_itself, by_itself | {"repeats": True}, by_itself | {"strict": True}):
+        with serve(continuing(**options)) as (url, seen):
+            served = Served(Client(url))
+            served.probe(opening=True)
+            assert served.answer(turn, collections.Counter()) == ["5"]
+            assert seen[-1][1]["messages"][-1]["content"] == "Thought: I need"
+            assert ("continue_final_message" in seen[-1][1]) != ("strict" in options)
+    refused = {"ignores continue_final_message": {"flag": False}, "422: unknown field": {"strict": True}}
+    for words, options in (refused | {"sends no token counts": {"usage": False}}).items():
+        with serve(continuing(**options)) as (url, _):
+            with pytest.raises(InputError, match=f"{words}.*: name --prefix-mode completions"):
+                Served(Client(url)).probe(opening=True)
     with serve(lambda *request: completion("Hello!")) as (url, _):
         with pytest.raises(InputError, match="ignores continue_final_message.*--prefix-mode"):
             Served(Client(url)).probe(opening=True)
-    with serve(strict) as (url, _):
-        with pytest.raises(InputError, match="does not continue.*unknown field.*--prefix-mode"):
-            Served(Client(url)).probe(opening=True)
-    with serve(lambda *request: ("status", 400, {}, "no such model: m")) as (url, _):
-        with pytest.raises(InputError, match="refuses even a short request .400: no such model: m"):
-            Served(Client(url, model="m")).probe()
+
+
+# ------------- Chats that are rendered here
 
 
 @pytest.mark.parametrize("own_bos", [False, True])
@@ -152,15 +294,16 @@ def test_a_rendered_chat_begins_once(tiny_tokenizer, own_bos):
     """The template writes <bos>; where the server's tokenizer does so too, the text is sent without."""
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.bos_token = "<|endoftext|>"
-    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    tokenizer.chat_template = "{{ bos_token }}{{ date_string }}" + tokenizer.chat_template
     if own_bos:
         ids = [("<|endoftext|>", tokenizer.bos_token_id)]
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<|endoftext|> $A", None, ids)
     with serve(lambda *request: {"choices": [{"text": "lo"}]}) as (url, seen):
-        served = Served(Client(url), "completions", tokenizer)
+        served = Served(Client(url), "completions", tokenizer, {"date_string": "today"})
         assert served.answer(SimpleNamespace(messages=HELLO, opening="Hel"), collections.Counter()) == ["lo"]
     ids = tokenizer(seen[0][1]["prompt"]).input_ids
-    assert tokenizer.decode(ids) == ("<|endoftext|><|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nHel")
+    assert tokenizer.decode(ids) == ("<|endoftext|>today<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nHel")
+    assert "chat_template_kwargs" not in seen[0][1]
 
 
 @pytest.mark.parametrize("name", ["nowhere", "no template"])
@@ -173,13 +316,64 @@ def test_a_tokenizer_that_cannot_render_is_one_line(tiny_tokenizer, tmp_path, na
             Served(Client(url), "completions", str(tmp_path / name)).probe(opening=True)
 
 
-def test_in_parallel_gives_every_result_and_raises_the_first_error():
+# ------------- Many at once
+
+
+def test_in_parallel_gives_every_result_and_raises_the_first_error_after_those_under_way():
     assert sorted(in_parallel(lambda x: x * x, range(1, 50), 7)) == [x * x for x in range(1, 50)]
+    together, results = threading.Barrier(4), []
 
-    def fail(x):
-        time.sleep(0.001)
-        return 1 // (20 - x)
+    def work(x):
+        if 20 <= x < 24:
+            together.wait(10)
+            time.sleep(0.2 if x > 20 else 0)
+        return 1 // (20 - x) if x == 20 else x
 
-    results = in_parallel(fail, range(4_000), 4)
     with pytest.raises(ZeroDivisionError):
-        list(zip(results, range(2_000), strict=False))
+        for result in in_parallel(work, range(4_000), 4):
+            results.append(result)
+    assert sorted(results) == [*range(20), 21, 22, 23]
+
+
+# ------------- The judge
+
+VERDICTS = {
+    "correct": [
+        '{"verdict": "correct"}', "Correct.", "Correct", "**correct**", "\"correct\"", "Verdict: **Correct**",
+        '{"verdict":"correct","reason":"the same {name}"}', '{"reason": "a {b}", "verdict": "Correct"}',
+        'Both name her.\n```json\n{"verdict": "correct"}\n```\nI hope this helps.', "{'verdict': 'correct'}",
+        '<think>{"verdict": "incorrect"}? No.</think>\n{"verdict": "correct"}', '{1} {"verdict": "correct"}',
+    ],
+    "incorrect": ['```json\n{"verdict": "incorrect"}\n```', "incorrect", '{"verdict": "INCORRECT", "sure": 1}'],
+    None: [
+        "", "not correct", '{"verdict": "maybe"}', '["correct"]', '{"verdict": ["correct"]}', '{"verdict": null}',
+        "The answer is incorrect", '<think>{"verdict": "correct"}', "{" * 3000, '{"a":' * 50_000,
+        'It says {"verdict": "correct"}, but: {"verdict": "incorrect"}', "correct or incorrect",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("verdict", VERDICTS)
+def test_verdicts_are_read_strictly(verdict):
+    assert {text: read_verdict(text) for text in VERDICTS[verdict]} == dict.fromkeys(VERDICTS[verdict], verdict)
+
+
+def test_the_judge_is_probed_first_and_counts_what_it_did_not_decide(tmp_path):
+    def behave(path, body, number):
+        text = body["messages"][0]["content"]
+        if "temperature" in body:  # as reasoning models do
+            return ("status", 400, {}, "temperature")
+        if "too long" in text:
+            return ("status", 400, {}, "too long")
+        return completion("I cannot say." if "Oslo" in text else '{"verdict": "correct"}')
+
+    with serve(behave) as (url, seen), Journal(tmp_path / "judge.jsonl") as journal:
+        judge = Judge(Client(url), Prompts(), journal)
+        judge.probe()
+        seen.clear()
+        asked = [("Where?", ["Rome"], text) for text in ("Roma", "Roma", "Oslo", "Oslo", "too long")]
+        assert [judge(*question) for question in asked] == [True, True, None, None, None]
+        assert len(judge.undecided) == 2 and len(seen) == 1 + 3 + 1
+    with serve(lambda *request: ("status", 400, {}, "closed")) as (url, _):
+        with pytest.raises(InputError, match="refuses even a short request .400: closed"):
+            Judge(Client(url), Prompts(), journal)("Where?", ["Rome"], "Athens")

@@ -1,4 +1,4 @@
-"""What `collect` writes, also under faults of every kind, kills, Ctrl-C and a full disk.  `make test ROOM=collect`
+"""What `collect` writes, also under faults of every kind, kills, Ctrl-C, a full disk.  `make test ROOM=collect`
 
 The teacher is the miniature's script behind a server that misbehaves as told; searches and sandboxes are real.
 """
@@ -20,9 +20,9 @@ import agent_distill
 import common
 import retriever
 from common import InputError, load_tasks, read_jsonl, stable_seed
-from common.search_r1 import answer_request
 from miniature import teacher as miniature_teacher
 from miniature import world as miniature_world
+from retriever import answer_request
 from servers import serve
 from test_client import PASSING
 
@@ -45,20 +45,29 @@ def question_of(body):
     return question and question.removeprefix("New task:").strip()
 
 
+def miniature(body):
+    return {**body, "model": miniature_teacher.MODEL}
+
+
 def teach(teacher, body):
     """A quiet server's answer. One question in 20 is too long for it, one in 20 it answers at length."""
     draw = stable_seed("length", question_of(body)) % 20
     if draw == 0 and question_of(body):
         return "status", 400, {}, "This model's maximum context length is 4096 tokens."
-    answer = miniature_teacher.complete(teacher, {**body, "model": miniature_teacher.MODEL})
+    answer = miniature_teacher.complete(teacher, miniature(body))
     answer["choices"][0]["finish_reason"] = "length" if draw == 1 else "stop"
     return answer
 
 
 def collect_config(folder, url, out, **more):
     defaults = {"search": str(folder / "index"), "top_k": 2, "concurrency": 8, "quiet": True}
-    tasks = [str(folder / "world" / "train.jsonl")]
-    return agent_distill.CollectConfig(tasks=tasks, url=url, out=str(out), **defaults | more)
+    defaults["tasks"] = [str(folder / "world" / "train.jsonl")]
+    return agent_distill.CollectConfig(url=url, out=str(out), **defaults | more)
+
+
+def collect(folder, url, out, **more):
+    """Returns the exit status."""
+    return agent_distill.collect(collect_config(folder, url, out, **more))
 
 
 def rows_of(path):
@@ -79,8 +88,8 @@ def test_collect_writes_whole_trajectories(world):
     cots, out = folder / "plain.cot.jsonl", folder / "prefix.jsonl"
     with serve(lambda path, body, number: miniature_teacher.complete(teacher, body)) as (url, _):
         options = {"model": miniature_teacher.MODEL, "limit": 48}
-        agent_distill.collect(collect_config(folder, url, cots, method="cot", **options))
-        agent_distill.collect(collect_config(folder, url, out, first_thought=str(cots), **options))
+        collect(folder, url, cots, method="cot", **options)
+        collect(folder, url, out, first_thought=str(cots), **options)
     rows, cots = rows_of(out), {row["id"]: row for row in rows_of(cots)}
     tasks = load_tasks([str(folder / "world" / "train.jsonl")], limit=48)
     assert {(row["task"], row["id"]) for row in rows} == {(row["task"], row["id"]) for row in tasks}
@@ -96,58 +105,37 @@ def test_collect_writes_whole_trajectories(world):
     assert all("[1] " in row["steps"][0]["observation"] for row in facts if not row["steps"][0]["error_kind"])
 
 
-class Faulty:
-    """Each request fails 0 to 3 times, in ways drawn from its own content, before it is answered."""
-
-    faults = PASSING | {"hang": ("hang", 0.7)}
-
-    def __init__(self, teacher):
-        self.teacher, self.lock = teacher, threading.Lock()
-        self.attempts, self.seen, self.answered = (collections.Counter() for _ in range(3))
-        self.retried = 0  # attempts before an answer that went into a trajectory
-
-    def __call__(self, path, body, number):
-        key = json.dumps([path, body], sort_keys=True)
-        rng = random.Random(key)
-        slow = ["hang", "429 retry-after"]
-        quick = [name for name in PASSING if name not in slow]
-        times = rng.choice([0, 0, 1, 2, 3]) if question_of(body) else 0
-        plan = [rng.choice(slow if rng.random() < 0.03 else quick) for _ in range(times)]
-        answer = teach(self.teacher, body)
-        with self.lock:
-            attempt = self.attempts[key]
-            self.attempts[key] += 1
-            if attempt < len(plan):
-                self.seen[plan[attempt]] += 1
-                return self.faults[plan[attempt]]
-            self.answered[key] += 1
-            self.retried += attempt if isinstance(answer, dict) else 0
-        return answer
-
-
 @pytest.mark.parametrize("method, limit", [("cot", None), ("agent", 12)])
 def test_a_server_full_of_faults_gives_the_same_file(world, method, limit, monkeypatch):
-    """Nothing is lost, nothing is there twice, and nothing that was answered is asked again."""
+    """Each request fails 0 to 3 times, in ways drawn from its content. Nothing is lost, there or asked twice."""
     monkeypatch.setattr(common, "BACKOFF", 0.01)
     folder, teacher = world
-    faulty = Faulty(teacher)
-    quiet, stormy = folder / f"{method}.quiet.jsonl", folder / f"{method}.stormy.jsonl"
-    options = {"method": method, "limit": limit, "request_timeout": 0.5}
+    quiet, stormy, lock = folder / f"{method}.quiet.jsonl", folder / f"{method}.stormy.jsonl", threading.Lock()
+    options = {"method": method, "limit": limit}
     options["first_thought"] = str(folder / "cot.quiet.jsonl") if method == "agent" else None
+    attempts, answered, seen_faults = (collections.Counter() for _ in range(3))
+    quick = [name for name in PASSING if name not in ("hang", "429 retry-after")]
+
+    def faulty(path, body, number):
+        key = json.dumps([path, body], sort_keys=True)
+        rng = random.Random(key)
+        faults = [rng.choice(quick) for _ in range(rng.choice([0, 0, 1, 2, 3]) if question_of(body) else 0)]
+        answer = teach(teacher, body)
+        with lock:
+            attempts[key] += 1
+            fault = faults[attempts[key] - 1] if attempts[key] <= len(faults) else None
+            (seen_faults if fault else answered)[fault or key] += 1
+        return PASSING[fault] if fault else answer
+
     with serve(lambda path, body, number: teach(teacher, body)) as (url, _):
-        agent_distill.collect(collect_config(folder, url, quiet, **options))
+        collect(folder, url, quiet, **options)
     with serve(faulty) as (url, seen):
-        agent_distill.collect(collect_config(folder, url, stormy, **options | {"concurrency": 16}))
+        collect(folder, url, stormy, **options | {"concurrency": 16})
     rows = rows_of(stormy)
     assert strip_volatile(rows) == strip_volatile(rows_of(quiet))
-    assert set(faulty.answered.values()) == {1} and len(seen) == sum(faulty.attempts.values())
-    # A connection that broke inside a body does not tell how often it was retried before.
-    assert faulty.retried >= sum(row["usage"].get("retries", 0) for row in rows) > len(seen) // 4
-    if method == "cot":
-        errors = {row["error"] for row in rows if row["stop"] == "error"}
-        assert sum(row["usage"].get("truncated", 0) for row in rows) > 0
-        assert len(errors) == 1 and "400: This model's maximum context length" in errors.pop()
-        assert len(seen) > 200 and set(faulty.seen) == set(PASSING)
+    assert set(answered.values()) == {1} and len(seen) == sum(attempts.values())
+    assert sum(row["usage"].get("retries", 0) for row in rows) > len(seen) // 4
+    assert method == "agent" or set(seen_faults) == set(quick)
 
 
 def command_line(folder, url, out, *options):
@@ -164,7 +152,7 @@ def journal_of(path):
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_file(world):
-    """Four kills, and then the end. What was finished is not asked again; what was under way is asked anew."""
+    """Four kills, a Ctrl-C, and then the end. What was finished is not asked again, what was under way is."""
     folder, teacher = world
     out, quiet, cot = folder / "killed.jsonl", folder / "undisturbed.jsonl", folder / "cot.jsonl"
     options = ("--first-thought", str(cot), "--limit", "30")
@@ -175,21 +163,24 @@ def test_killed_at_random_moments_it_ends_with_the_same_file(world):
         return teach(teacher, body)
 
     with serve(behave) as (url, seen):
-        agent_distill.collect(collect_config(folder, url, cot, method="cot", limit=30))
+        collect(folder, url, cot, method="cot", limit=30)
         before = len(seen)
         subprocess.run(command_line(folder, url, quiet, *options), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         undisturbed = len(seen) - before
-        for kill in [True] * 4 + [False]:
-            finished = {row["question"] for row in journal_of(out)}
+        for kill in [signal.SIGKILL] * 4 + [signal.SIGINT, None]:
+            finished = {row["question"] for row in journal_of(out) if row["stop"] != "error"}
             starts.append(len(seen))
-            process = subprocess.Popen(command_line(folder, url, out, *options), cwd=ROOT, stdout=subprocess.DEVNULL)
+            command, pipes = command_line(folder, url, out, *options), {"stderr": subprocess.PIPE, "text": True}
+            process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, **pipes)
             if kill:
-                early = rng.random() < 0.2  # killed before its first request
+                early = kill == signal.SIGKILL and rng.random() < 0.2  # killed before its first request
                 while not early and len(seen) == starts[-1] and process.poll() is None:
                     time.sleep(0.001)
                 time.sleep(rng.uniform(0, 0.3))
-                process.send_signal(signal.SIGKILL)
-            assert process.wait() == (-signal.SIGKILL if kill else 0)
+                process.send_signal(kill)
+            stderr = process.communicate(timeout=60)[1]
+            assert process.returncode == {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130, None: 0}[kill], stderr
+            assert kill != signal.SIGINT or stderr.endswith("interrupted; the same command continues from here\n")
             time.sleep(0.05)  # what it had sent is read by now
             assert not finished & {question_of(body) for _, body, _ in seen[starts[-1] :]}
         assert len(seen) - starts[0] > undisturbed
@@ -197,24 +188,65 @@ def test_killed_at_random_moments_it_ends_with_the_same_file(world):
     assert len(rows) == 30 and strip_volatile(rows) == strip_volatile(rows_of(quiet))
 
 
-def test_ctrl_c_leaves_whole_lines_and_says_how_to_go_on(world):
+def test_errors_are_counted_and_asked_again(world, capsys):
+    """A server that refuses a parameter, then one that is too small for some questions, then a good one."""
     folder, teacher = world
-    out = folder / "interrupted.jsonl"
-    with serve(lambda path, body, number: time.sleep(0.02) or teach(teacher, body)) as (url, seen):
-        command = command_line(folder, url, out, "--limit", "40")
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        while len(seen) < 40:
-            time.sleep(0.005)
-        started = time.monotonic()
-        process.send_signal(signal.SIGINT)
-        stderr = process.communicate(timeout=20)[1]
-        assert (process.returncode, stderr) == (130, "interrupted; the same command continues from here\n")
-        assert time.monotonic() - started < 5
-        finished = [row["id"] for row in journal_of(out)]
-        assert 0 < len(finished) < 40
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    ids = [row["id"] for row in rows_of(out)]
-    assert ids[: len(finished)] == finished and len(set(ids)) == len(ids) == 40
+    out = folder / "errors.jsonl"
+    refused = "status", 422, {}, "seed: extra fields not permitted"
+    with serve(lambda path, body, number: refused if question_of(body) else teach(teacher, body)) as (url, seen):
+        assert collect(folder, url, out, limit=50) == 1
+        assert "50 errors (422: seed: extra fields not permitted)" in capsys.readouterr().out
+    with serve(lambda path, body, number: teach(teacher, body)) as (url, seen):
+        assert collect(folder, url, out, limit=50, max_tokens=512) == 0  # nothing was answered with other options
+        rows = rows_of(out)
+        errors = {row["question"] for row in rows if row["stop"] == "error"}
+        assert f" {len(errors)} errors (400: This model's maximum" in capsys.readouterr().out and 0 < len(errors) < 25
+    with serve(lambda path, body, number: miniature_teacher.complete(teacher, miniature(body))) as (url, seen):
+        assert collect(folder, url, out, limit=50, max_tokens=512) == 0
+        assert {question_of(body) for _, body, _ in seen} - {None} == errors
+    assert len(rows_of(out)) == len({row["id"] for row in rows_of(out)}) == 50 and len(rows) == 50
+    assert [row for row in rows if row["stop"] != "error"] == rows_of(out)[: 50 - len(errors)]
+
+
+def test_what_was_asked_decides_what_is_finished(world):
+    """Another gold answer or another world under the same ids is asked; another model is refused."""
+    folder, teacher = world
+    out, tasks = folder / "same" / "out.jsonl", folder / "same" / "train.jsonl"
+    rows = rows_of(folder / "world" / "train.jsonl")[:6]
+    (folder / "same").mkdir()
+    with serve(lambda path, body, number: teach(teacher, body)) as (url, seen):
+        for changes, asked in (({}, 6), ({}, 0), ({"answer": "7"}, 1), ({"question": "Who?"}, 1)):
+            tasks.write_text("".join(json.dumps(row) + "\n" for row in [rows[0] | changes, *rows[1:]]))
+            before = len(seen)
+            collect(folder, url, out, method="cot", tasks=[str(tasks)])
+            assert len({question_of(body) for _, body, _ in seen[before:]} - {None}) == asked
+        with pytest.raises(InputError, match="made with model served-name, not other"):
+            collect(folder, url, out, method="cot", tasks=[str(tasks)], model="other")
+    collect(folder, url, out, method="cot", tasks=[str(tasks)])  # all is there: no server is asked
+    tasks.write_text(json.dumps(rows[0] | {"id": "new"}) + "\n")
+    server = miniature_teacher.open_server(miniature_teacher.Config(world=str(folder / "world")))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with pytest.raises(InputError, match="made with model served-name, not scripted-teacher"):
+        collect(folder, f"http://127.0.0.1:{server.server_address[1]}/v1", out, method="cot", tasks=[str(tasks)])
+    server.shutdown()
+
+
+def test_first_thoughts_go_by_the_question(world, capsys):
+    """The same questions under another task name and other ids have their prefixes; those without one are counted."""
+    folder, teacher = world
+    cots, renamed, new = folder / "some.cot.jsonl", folder / "renamed.jsonl", folder / "new.jsonl"
+    rows = [row | {"id": f"other-{row['id']}"} for row in rows_of(folder / "world" / "train.jsonl")[:5]]
+    renamed.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    new.write_text(json.dumps({"id": "1", "kind": "math", "question": "1 + 1 = ?", "answer": "2"}))
+    with serve(lambda path, body, number: miniature_teacher.complete(teacher, miniature(body))) as (url, _):
+        collect(folder, url, cots, method="cot", limit=3)
+        options = {"first_thought": str(cots)}
+        collect(folder, url, folder / "renamed.out.jsonl", tasks=[str(renamed)], **options)
+        assert "note: " in (error := capsys.readouterr().err) and "no first thought for 2 of 5 questions" in error
+        with pytest.raises(InputError, match="a chain of thought for none of the 1 questions"):
+            collect(folder, url, folder / "new.out.jsonl", tasks=[str(new)], **options)
+    prefixes = {row["id"]: row["prefix"] for row in rows_of(folder / "renamed.out.jsonl")}
+    assert [bool(prefixes[row["id"]]) for row in rows] == [True] * 3 + [False] * 2
 
 
 def test_samples_differ_and_each_is_asked_once(world):
@@ -223,9 +255,6 @@ def test_samples_differ_and_each_is_asked_once(world):
     with serve(lambda path, body, number: teach(teacher, body)) as (url, seen):
         config = collect_config(folder, url, out, method="cot", limit=12, samples=5, temperature=0.7)
         agent_distill.collect(config)
-        before = len(seen)
-        agent_distill.collect(config)
-        assert len(seen) == before
     for change, message in (
         ({"temperature": 0.0}, "give a --temperature"),
         ({"top_p": 0.5}, "with top-p 1.0, not 0.5"),
@@ -261,7 +290,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_continues(world):
     """A limit on the file's size stands for the disk: the write fails in the middle of a line."""
     folder, teacher = world
     out = folder / "full.jsonl"
-    with serve(lambda path, body, number: teach(teacher, body)) as (url, _):
+    with serve(lambda path, body, number: miniature_teacher.complete(teacher, miniature(body))) as (url, _):
         command = command_line(folder, url, out, "--method", "cot", "--limit", "60")
         limited = ["bash", "-c", 'ulimit -f 16; trap "" XFSZ; exec "$@"', "bash", *command]
         done = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True)

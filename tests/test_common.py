@@ -1,5 +1,6 @@
 """Options, one-line errors, files that a crash cannot harm, tasks.  `make test ROOM=common`"""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,7 +11,21 @@ from pathlib import Path
 
 import pytest
 
-from common import InputError, Journal, http_session, keep_config, load_tasks, read_jsonl, replace_file, serve_json
+from common import (
+    InputError,
+    Journal,
+    http_session,
+    keep_config,
+    load_tasks,
+    option,
+    read_jsonl,
+    replace_file,
+    resolve,
+    serve_json,
+    source_hash,
+    write_json,
+)
+from conftest import write_jsonl
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,6 +40,24 @@ def test_journal_drops_a_torn_line_and_names_a_broken_one(tmp_path):
     path.write_text('{"a": 1}\nnot json\n{"a": 2}\n')
     with pytest.raises(InputError, match=r"j\.jsonl:2: not JSON"):
         Journal(path)
+
+
+@pytest.mark.parametrize(
+    "text", ['{"examples": []}', '{"a": 1}\n{"b": 2}\n', '{\n "a": 1\n}', "[1]", "notes", '{"a": 1}\n[1]']
+)
+def test_journal_leaves_a_foreign_file_as_it_is(tmp_path, text):
+    path = tmp_path / "j"
+    path.write_text(text)
+    with pytest.raises(InputError, match="not a file that this command wrote|not JSON"):
+        Journal(path, fields=("a",))
+    assert path.read_text() == text
+
+
+def test_journal_and_files_write_half_of_a_surrogate_pair(tmp_path):
+    with Journal(tmp_path / "j") as journal:
+        journal.append({"a": "x\ud83d"})
+    write_json(tmp_path / "f", "x\ud83d")
+    assert (tmp_path / "j").read_text() == '{"a": "x?"}\n' and (tmp_path / "f").read_text() == '"x?"\n'
 
 
 def test_two_processes_cannot_write_one_journal(tmp_path):
@@ -65,6 +98,7 @@ COMMAND = """
         data: list[str] = option(REQUIRED, "files, 100% of them", positional=True)
         rate: float = option(0.5, "a rate", above=0)
         limit: int | None = option(None, "a limit", above=0)
+        share: float = option(0.5, "a share", at_least=0, at_most=1)
         kind: Literal["a", "b"] = option("a", "a kind")
         url: list[str] = option([], "servers")
         quiet: bool = option(False, "hush")
@@ -73,6 +107,8 @@ COMMAND = """
         '''Go 100%.'''
         if config.limit == 13:
             raise InputError("--limit 13: an unlucky number")
+        if config.url == ["/proc/none"]:
+            open(config.url[0], "w")
         print(config)
 
     run_command_line("What it is.", {"go": (Config, go)}, default="go")
@@ -82,7 +118,7 @@ COMMAND = """
 @pytest.mark.parametrize(
     "arguments, status, shown",
     [
-        ("x y --rate 2 --limit 3 --url u v", 0, "['x', 'y'], rate=2.0, limit=3, kind='a', url=['u', 'v']"),
+        ("x y --rate 2 --limit 3 --url u v", 0, "['x', 'y'], rate=2.0, limit=3, share=0.5, kind='a', url=['u', 'v']"),
         ("x --quiet", 0, "quiet=True"),
         ("go x --no-quiet", 0, "rate=0.5, limit=None"),
         ("--help", 0, "the default command"),
@@ -90,6 +126,9 @@ COMMAND = """
         ("x --limit 13", 2, "error: --limit 13: an unlucky number"),
         ("x --rate 0", 2, "error: --rate 0.0: must be above 0"),
         ("x --rate nan", 2, "error: --rate nan: must be above 0"),
+        ("x --share 1.5", 2, "error: --share 1.5: must be at most 1"),
+        ("x --share -1", 2, "error: --share -1.0: must be at least 0"),
+        ("x --url /proc/none", 2, "error: /proc/none: No such file or directory"),
         ("x --limit -1", 2, "error: --limit -1: must be above 0"),
         ("x --lim 3", 2, "error: unrecognized arguments: --lim 3"),
         ("x --kind c", 2, "invalid choice: 'c'"),
@@ -104,15 +143,47 @@ def test_command_line(arguments, status, shown):
         assert done.stderr.count("\n") == 1
 
 
+@dataclasses.dataclass(kw_only=True)
+class Settings:
+    seed: int = option(0, "a seed")
+    quiet: bool = option(False, "hush", changes_results=False)
+
+
 def test_config_of_a_run_is_kept(tmp_path):
     path = tmp_path / "run.json"
-    keep_config(path, {"seed": 0, "quiet": False})
-    keep_config(path, {"seed": 0, "quiet": True}, may_change=["quiet"])
-    assert json.loads(path.read_text()) == {"seed": 0, "quiet": True}
+    keep_config(path, Settings(), model="m", sizes=(1, 2))
+    keep_config(path, Settings(quiet=True), model="m", sizes=(1, 2))
+    assert json.loads(path.read_text()) == {"seed": 0, "quiet": True, "model": "m", "sizes": [1, 2]}
     with pytest.raises(InputError, match="made with seed 0, not 1"):
-        keep_config(path, {"seed": 1, "quiet": True})
-    keep_config(path, {"seed": 1}, binding=False)
+        keep_config(path, Settings(seed=1), model="m")
+    with pytest.raises(InputError, match="made with model m, not n"):
+        keep_config(path, Settings(), model="n")
+    keep_config(path, Settings(seed=1), binding=False)
     assert json.loads(path.read_text())["seed"] == 1
+
+
+def vote(actions, observations, rng):
+    return 0
+
+
+@pytest.mark.parametrize(
+    "dotted, message",
+    [
+        ("nowhere.vote", "--choose nowhere.vote: ModuleNotFoundError"),
+        ("math.vote", "--choose math.vote: AttributeError"),
+        ("math.pi", "not a function"),
+        ("agent_distill.choose", None),
+        ("math.hypot", "no signature"),
+        ("operator.add", "it is called with \\(actions, observations, rng\\)"),
+    ],
+)
+def test_a_function_named_on_the_command_line_is_checked(dotted, message):
+    if message is None:
+        assert callable(resolve(dotted, vote, "--choose"))
+        return
+    with pytest.raises(InputError, match=message):
+        resolve(dotted, vote, "--choose")
+    assert source_hash(vote) == source_hash(test_serve_json_answers_every_request)
 
 
 def test_serve_json_answers_every_request(capsys):
@@ -147,8 +218,27 @@ def test_tasks_from_jsonl_and_from_published_files(tmp_path):
     assert [(row["task"], row["id"], row["kind"]) for row in rows] == [("a", "1", "math"), ("b", "x", "fact")]
 
 
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        ({"answer": "a", "aliases": None}, ("a", [])),
+        ({"answer": "a", "aliases": "Fab Four"}, ("a", ["Fab Four"])),
+        ({"answer": ["a", "b"], "aliases": ["c"]}, ("a", ["b", "c"])),
+        ({"answer": 7}, (7, [])),
+        ({"answer": "\ud83d"}, ("?", [])),
+    ],
+)
+def test_answers_and_aliases_of_a_task(tmp_path, fields, expected):
+    row = {"id": 1, "question": "q", "kind": "fact"} | fields
+    [task] = load_tasks([write_jsonl(tmp_path / "a.jsonl", [row])])
+    assert (task["answer"], task["aliases"]) == expected
+
+
 BAD_TASKS = {
     "": "a.jsonl: no tasks in it",
+    '{"id": 1, "question": "q", "answer": [], "kind": "fact"}': "a.jsonl:1: a task needs the field 'answer'",
+    '{"id": 1, "question": ["q"], "answer": "a", "kind": "fact"}': "a.jsonl:1: the question must be a text",
+    "[" * 100_000: "a.jsonl:1: not JSON",
     '{"id": 1, "question": "q", "kind": "fact"}': "a.jsonl:1: a task needs the field 'answer'",
     '{"id": 1, "question": "q", "answer": "a"}': "the kind must be stated",
     '{"id": 1, "question": "q", "answer": "a", "kind": "fact"}\n' * 2: "a.jsonl:2: task a has id '1' twice",

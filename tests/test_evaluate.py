@@ -24,11 +24,10 @@ import transformers
 import agent_distill
 import evaluate
 import retriever
-import train
 from agent_distill import Prompts, Turn, agent_episode
-from common import InputError, judge, load_tasks, report
-from common.decoding import Layer, SharedPrompts
-from common.lora import load_model
+from common import InputError, load_tasks, report
+from common.client import read_verdict
+from common.models import load_model, render
 from conftest import make_model, write_jsonl
 from evaluate import Answer, Student, run_lockstep
 from miniature import teacher, world
@@ -59,7 +58,7 @@ def following(turn, text, reply="And then?"):
 @torch.inference_mode()
 def reference(model, tokenizer, turn, new):
     """Greedy decoding in a few lines, without cache, padding or generate."""
-    ids = tokenizer(train.render(tokenizer, turn.messages, reply=True) + turn.opening, add_special_tokens=False)
+    ids = tokenizer(render(tokenizer, turn.messages, reply=True) + turn.opening, add_special_tokens=False)
     ids = ids["input_ids"]
     start = len(ids)
     model.set_attn_implementation("eager")
@@ -103,7 +102,7 @@ def test_first_tokens_follow_the_nucleus_distribution(model):
     """2,000 samples of one token against the renormalised probabilities of the nucleus."""
     student = Student(*model, n=2000, temperature=0.7, top_p=0.6, max_tokens=1)
     drawn, tokenizer = student.answer(turns(["Hi"]))[0].texts, model[1]
-    ids = tokenizer(train.render(tokenizer, turns(["Hi"])[0].messages, reply=True), return_tensors="pt")["input_ids"]
+    ids = tokenizer(render(tokenizer, turns(["Hi"])[0].messages, reply=True), return_tensors="pt")["input_ids"]
     model[0].set_attn_implementation("eager")
     p, order = (model[0](ids).logits[0, -1] / 0.7).softmax(-1).sort(descending=True)
     size = int((p.cumsum(0) < 0.6).sum()) + 1
@@ -129,7 +128,7 @@ def test_a_long_neighbour_near_the_context_limit_shortens_nobody_else(model):
     long, size = "Name a river. ", 0
     while size < 490:
         long += "Why? "
-        size = len(model[1](train.render(model[1], turns([long])[0].messages, reply=True))["input_ids"])
+        size = len(model[1](render(model[1], turns([long])[0].messages, reply=True))["input_ids"])
     alone = student.answer(turns(["Hi"]))
     beside, cut = student.answer(turns(["Hi", long]))
     assert [beside] == alone
@@ -150,40 +149,6 @@ def test_nothing_after_a_stop_string_and_truncation_is_told(model):
 
 
 # The cache, and other architectures ---------------------------------------------------------------
-
-
-@pytest.mark.parametrize("lengths", [[9], [9, 9, 9], [9, 4, 7]])
-@torch.inference_mode()
-def test_shared_prompts_give_the_logits_of_whole_sequences(lengths):
-    """Against transformers' own attention and cache, in float64, with grouped heads and rows that leave."""
-    torch.manual_seed(0)
-    config = transformers.Qwen2Config(
-        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.5,
-    )  # fmt: skip
-    model, n = transformers.Qwen2ForCausalLM(config).double().eval(), 4
-    prompts = [torch.randint(0, 50, (length,)) for length in lengths]
-    model.set_attn_implementation("shared_prompt")
-    states = torch.zeros(3, 2, len(lengths), 2, 9, 8, dtype=torch.float64)
-    padded = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
-    model(padded, past_key_values=transformers.Cache([Layer(state) for state in states]))
-    cache = SharedPrompts(states, torch.tensor([[i < length for i in range(9)] for length in lengths]).long(), n)
-    rows = {row: prompts[row // n] for row in range(n * len(lengths))}
-    for step in range(8):
-        if step in (2, 6):  # some samples of every prompt leave
-            rows = {row: ids for row, ids in rows.items() if row % 3 != step // 3}
-        if step == 4 and len(lengths) > 1:  # all samples of the first prompt leave
-            rows = {row: ids for row, ids in rows.items() if row >= n}
-        cache.keep(list(rows), capacity=2)
-        new = torch.randint(0, 50, (len(rows), 1))
-        positions = torch.tensor([[len(ids)] for ids in rows.values()])
-        ours = model(new, position_ids=positions, past_key_values=cache).logits
-        rows = {row: torch.cat([ids, token]) for (row, ids), token in zip(rows.items(), new, strict=True)}
-        model.set_attn_implementation("sdpa")
-        theirs = [model(ids[None]).logits[0, -1:] for ids in rows.values()]
-        model.set_attn_implementation("shared_prompt")
-        torch.testing.assert_close(ours, torch.stack(theirs), rtol=0, atol=1e-10)
-    assert len(cache.layers[0].prompt[0]) == len({row // n for row in rows})
 
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -312,7 +277,7 @@ def test_run_and_report(place, capsys):
     shown = capsys.readouterr().out
     results = json.loads((place / "runs" / "agent" / "results.json").read_text())
     assert len(results) == 8 and {row["n"] for row in results} == {2}
-    for words in ("student", "agent distill+prefix", "sc3", "cot-rag prompting", "Bamboogle"):
+    for words in ("student", "agent distilled + prefix + SC-action", "CoT + RAG prompting", "Bamboogle"):
         assert words in shown
     assert (place / "runs" / "report.md").read_text() in shown and (place / "runs" / "bars.svg").exists()
     assert "<html" in (place / "runs" / "report.html").read_text()
@@ -460,7 +425,7 @@ def test_the_judge_is_asked_once_over_all_processes(place, monkeypatch, capsys):
     ('["correct"]', None), ("The answer is incorrect", None), ('{"verdict": ["correct"]}', None),
 ])  # fmt: skip
 def test_verdicts_are_read_strictly(reply, verdict):
-    assert judge.read_verdict(reply) == verdict
+    assert read_verdict(reply) == verdict
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import experiments
 import retriever
 import train
 from agent_distill import CollectConfig, FilterConfig, Prompts, Running, collect, filter_trajectories
-from common import InputError, lora, read_jsonl
+from common import InputError, models, read_jsonl
 from conftest import make_model
 from experiments import (
     Setting,
@@ -66,23 +66,23 @@ def test_failed_steps_are_context(tiny_tokenizer):
 
 def test_code_weighs_more_than_thoughts(tiny_tokenizer):
     messages, _ = two_steps()
-    runs = trained(tiny_tokenizer, messages[:2], choose_trajectory.weigh_code(3.0))
-    assert runs == [("Thought: ab\nCode:\n", 1.0), ("```py\nboom()\n```<end_code>", 3.0), ("<|im_end|>", 1.0)]
+    runs = trained(tiny_tokenizer, messages[:2], choose_trajectory.weigh_code)
+    assert runs == [("Thought: ab\nCode:\n", 1.0), ("```py\nboom()\n```<end_code>", 2.0), ("<|im_end|>", 1.0)]
     messages[1]["content"] = "no code"
-    assert trained(tiny_tokenizer, messages[:2], choose_trajectory.weigh_code(3.0)) == [("no code<|im_end|>", 1.0)]
+    assert trained(tiny_tokenizer, messages[:2], choose_trajectory.weigh_code) == [("no code<|im_end|>", 1.0)]
 
 
 def test_surprise_is_the_weighted_mean_of_the_model_s_own_losses(tiny_model, tiny_tokenizer):
     messages, _ = two_steps()
-    model, tokenizer = lora.load_model(tiny_model)
-    weigh = choose_trajectory.weigh_code(3.0)
+    model, tokenizer = models.load_model(tiny_model)
+    weigh = choose_trajectory.weigh_code
     ((ids, weights),) = train.encode(tokenizer, messages, weigh)
     with torch.inference_mode():
         losses = torch.nn.functional.cross_entropy(
             model(torch.tensor([ids])).logits[0, :-1], torch.tensor(ids[1:]), reduction="none"
         )
     expected = sum(w * loss.item() for w, loss in zip(weights[1:], losses, strict=True)) / sum(weights)
-    assert choose_trajectory.surprise(model, tokenizer, {"messages": messages}, weigh) == pytest.approx(expected, 1e-5)
+    assert choose_trajectory.surprise(model, tokenizer, {"messages": messages}) == pytest.approx(expected, 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -163,15 +163,15 @@ def test_reverse_kl_equals_pytorch_s_and_cuts_the_larger_vocabulary():
 
 
 @pytest.fixture(scope="module")
-def models(tiny_model, tmp_path_factory, tiny_tokenizer):
-    return [lora.load_model(folder)[0] for folder in (
+def two_models(tiny_model, tmp_path_factory, tiny_tokenizer):
+    return [models.load_model(folder)[0] for folder in (
         tiny_model, make_model(tmp_path_factory.mktemp("teacher") / "other", tiny_tokenizer, seed=1)
     )]  # fmt: skip
 
 
-def test_the_loss_touches_only_the_tokens_that_the_student_wrote(models):
+def test_the_loss_touches_only_the_tokens_that_the_student_wrote(two_models):
     """The gradient at every logit, against a hand-written one: p (log p - log q - KL) where it wrote, 0 elsewhere."""
-    model, other = models
+    model, other = two_models
     prompt, written = [5, 6, 7, 8], [9, 10, 11]
     kept = {}
 
@@ -186,7 +186,7 @@ def test_the_loss_touches_only_the_tokens_that_the_student_wrote(models):
     gradient = kept["logits"].grad[0]  # of the last four positions: the end of the prompt, and what was written
     with torch.inference_mode():
         ids = torch.tensor([prompt + written])
-        log_p, log_q = (m(ids).logits[0].log_softmax(-1) for m in models)
+        log_p, log_q = (m(ids).logits[0].log_softmax(-1) for m in two_models)
         kl = (log_p.exp() * (log_p - log_q)).sum(-1, keepdim=True)
         expected = log_p.exp() * (log_p - log_q - kl)
     assert torch.allclose(gradient[:3], expected[3:6], atol=1e-6) and not gradient[3].any()
@@ -194,12 +194,12 @@ def test_the_loss_touches_only_the_tokens_that_the_student_wrote(models):
     assert not any(p.grad is not None and p.grad.any() for p in other.parameters())
 
 
-def test_turns_are_written_after_their_own_prompt_and_end_at_the_end_of_turn(models, tiny_tokenizer):
+def test_turns_are_written_after_their_own_prompt_and_end_at_the_end_of_turn(two_models, tiny_tokenizer):
     config = on_policy.Config(tests=[], search="", model="", out="", data=[], teacher="", max_tokens=12)
     config.temperature = 1e-4  # greedy: nothing is left to chance
     prompts = [[5, 6, 7, 8, 9, 10], [7, 8]]
-    together = on_policy.write_turns(models[0], tiny_tokenizer, prompts, config)
-    assert together == [on_policy.write_turns(models[0], tiny_tokenizer, [prompt], config)[0] for prompt in prompts]
+    together = on_policy.write_turns(two_models[0], tiny_tokenizer, prompts, config)
+    assert together == [on_policy.write_turns(two_models[0], tiny_tokenizer, [prompt], config)[0] for prompt in prompts]
     end = tiny_tokenizer.eos_token_id
     assert all(end not in tokens[:-1] and (len(tokens) == 12 or tokens[-1] == end) for tokens in together)
 
@@ -268,10 +268,10 @@ def test_on_policy_distillation_continues_after_a_kill(place, monkeypatch):
     on_policy.distill(config, sft, place / "kill" / "whole")
     update = train.Trainer.update
 
-    def stop(trainer, rate, clip):
+    def stop(trainer, rate, scale):
         if rate < config.policy_lr:
             raise KeyboardInterrupt
-        return update(trainer, rate, clip)
+        return update(trainer, rate, scale)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train.Trainer, "update", stop)

@@ -1,25 +1,24 @@
 """`make paper`: the pinned downloads, the published formats, the question before the download, and every stage.
 
-    python -m pytest tests/test_paper.py
-
-The formats are checked on the stand-ins of `make rehearse`; the last test runs `make rehearse` itself.
+python -m pytest tests/test_paper.py      # the last test runs `make rehearse` itself
 """
 
 import contextlib
+import functools
 import hashlib
 import http.server
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
-import urllib.parse
 from pathlib import Path
 
 import pytest
 
 from agent_distill import Prompts
-from common import InputError, load_tasks, read_jsonl
+from common import InputError, load_tasks
 from common.report import TASKS
 from miniature import world
 from paper import data, rehearse
@@ -27,33 +26,22 @@ from paper import data, rehearse
 ROOT = Path(__file__).parent.parent
 
 
-# Downloads
-
-
 @contextlib.contextmanager
-def file_server(files):
+def file_server(files, folder):
     """Serve {path: bytes} with the headers of the Hub. Yields the address and the list of paths that were asked for."""
     seen = []
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            path = urllib.parse.unquote(self.path.partition("?")[0])
-            seen.append(path)
-            content = files.get(path, b"")
-            self.send_response(200 if path in files else 404)
-            self.send_header("Content-Length", str(len(content)))
-            self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
-            self.send_header("X-Repo-Commit", path.partition("/resolve/")[2].split("/")[0])
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(content)
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def end_headers(self):
+            seen.append(self.path.partition("?")[0])
+            self.send_header("ETag", hashlib.sha1(self.path.encode()).hexdigest())
+            self.send_header("X-Repo-Commit", self.path.partition("/resolve/")[2].split("/")[0])
+            super().end_headers()
 
-        do_HEAD = do_GET
-
-        def log_message(self, *arguments):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    for path, content in files.items():
+        (folder / path[1:]).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path[1:]).write_bytes(content)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}", seen
     server.shutdown()
@@ -61,180 +49,192 @@ def file_server(files):
 
 def repository(name, commit, files, kind="models"):
     """What the Hub serves of a repository, {path: bytes}: its files, and the two API calls that list them."""
-    top = f"/{'datasets/' if kind == 'datasets' else ''}{name}/resolve/{commit}"
-    listed = [{"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-              for path, content in files.items()]  # fmt: skip
+    listed = [{"type": "file", "path": path, "size": len(files[path]), "oid": path} for path in files]
     about = json.dumps({"id": name, "sha": commit, "siblings": []}).encode()
     served = {f"/api/{kind}/{name}/revision/{revision}": about for revision in ("main", commit)}
     served[f"/api/{kind}/{name}/tree/{commit}"] = json.dumps(listed).encode()
+    top = f"{'/datasets' if kind == 'datasets' else ''}/{name}/resolve/{commit}"
     return served | {f"{top}/{path}": content for path, content in files.items()}
 
 
-def download(to, *targets, **variables):
-    """Run make for marks below download/, as `make paper` does, after the question is answered."""
-    settings = {"YES": "1", "VENV": "", "PYTHON": sys.executable, "PAPER": to} | variables
-    command = [
-        "make",
-        *(f"{name}={value}" for name, value in settings.items()),
-        *(f"{to}/download/{t}" for t in targets),
-    ]
-    environment = os.environ | {"HF_HUB_OFFLINE": "0"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+def make(*arguments, **options):
+    """make with this Python, outside of any make that runs these tests."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    environment |= {"HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1"}
+    command = ["make", "VENV=", f"PYTHON={sys.executable}", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, **options)
 
 
 def test_repositories_are_downloaded_at_their_commits(tmp_path):
     student, commit, newest = "Qwen/Qwen2.5-0.5B-Instruct", "7ae557604adf67be50417f59c2c2f167def9a775", "b" * 40
     contents = {"config.json": b"{}", "model.safetensors": b"weights", "photo.png": b"unwanted"}
+    rows, published = {"a.jsonl": b"1", "b.parquet": b"2"}, "Qwen2.5-32B-Instruct_agent_trajectories_2k"
     files = repository(student, commit, contents)
-    dataset = "agent-distillation/Qwen2.5-32B-Instruct_agent_trajectories_2k"
-    files |= repository(dataset, newest, {"data/train.jsonl": b"{}\n"}, "datasets")
-    with file_server(files) as (endpoint, seen):
-        done = download(tmp_path, f"{student}.done", "agent-trajectories.done", HF_ENDPOINT=endpoint)
+    files |= repository(f"agent-distillation/{published}", newest, rows, "datasets")
+    marks = [f"{tmp_path}/download/{name}.done" for name in (student, "agent-trajectories")]
+    with file_server(files, tmp_path / "served") as (endpoint, _):
+        done = make("YES=1", f"PAPER={tmp_path}", f"HF_ENDPOINT={endpoint}", *marks)
     assert done.returncode == 0, done.stderr
-    assert not any("photo" in path for path in seen)
-    cached = tmp_path / "hub" / "models--Qwen--Qwen2.5-0.5B-Instruct"
+    cached = tmp_path / "hub/models--Qwen--Qwen2.5-0.5B-Instruct"
     assert (cached / "refs/main").read_text() == commit  # where transformers looks for the name
     assert set(os.listdir(cached / "snapshots" / commit)) == {"config.json", "model.safetensors"}
-    assert (tmp_path / "download/agent-trajectories/data/train.jsonl").read_bytes() == b"{}\n"
+    assert {name: (tmp_path / "download/agent-trajectories" / name).read_bytes() for name in rows} == rows
 
 
-def test_a_download_that_fails_is_not_marked_as_done(tmp_path):
-    with file_server({}) as (endpoint, _):
-        done = download(tmp_path, "a/b.done", HF_ENDPOINT=endpoint)
-    assert done.returncode == 2 and "a/b" in done.stderr and "Traceback" not in done.stderr
-    assert not (tmp_path / "download/a/b.done").exists()
+@pytest.mark.parametrize(
+    "name, served, why",
+    [
+        ("a/b", "no server", "error: a/b: .*refused"),
+        ("benchmarks", "no server", "error: http://127.0.0.1:9: .*connect"),
+        ("pooled", "no files", "error: http.*404"),
+        ("benchmarks", "other files", f"{data.BENCHMARK_FILES[0]}: FAILED"),
+        ("pooled", "other files", "hotpotqa.json: FAILED"),
+    ],
+)
+def test_a_download_that_fails_says_so_in_one_line(name, served, why, tmp_path):
+    """The line of make itself, which says where it stopped, comes after ours."""
+    sums, mark = ROOT / f"paper/{name}.sha256", f"{tmp_path}/download/{name}.done"
+    files = [line.split()[1] for line in sums.read_text().splitlines()] if served == "other files" else []
+    with file_server({f"/{path}": b"{}" for path in files}, tmp_path) as (address, seen):
+        place = "http://127.0.0.1:9" if served == "no server" else address
+        done = make("YES=1", f"PAPER={tmp_path}", f"HF_ENDPOINT={place}", f"URL_{name}={place}", mark)
+    assert seen[: len(files)] == [f"/{path}" for path in files]
+    assert re.search(why, done.stdout if files else done.stderr.splitlines()[0])
+    assert done.returncode == 2 and done.stderr.splitlines()[1].startswith("make: ***") and not Path(mark).exists()
 
 
-def test_benchmark_files_must_have_their_sha256(tmp_path):
-    """Files with other contents are refused, and so are files that are not there."""
-    with file_server({f"/{path}": b'{"examples": []}' for path in data.BENCHMARK_FILES}) as (address, seen):
-        done = download(tmp_path, "benchmarks.done", QUESTIONS_URL=address)
-    assert seen == [f"/{path}" for path in data.BENCHMARK_FILES]
-    assert done.returncode == 2 and f"{data.BENCHMARK_FILES[0]}: FAILED" in done.stdout
-    with file_server({}) as (address, _):
-        done = download(tmp_path, "benchmarks.done", QUESTIONS_URL=address)
-    assert done.returncode == 2 and "404" in done.stderr
-    assert not (tmp_path / "download/benchmarks.done").exists()
-
-
-# The question
+# The question, and local data
 
 
 @pytest.mark.parametrize("answer, status", [("n\n", 2), ("", 2), ("y\n", 0)])
 def test_disk_and_memory_are_stated_before_the_question(answer, status, tmp_path):
     agreed = f"{tmp_path}/agreed/Qwen2.5-0.5B-Instruct.e5"
-    command = ["make", "PYTHON=python3", "VENV=", f"PAPER={tmp_path}", "PASSAGES=e5", agreed]
-    made = subprocess.run(command, cwd=ROOT, input=answer, capture_output=True, text=True)
+    made = make(f"PAPER={tmp_path}", "PASSAGES=e5", agreed, input=answer)
     assert made.returncode == status and Path(agreed).exists() == (status == 0)
-    for words in ("70.1 GB to download, 150 GB of disk, 65 GB of RAM", "Qwen/Qwen2.5-0.5B-Instruct", "Continue? [y/N]"):
-        assert words in made.stdout
+    stated = ("70.1 GB to download, 150 GB of disk, 65 GB of RAM", "Qwen/Qwen2.5-0.5B-Instruct", "Continue? [y/N]")
+    assert all(words in made.stdout for words in stated)
     assert ("YES=1" in made.stderr) == (status == 2)
 
 
-def test_passages_that_are_nowhere_are_refused(tmp_path):
-    command = ["make", "VENV=", f"PAPER={tmp_path}", "PASSAGES=wikki", "YES=1", "paper-passages"]
-    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert made.returncode == 2 and "No rule to make target 'wikki'" in made.stderr
+def test_local_data_needs_no_download_and_must_be_there(tmp_path):
+    needed = {"PASSAGES": "", "TRAJECTORIES": "/cot.jsonl", "QUESTIONS": "/*.jsonl", "STUDENT": "/config.json"}
+    places = {name: tmp_path / name for name in needed}
+    places["PASSAGES"].touch()
+    for file in ("TRAJECTORIES/cot.jsonl", "TRAJECTORIES/agent.parquet", "QUESTIONS/a.jsonl", "STUDENT/config.json"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    paper = ["-n", "paper", f"PAPER={tmp_path}", *(f"{name}={path}" for name, path in places.items())]
+    made = make(*paper)
+    assert made.returncode == 0 and "evaluate.py report" in made.stdout and "--limit" not in made.stdout
+    assert not any(word in made.stdout for word in ("hf download", "curl", "Continue?"))
+    for name, file in needed.items():
+        made = make(*paper, f"{name}={tmp_path}/nowhere")
+        assert made.returncode == 2 and f"No rule to make target '{tmp_path}/nowhere{file}'" in made.stderr
 
 
 # Formats
 
 
-@pytest.fixture(scope="module")
-def stand_ins(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("stand-ins")
-    made = folder / "world"
-    world.write(world.Config(out=str(made), train_questions=40, test_questions=2, seed=5))
-    rehearse.write_benchmarks(made, folder / "benchmarks")
-    rehearse.write_trajectories(made, folder, folder / "index")
-    return folder
+@pytest.mark.parametrize("pooled", [False, True])
+def test_tasks_state_what_the_files_do_not(pooled, tmp_path):
+    """HippoRAG's questions replace the authors' facts; no question is in training and test; each passage once."""
+    stand_ins = tmp_path / "stand-ins"
+    world.write(world.Config(out=str(stand_ins / "world"), train_questions=40, test_questions=2, seed=5))
+    rehearse.write_questions(stand_ins / "world", stand_ins)
+    file = stand_ins / "benchmarks" / data.BENCHMARK_FILES[-1]
+    file.write_text(re.sub('"answer": "[^"]*"', '"answer": null', file.read_text(), count=1))  # as in four of theirs
+    folders = {"folder": str(stand_ins / "benchmarks"), "pooled": str(stand_ins / "pooled") if pooled else None}
+    data.make_tasks(data.TasksConfig(**folders, out=str(tmp_path)))
+    tests, train = (load_tasks(sorted((tmp_path / split).glob("*.jsonl"))) for split in ("test", "train"))
+    counts = {task: sum(row["task"] == task for row in train) for task in ("hotpotqa", "math", "math_medium")}
+    assert counts["math_medium"] == counts["math"] - 1
+    assert counts["hotpotqa"] == ((41 - counts["math"]) // 2 if pooled else 40 - counts["math"])
+    assert not {row["question"] for row in tests} & {row["question"] for row in train}
+    assert {row["task"] for row in tests} == set(TASKS) - ({"bamboogle"} if pooled else set())
+    assert all((row["kind"], row["domain"]) == (TASKS[row["task"]].kind, TASKS[row["task"]].domain) for row in tests)
+    assert [row["aliases"] for row in tests if row["aliases"]] == [["an alias"]] * 2 * pooled
+    if pooled:
+        passages, original = (rehearse.rows_of(f / "passages.jsonl") for f in (tmp_path, stand_ins / "world"))
+        assert sorted(row["contents"] for row in passages) == sorted(row["contents"] for row in original)
 
 
-def test_tasks_state_what_the_files_do_not(stand_ins, tmp_path):
-    data.make_tasks(data.TasksConfig(folder=str(stand_ins / "benchmarks"), out=str(tmp_path)))
-    tests = load_tasks(sorted((tmp_path / "test").glob("*.jsonl")))
-    original = {row["question"]: row for path in stand_ins.glob("world/test/*") for _, row in read_jsonl(path)}
-    assert len(tests) == 16
-    for row in tests:
-        assert all(row[field] == original[row["question"]][field] for field in ("task", "kind", "domain"))
-    train = load_tasks(sorted((tmp_path / "train").glob("*.jsonl")))
-    assert {row["task"] for row in train} == {"hotpotqa", "math", "math_medium"}
-    assert len(train) == 38  # two of the 40 stand-ins have no answer
+def convert(source, out, **options):
+    data.make_training_file(data.TrajectoriesConfig(source=str(source), out=str(out), **options))
+    return rehearse.rows_of(out)
 
 
-def test_the_benchmark_files_are_those_of_the_paper():
-    tests = {data.task_of(path)[1]: path for path in data.BENCHMARK_FILES if "/test/" in path}
-    assert list(tests) == list(TASKS)
-    assert all(f"_{TASKS[task].questions}_" in path for task, path in tests.items())
-    assert sum(task.questions for task in TASKS.values()) == 2915
+STEP = "Thought: ...\nCode:\n```py\n{}\n```<end_code>".format
+FOUND = "Observation:\nExecution logs:\n[1] Ada Orr\nBorn in Oslo.\n[2] Oslo\nA city.\n"
+CHATS = {
+    "agent": ["prompt", "New task:\nWhere?", STEP("print(web_search('Ada'))"), FOUND, STEP("final_answer('Oslo')")],
+    "cot": ["prompt", "Where?", "She was born in \\boxed{Oslo}."],
+}
+TASK = {"id": "1", "task": "hotpotqa", "kind": "fact", "question": "Where?", "answer": "Oslo"}
+END = {"prediction": "Oslo", "stop": "final_answer", "correct": False, "tools": ["web_search"]}  # the grade is wrong
 
 
-@pytest.mark.parametrize("kind", ["cot", "agent", "prefix"])
-def test_published_trajectories_become_our_training_rows(kind, stand_ins, tmp_path):
-    """The stand-ins are our own conversations in the published format: converted, they are the same again."""
-    source, out = stand_ins / f"{kind}-trajectories", tmp_path / "train.jsonl"
-    config = data.TrajectoriesConfig(folder=str(source), out=str(out), prefix=kind == "prefix")
-    data.convert_trajectories(config)
-    expected, prompts = [], Prompts()
-    for _, chats in rehearse.chats_of(stand_ins / "world", stand_ins / "index"):
-        system = prompts.cot_system if kind == "cot" else prompts.system("agent_student_system", ["web_search"])
-        messages = [{"role": "system", "content": system}, *chats[kind][1:]]
-        method = "cot" if kind == "cot" else "agent"
-        expected.append({"messages": messages, "method": method, "prefix": kind == "prefix"})
-    assert [row for _, row in read_jsonl(out)] == expected and len(expected) == 7
-    if kind != "cot":
-        published = (source / "train.jsonl").read_text()
-        assert all(text in published for text in ("===== Document 0, similarity:", "Call id: call_", "Retrieved"))
+@pytest.mark.parametrize("method", ["cot", "agent"])
+def test_trajectories_become_training_rows(method, tmp_path):
+    """The authors' rows, with the log as an object or as text, and collect's, which are graded again, give the same."""
+    prompts, roles = Prompts(), ["system", *("user", "assistant") * 2]
+    messages = [{"role": role, "content": text} for role, text in zip(roles, CHATS[method], strict=False)]
+    row = TASK | END | {"method": method, "messages": messages, "steps": [{"error_kind": None}]}
+    system = prompts.cot_system if method == "cot" else prompts.system("agent_student_system", ["web_search"])
+    expected = [{"role": "system", "content": system}, *messages[1:]]
+    published = rehearse.published_row(row)
+    if method == "agent":
+        words = ("===== Document 0, similarity:", "Call id: call_", "Retrieved documents:")
+        assert all(each in json.dumps(published) for each in words)
+        published["log_data"]["messages"][1]["content"][0]["text"] += " <reference>x</reference>\n\nIMPORTANT: ..."
+        for message in published["log_data"]["messages"]:
+            message["role"] = "MessageRole." + message["role"].upper().replace("-", "_")
+    for number, form in enumerate((published, rehearse.published_row(row, log_as_text=True))):
+        rehearse.write_rows([form], tmp_path / f"{number}/data/train")
+        (made,) = convert(tmp_path / f"{number}", tmp_path / "out.jsonl", prefix=True)
+        assert made == {"messages": expected, "method": method, "prefix": True}
+    rehearse.write_rows([row], tmp_path / "collected")
+    (made,) = convert(tmp_path / "collected.jsonl", tmp_path / "out.jsonl")
+    assert made["messages"] == expected and not made["prefix"]
 
 
-def test_rows_that_the_authors_drop_are_dropped(tmp_path, capsys):
-    text = [{"type": "text", "text": "x"}]
-    turns = [{"role": f"MessageRole.{role}", "content": text} for role in ("SYSTEM", "USER", "ASSISTANT")]
-    rows = [{"log_data": None}, {"log_data": {"messages": [turns[0], turns[1], turns[0], turns[2]]}},
-            {"log_data": {"messages": turns}}]  # fmt: skip
-    file, out = tmp_path / "rows.jsonl", tmp_path / "out.train"
-    config = data.TrajectoriesConfig(folder=str(tmp_path), out=str(out))
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data.convert_trajectories(config)
-    assert "1 conversations, 2 rows dropped" in capsys.readouterr().out
-    for content, message in (
-        ('{"log_data": null}\n', r"no conversation in its .jsonl files \(1 rows dropped\)"),
-        ('{"text": "x"}\n', r"rows.jsonl:1: log_data.messages, or messages and response, were expected"),
-    ):
-        file.write_text(content)
-        with pytest.raises(InputError, match=message):
-            data.convert_trajectories(config)
+TWO_SYSTEMS = {"messages": [{"role": role, "content": []} for role in ("system", "user", "system", "assistant")]}
 
 
-# The stages, through the Makefile
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        *(
+            ("a.jsonl", json.dumps({"question": "", "log_data": log}), r"\(1 rows dropped\)")
+            for log in (None, "null", "", TWO_SYSTEMS)
+        ),
+        ("a.jsonl", '{"text": "x"}', "a.jsonl:1: a row of the authors was expected"),
+        ("a.jsonl", '{"log_data": "{"}', "a.jsonl:1: a row of the authors was expected"),
+        ("a.jsonl", '{"steps": []}', "a.jsonl:1: a row of collect was expected"),
+        ("a.parquet", "", "a.parquet: parquet files need pyarrow: pip install pyarrow"),
+        ("a.txt", "", "a.txt: no conversation in it"),
+    ],
+)
+def test_other_files_are_refused_in_one_line(name, content, message, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=message):
+        convert(tmp_path / name, tmp_path / "out")
 
 
 def test_every_stage_on_stand_ins(tmp_path):
     """What `make rehearse` runs, with fewer rows of the table; the second time, nothing is left to do."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
-    environment |= {"OMP_NUM_THREADS": "1"}
-    make = ["make", "VENV=", f"PYTHON={sys.executable}", f"REHEARSAL={tmp_path}", "PAPER_ROWS=prefix.sc8",
-            "AUTHORS_ROWS=greedy"]  # fmt: skip
-    done = subprocess.run(
-        [*make, "-j2", "rehearse"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800
-    )
+    given = [f"REHEARSAL={tmp_path}", "PAPER_ROWS=prefix.sc8", "AUTHORS_ROWS=greedy"]
+    done = make("-j2", "rehearse", *given, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
-    name, results = "Qwen2.5-0.5B-Instruct", tmp_path / "paper/results"
-    trainings = {
-        f"published.wiki/{name}.prefix.sc8": "distill+prefix",
-        f"published.e5/{name}.cot.cot-rag": "distill",
-        "published.wiki/authors-1.5B.greedy": "distill",
+    runs = {path.parent: json.loads(path.read_text()) for path in tmp_path.glob("paper/results/*/*/model.json")}
+    names = {run: "local" if "gz" in run.parent.name else run.parent.name for run in runs}
+    assert {(names[run], run.suffix, about["training"]) for run, about in runs.items()} == {
+        ("published.wiki", ".sc8", "distill+prefix"),
+        ("published.e5", ".cot-rag", "distill"),
+        ("published.pooled", ".agent", "none"),
+        ("local", ".sc8", "distill"),
+        ("published.wiki", ".greedy", "distill"),  # the authors' student
     }
-    found = {str(path.parent.relative_to(results)): path for path in results.rglob("model.json")}
-    assert {run: json.loads(path.read_text())["training"] for run, path in found.items()} == trainings
-    for words in ("| agent distill+prefix | sc8 |", "| cot-rag distill | greedy |"):
-        assert words in done.stdout
-    config = json.loads((tmp_path / f"paper/students/published/{name}/prefix/run.json").read_text())
-    settings = {"rank": 64, "alpha": 128, "dropout": 0.05, "lr": 2e-4, "batch_size": 8, "epochs": 2,
-                "precision": "bf16", "max_length": 10240, "tuning": "lora"}  # fmt: skip
-    assert settings.items() <= config.items()
-    for kind in ("cot", "agent", "prefix"):
-        assert (tmp_path / f"paper/trajectories/teacher-wiki/{kind}.train.jsonl").stat().st_size
-    again = [*make, f"PAPER={tmp_path}/paper", "paper-evaluate"]
-    again = subprocess.run(again, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert all(row in done.stdout for row in ("| agent distilled + prefix + SC-action |", "| CoT + RAG distilled |"))
+    again = make("paper-evaluate", f"PAPER={tmp_path}/paper", "TESTS=1", *given[1:])
     assert "Nothing to be done for 'paper-evaluate'" in again.stdout

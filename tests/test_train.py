@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -21,13 +22,15 @@ from transformers import (
     AutoModelForCausalLM,
     Lfm2Config,
     Lfm2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen3_5ForCausalLM,
     Qwen3_5TextConfig,
     get_scheduler,
 )
 
 import train
-from common import InputError, lora
+from common import InputError, models
 from conftest import CHATML, conversation, make_model, write_jsonl
 
 ROOT = Path(train.__file__).parent
@@ -54,6 +57,11 @@ THINKS = CHATML.replace(
 
 # Starts a reply with a newline, which makes one token with the newline at the end of the prompt.
 GLUES = CHATML.replace("m.content +", "('\n' if m.role == 'assistant' else '') + m.content +")
+# The mark that begins the next message ends a turn, as GLM-4's does: nothing follows the last reply.
+GLM = (
+    "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' + m.content }}{%- endfor %}"
+    + CHATML.split("endfor %}")[1]
+)
 ADDS = {STRIPS: "", THINKS: "<think></think>", GLUES: "\n"}  # what the templates that need an example per turn add
 
 
@@ -68,22 +76,28 @@ def data_path(tmp_path_factory):
 def config(tmp_path, tiny_model, data_path):
     def make(**options):
         defaults = {"data": [data_path], "model": tiny_model, "out": str(tmp_path / "out"), "precision": "fp32"}
-        defaults |= {"quiet": True, "rank": 4, "alpha": 8, "lr": 1e-3}
+        defaults |= {"quiet": True, "lr": 1e-3}
+        if options.get("tuning") != "full":
+            defaults |= {"rank": 4, "alpha": 8}
         return train.Config(**defaults | options)
 
     return make
 
 
 def read_examples(config):
-    conversations, _, _ = train.read_conversations(lora.load_tokenizer(config.model), config)
+    conversations, _, _ = train.read_conversations(models.load_tokenizer(config.model), config)
     return [example for examples in conversations for example in examples]
+
+
+def half(text, turn, row):
+    return 0.5
 
 
 def make_trainer(config):
     """Returns (Trainer, examples); the adapters' B is random, because with B = 0 the gradient of A would be 0."""
     trainer = train.Trainer(config, CPU)
     generator = torch.Generator().manual_seed(1)
-    for _, layer in lora.lora_layers(trainer.model):
+    for _, layer in models.lora_layers(trainer.model):
         layer.b.data = torch.randn(layer.b.shape, generator=generator) * 0.1
     return trainer, read_examples(config)
 
@@ -119,7 +133,7 @@ def test_exactly_the_assistants_tokens_and_its_end_of_turn_are_trained(tiny_toke
     assert weights == expected
 
 
-@pytest.mark.parametrize("template", [CHATML, LLAMA, PHI, STRIPS, THINKS, GLUES])
+@pytest.mark.parametrize("template", [CHATML, LLAMA, PHI, STRIPS, THINKS, GLUES, GLM])
 def test_training_sees_what_inference_sees(tiny_tokenizer, template, monkeypatch):
     """The tokens before a reply are those of the prompt at inference, also if a template rewrites earlier turns."""
     monkeypatch.setattr(tiny_tokenizer, "chat_template", template)
@@ -139,9 +153,10 @@ def test_training_sees_what_inference_sees(tiny_tokenizer, template, monkeypatch
         assert len(runs) == len(turns)
         for turn, (prompt, reply) in zip(turns, runs, strict=True):
             assert prompt == tiny_tokenizer.apply_chat_template(
-                messages[:turn], add_generation_prompt=True, return_dict=False, **train.TEMPLATE_OPTIONS
+                messages[:turn], add_generation_prompt=True, return_dict=False, **models.TEMPLATE_OPTIONS
             )
-            expected = messages[turn]["content"].strip() + ("<|eot_id|>" if template == LLAMA else "<|im_end|>")
+            end = {LLAMA: "<|eot_id|>", GLM: "<|im_start|>"}.get(template, "<|im_end|>")
+            expected = messages[turn]["content"].strip() + end
             assert tiny_tokenizer.decode(reply) == ADDS.get(template, "") + expected
 
 
@@ -193,8 +208,8 @@ def test_weights_of_tokens_reach_the_loss(tiny_tokenizer, config):
     doubled = train.Example(example.ids, example.weights * 2)
     assert difference(gradients(trainer, [doubled])[1], gradient) < 1e-6
 
-    for bad in (-1, math.nan, math.inf, None):
-        with pytest.raises(InputError, match="from 0 up"):
+    for bad in (-1, math.nan, math.inf, None, (0, 5, 1.0), [(0, 5)], [(0, 5, -1)], [(5, 0, 1.0)], "2"):
+        with pytest.raises(InputError, match="the weight of a message is .*: a number from 0 up"):
             train.encode(tiny_tokenizer, messages, lambda text, turn, row, bad=bad: bad)
 
 
@@ -228,11 +243,13 @@ def test_what_is_dropped_is_counted(tiny_tokenizer, tmp_path, config, monkeypatc
     rng = random.Random(3)
     rows = [{"messages": conversation(rng, 4)}, {"messages": conversation(rng, 1, words=3)}]
     rows.append({"messages": conversation(rng, 1, words=3), "no": "weight"})
+    rows.append({"messages": [USER, {"role": "assistant", "content": "an <|im_end|> inside"}]})
     weigh = lambda text, turn, row: 0 if "no" in row else 1  # noqa: E731
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     conversations, _, counts = train.read_conversations(tiny_tokenizer, config(data=[path], max_length=150), weigh)
     assert [len(examples) for examples in conversations] == [1]
     assert (counts["dropped_too_long"], counts["dropped_zero_weight"], counts["split_into_turns"]) == (1, 1, 0)
+    assert counts["dropped_special_token"] == 1
     with pytest.raises(InputError, match="no example is left"):
         train.read_conversations(tiny_tokenizer, config(data=[path], max_length=3))
     # Of a conversation that is split into turns, the turns that fit are kept.
@@ -271,19 +288,20 @@ def test_training_json_says_how_the_student_was_trained(tiny_tokenizer, tmp_path
 
 
 def test_every_conversation_is_planned_once_an_epoch(config):
-    conversations, _, _ = train.read_conversations(lora.load_tokenizer(config().model), config())
+    conversations, _, _ = train.read_conversations(models.load_tokenizer(config().model), config())
     steps = train.plan_steps(conversations, config(epochs=3, batch_size=5))
     assert [len(step) for step in steps] == [5, 5, 5, 5, 4] * 3
-    order = [example.number for step in steps for example in step]
+    places = {id(examples[0]): n for n, examples in enumerate(conversations)}
+    order = [places[id(example)] for step in steps for example in step]
     epochs = [order[n : n + 24] for n in (0, 24, 48)]
     assert all(sorted(epoch) == list(range(24)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    numbers = lambda steps: [[example.number for example in step] for step in steps]  # noqa: E731
+    numbers = lambda steps: [[places[id(example)] for example in step] for step in steps]  # noqa: E731
     assert numbers(steps) == numbers(train.plan_steps(conversations, config(epochs=3, batch_size=5)))
     assert numbers(steps) != numbers(train.plan_steps(conversations, config(epochs=3, batch_size=5, seed=1)))
     for micro_tokens in (1, 300, 10**6):
         micro_batches = train.split_step(steps[0], micro_tokens)
-        assert sorted(e.number for m in micro_batches for e in m) == sorted(e.number for e in steps[0])
+        assert sorted(places[id(e)] for m in micro_batches for e in m) == sorted(numbers(steps)[0])
         for micro_batch in micro_batches:
             assert len(micro_batch) == 1 or len(micro_batch) * max(len(e.ids) for e in micro_batch) <= micro_tokens
 
@@ -291,21 +309,20 @@ def test_every_conversation_is_planned_once_an_epoch(config):
 # The loss
 
 
-@pytest.mark.parametrize("chunk", [1, 64 * 7, 2**26])
-def test_the_chunked_loss_has_autograds_gradients(monkeypatch, chunk):
-    monkeypatch.setattr(train.HeadLoss, "CHUNK", chunk)
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(150, 5, generator=generator, dtype=torch.float64, requires_grad=True)
-    head = torch.randn(7, 5, generator=generator, dtype=torch.float64, requires_grad=True)
-    targets, weights = torch.randint(7, (150,), generator=generator), torch.rand(150, generator=generator)
-    losses = torch.nn.functional.cross_entropy(hidden @ head.T, targets, reduction="none")
-    expected = (losses * weights).sum()
-    loss = train.HeadLoss.apply(hidden, head, targets, weights)
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
-    wanted = torch.autograd.grad(expected * 3, [hidden, head])
-    got = torch.autograd.grad(loss * 3, [hidden, head])
-    for a, b in zip(got, wanted, strict=True):
-        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("logits", [1, 500 * 7, 2**26])
+def test_the_loss_in_chunks_has_autograds_gradients(config, monkeypatch, logits):
+    """The head is trained too, so that both gradients of the loss are compared."""
+    monkeypatch.setattr(train, "LOGITS", logits)
+    trainer, examples = make_trainer(config(tuning="full"))
+    example = train.Example(examples[0].ids, examples[0].weights * torch.rand(len(examples[0].ids)))
+    losses = torch.nn.functional.cross_entropy(
+        trainer.model(example.ids[None]).logits[0, :-1], example.ids[1:], reduction="none"
+    )
+    expected = (losses * example.weights[1:]).sum() / example.weights.sum()
+    wanted = torch.autograd.grad(expected, trainer.parameters)
+    loss, gradient = gradients(trainer, [example])
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    assert difference(gradient, torch.cat([g.flatten() for g in wanted])) < 1e-6
 
 
 def test_the_loss_is_transformers_own(config):
@@ -325,16 +342,15 @@ def test_the_loss_is_transformers_own(config):
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_micro_batches_give_the_gradients_of_one_batch(config, tuning):
-    """How a step is cut changes only the rounding, with dropout too."""
-    trainer, examples = make_trainer(config(tuning=tuning, dropout=0.3, micro_tokens=100000))
+    """How a step is cut changes only the rounding, without dropout."""
+    options = {"tuning": tuning, "micro_tokens": 100000} | ({"dropout": 0.0} if tuning == "lora" else {})
+    trainer, examples = make_trainer(config(**options))
     loss, whole = gradients(trainer, examples[:8])
     for micro_tokens in (1, 450):
         trainer.micro_tokens = micro_tokens
         other_loss, parts = gradients(trainer, examples[:8])
         assert other_loss == pytest.approx(loss, rel=1e-6)
         assert difference(whole, parts) < 1e-6
-    if tuning == "lora":
-        assert difference(gradients(trainer, examples[:8], seed=1)[1], whole) > 1e-3  # another seed, another draw
 
 
 def test_an_observation_has_no_gradient_of_its_own(config):
@@ -347,28 +363,10 @@ def test_an_observation_has_no_gradient_of_its_own(config):
     assert difference(gradients(trainer, [whole])[1], gradients(trainer, [cut])[1]) < 1e-5
 
 
-def test_dropout_drops_a_share_and_has_its_own_gradient():
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 300, 400, generator=generator, dtype=torch.float64, requires_grad=True)
-    a = torch.randn(3, 400, generator=generator, dtype=torch.float64, requires_grad=True)
-    numbers = 2 * torch.randint(2**15, (2, 300, 1), generator=generator) + 1
-    features = torch.randint(-(2**15), 2**15, (400,), generator=generator, dtype=torch.int16)
-    numbers = numbers.to(torch.int16)
-    ones, eye = torch.ones(2, 300, 400), torch.eye(400)
-    for p in (0.05, 0.5):
-        kept = lora.DropoutLinear.apply(ones, eye, numbers, features, p) * (1 - p)  # 0 or 1 for each element
-        assert torch.equal(kept.round(), (kept > 0.5).float()) and difference(kept, kept.round()) < 1e-6
-        assert kept.mean().item() == pytest.approx(1 - p, abs=0.005)
-        rows = kept.flatten(0, 1)
-        for pairs in (rows[1:] * rows[:-1], rows[:, 1:] * rows[:, :-1]):  # neighbours are dropped independently
-            assert pairs.mean().item() == pytest.approx((1 - p) ** 2, abs=0.01)
-        expected = (x * kept.double() / (1 - p)) @ a.T
-        result = lora.DropoutLinear.apply(x, a, numbers, features, p)
-        torch.testing.assert_close(result, expected)
-        weights = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
-        wanted = torch.autograd.grad((expected * weights).sum(), [x, a])
-        for one, other in zip(torch.autograd.grad((result * weights).sum(), [x, a]), wanted, strict=True):
-            torch.testing.assert_close(one, other)
+def test_dropout_follows_from_the_seed(config):
+    trainer, examples = make_trainer(config(dropout=0.3))
+    first, again, other = (gradients(trainer, examples[:4], seed)[1] for seed in (0, 0, 1))
+    assert torch.equal(first, again) and difference(first, other) > 1e-3
 
 
 def test_checkpointing_changes_no_gradient(config):
@@ -423,11 +421,11 @@ def test_recurrent_and_convolutional_models_are_trained_like_each_example_alone(
     examples = max(train.split_step(examples, 2048), key=len)  # they are padded into one batch
     assert len(examples) > 3 and len({len(example.ids) for example in examples}) > 1
     loss, together = gradients(trainer, examples)
-    assert len(lora.lora_layers(trainer.model)) > 8
+    assert len(models.lora_layers(trainer.model)) > 8
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     tokens, total = 0, 0.0
     with torch.no_grad():
-        for _, layer in lora.lora_layers(trainer.model):
+        for _, layer in models.lora_layers(trainer.model):
             layer.b.zero_()
         for example in examples:
             labels = torch.where(example.weights > 0, example.ids, -100)
@@ -449,25 +447,11 @@ def soft_cap(model):
 
 @pytest.mark.parametrize("change", [leak, soft_cap])
 def test_a_model_whose_loss_would_be_wrong_is_refused(config, change):
-    model, _ = lora.load_model(config().model)
-    train.check_model(model)
+    model, _ = models.load_model(config().model)
+    models.check_model(model)
     change(model)
-    with pytest.raises(InputError, match="differ"):
-        train.check_model(model)
-
-
-def test_key_value_heads_are_copied_where_no_kernel_has_grouped_ones(config, monkeypatch):
-    """train.py sets a rule of transformers for this; the test notices a version in which the rule has no effect."""
-    calls, attention = [], torch.nn.functional.scaled_dot_product_attention
-
-    def record(query, key, value, **options):
-        calls.append((query.shape[1], key.shape[1], options.get("enable_gqa", False)))
-        return attention(query, key, value, **options)
-
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
-    trainer, examples = make_trainer(config())
-    trainer.accumulate(examples[:2], 0)
-    assert set(calls) == {(4, 4, False)}
+    with pytest.raises(InputError, match="differ|not a plain linear"):
+        models.check_model(model)
 
 
 def test_sliding_windows_are_respected(config, tmp_path, tiny_tokenizer):
@@ -483,16 +467,50 @@ def test_sliding_windows_are_respected(config, tmp_path, tiny_tokenizer):
     assert gradients(trainer, [example])[0] != pytest.approx(expected, rel=1e-3)  # the window matters here
 
 
+def long_rope(folder, tokenizer):
+    """A tiny Phi-3 whose position encoding changes where a batch is longer than 100 tokens."""
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 100}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [64.0] * 4, "factor": 8.0}
+    options = {"max_position_embeddings": 512, "rope_parameters": rope, "eos_token_id": 2, "bos_token_id": 1}
+    options["original_max_position_embeddings"] = 100
+    small(Phi3ForCausalLM, Phi3Config, **options).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_where_a_longer_example_changes_the_positions_each_goes_alone(config, tmp_path, tiny_tokenizer):
+    """Phi-4-mini and Phi-3.5 (longrope): the loss of a short example beside a long one is its loss alone."""
+    rng = random.Random(0)
+    rows = [{"messages": conversation(rng, 1, words=4)}, {"messages": conversation(rng, 3)}]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    model = long_rope(tmp_path / "model", tiny_tokenizer)
+    trainer, examples = make_trainer(config(model=model, data=[path], dropout=0.0, micro_tokens=10_000))
+    assert len(examples[0].ids) < 100 < len(examples[1].ids)
+    weights = [example.weights.sum().item() for example in examples]
+    alone = [gradients(trainer, [example])[0] for example in examples]
+    expected = sum(loss * weight for loss, weight in zip(alone, weights, strict=True)) / sum(weights)
+    assert gradients(trainer, examples)[0] == pytest.approx(expected, rel=1e-6)
+    together = train.loss_of(trainer.model, examples).item() / sum(weights)
+    assert together != pytest.approx(expected, rel=1e-4), "the positions matter here"
+
+
+def test_positions_that_depend_on_earlier_examples_are_refused(config, tmp_path, tiny_tokenizer):
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    model = make_model(tmp_path / "model", tiny_tokenizer, rope_parameters=rope)
+    with pytest.raises(InputError, match="dynamic position scaling is not supported"):
+        train.Trainer(config(model=model), CPU)
+
+
 # Adapters
 
 
 def test_lora_starts_as_its_base_and_wraps_all_linear_layers_but_the_head(config):
     trainer = train.Trainer(config(), CPU)
-    wrapped = [name.rpartition(".")[2] for name, _ in lora.lora_layers(trainer.model)]
+    wrapped = [name.rpartition(".")[2] for name, _ in models.lora_layers(trainer.model)]
     assert sorted(wrapped) == sorted(["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"] * 2)
     trained = {name.rpartition(".")[2] for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert trained == {"a", "b"}
-    base, _ = lora.load_model(config().model)
+    base, _ = models.load_model(config().model)
     ids = torch.arange(20)[None]
     torch.testing.assert_close(trainer.model.eval()(ids).logits, base(ids).logits, rtol=0, atol=1e-5)
 
@@ -503,34 +521,36 @@ def test_an_adapter_is_saved_loaded_merged_and_continued(config, tmp_path, capsy
     names = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"}
     names |= {"run.json", "metrics.jsonl", "summary.json", "training.json"}
     assert {path.name for path in out.iterdir()} == names | {"tokenizer_config.json"}
-    record = lora.training_record(out)
+    record = models.training_record(out)
     assert record == {"method": None, "training": "distill", "system_prompt": None, "base": config().model}
-    assert lora.training_record(config().model) == {}
+    saved = json.loads((out / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == str(Path(config().model).resolve())
+    assert models.training_record(config().model) == {}
     ids = torch.arange(30)[None]
-    unmerged, _ = lora.load_model(out)
-    base, _ = lora.load_model(config().model)
-    assert lora.lora_layers(unmerged) and not unmerged.training
+    unmerged, _ = models.load_model(out)
+    base, _ = models.load_model(config().model)
+    assert models.lora_layers(unmerged) and not unmerged.training
     assert difference(unmerged(ids).logits, base(ids).logits) > 1e-3
-    half, _ = lora.load_model(out, dtype=torch.bfloat16)
+    half, _ = models.load_model(out, dtype=torch.bfloat16)
     assert half(ids).logits.dtype == torch.bfloat16
 
     kept = {}
     for dtype in ("float32", "bfloat16"):
         folder = tmp_path / dtype
-        lora.merge_adapter(lora.MergeConfig(adapter=str(out), out=str(folder), dtype=dtype))
+        models.merge_adapter(models.MergeConfig(adapter=str(out), out=str(folder), dtype=dtype))
         kept[dtype] = float(capsys.readouterr().out.split("keep ")[1].split("%")[0])
-        assert lora.training_record(folder) == record
+        assert models.training_record(folder) == record
     assert kept["float32"] == 100.0 and 90 < kept["bfloat16"] < 100
-    merged, _ = lora.load_model(tmp_path / "float32")
+    merged, _ = models.load_model(tmp_path / "float32")
     torch.testing.assert_close(merged(ids).logits, unmerged(ids).logits, rtol=1e-4, atol=1e-4)
-    rounded, _ = lora.load_model(tmp_path / "bfloat16")
+    rounded, _ = models.load_model(tmp_path / "bfloat16")
     expected = merged.model.layers[0].mlp.up_proj.weight.to(torch.bfloat16).float()
     assert torch.equal(rounded.model.layers[0].mlp.up_proj.weight, expected)  # cast once
 
-    for _, layer in lora.lora_layers(unmerged):
+    for _, layer in models.lora_layers(unmerged):
         layer.b.data /= 1000  # as after a very short training
-    lora.save_lora(unmerged, tmp_path / "short", config().model)
-    lora.merge_adapter(lora.MergeConfig(adapter=str(tmp_path / "short"), out=str(tmp_path / "lost")))
+    models.save_lora(unmerged, tmp_path / "short", config().model)
+    models.merge_adapter(models.MergeConfig(adapter=str(tmp_path / "short"), out=str(tmp_path / "lost")))
     assert float(capsys.readouterr().out.split("keep ")[1].split("%")[0]) < 70
 
     more = config(model=str(out), out=str(tmp_path / "more"), epochs=1)
@@ -539,8 +559,15 @@ def test_an_adapter_is_saved_loaded_merged_and_continued(config, tmp_path, capsy
     assert train.fit(more)["loss"] < summary["loss"]
     adapter_config = json.loads((tmp_path / "more" / "adapter_config.json").read_text())
     assert adapter_config["base_model_name_or_path"] == config().model
-    with pytest.raises(InputError, match="is an adapter"):
-        train.fit(config(model=str(out), tuning="full", out=str(tmp_path / "full")))
+    for options, reason in [
+        ({"tuning": "full"}, "is an adapter: train it"),
+        ({"rank": 8}, "give --rank 4 --alpha 8"),
+        ({"alpha": 9}, "give --rank 4 --alpha 8"),
+    ]:
+        with pytest.raises(InputError, match=reason):
+            train.fit(config(model=str(out), out=str(tmp_path / "other"), **options))
+    with pytest.raises(InputError, match="--dropout has no effect"):
+        train.fit(config(tuning="full", dropout=0.1, out=str(tmp_path / "other")))
 
 
 def first_weight(folder):
@@ -548,23 +575,39 @@ def first_weight(folder):
     return weights["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"]
 
 
+def test_an_adapter_finds_its_base_from_any_folder(config, tmp_path, tiny_tokenizer, monkeypatch):
+    make_model(tmp_path / "base", tiny_tokenizer)
+    monkeypatch.chdir(tmp_path)
+    trainer = train.Trainer(config(model="base"), CPU)
+    models.save_lora(trainer.model, tmp_path / "adapter", trainer.base)
+    monkeypatch.chdir("/")
+    assert models.lora_layers(models.load_model(tmp_path / "adapter")[0])
+    path = tmp_path / "adapter" / "adapter_config.json"
+    written = json.loads(path.read_text())
+    path.write_text(json.dumps(written | {"base_model_name_or_path": "../base"}))  # relative to the adapter
+    assert models.lora_layers(models.load_model(tmp_path / "adapter")[0])
+    path.write_text(json.dumps(written | {"base_model_name_or_path": str(tmp_path / "moved")}))
+    with pytest.raises(InputError, match=r"the base model .*moved is gone: correct base_model_name_or_path"):
+        models.load_model(tmp_path / "adapter")
+
+
 @pytest.mark.parametrize("change", [{"peft_type": "LOHA"}, {"alpha_pattern": {"q_proj": 3}}])
 def test_an_adapter_of_another_kind_is_refused(config, tmp_path, change):
     trainer = train.Trainer(config(), CPU)
-    lora.save_lora(trainer.model, tmp_path / "adapter", config().model)
+    models.save_lora(trainer.model, tmp_path / "adapter", config().model)
     path = tmp_path / "adapter" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(InputError, match="only plain LoRA"):
-        lora.load_model(tmp_path / "adapter")
+        models.load_model(tmp_path / "adapter")
 
 
 def test_another_models_adapter_is_refused(config, tmp_path, tiny_tokenizer):
     trainer = train.Trainer(config(), CPU)
     for name, options in {"wide": {"hidden_size": 64}, "low": {"num_hidden_layers": 1}}.items():
         base = make_model(tmp_path / name, tiny_tokenizer, **options)
-        lora.save_lora(trainer.model, tmp_path / "adapter", base)
+        models.save_lora(trainer.model, tmp_path / "adapter", base)
         with pytest.raises(InputError, match="does not fit"):
-            lora.load_model(tmp_path / "adapter")
+            models.load_model(tmp_path / "adapter")
 
 
 # Whole runs
@@ -576,12 +619,12 @@ def test_it_overfits_one_batch(config, tmp_path, tiny_tokenizer, tuning):
     rng = random.Random(5)
     path = write_jsonl(tmp_path / "few.jsonl", [{"messages": conversation(rng, 2)} for _ in range(4)])
     options = {"data": [path], "model": model, "tuning": tuning, "batch_size": 4, "epochs": 100, "lr": 1e-2}
-    options |= {"rank": 32, "alpha": 64, "dropout": 0.0}
+    options |= {"rank": 32, "alpha": 64, "dropout": 0.0} if tuning == "lora" else {}
     summary = train.fit(config(**options))
     assert summary["loss"] < 0.1
-    model, tokenizer = lora.load_model(config().out)
+    model, tokenizer = models.load_model(config().out)
     messages = conversation(random.Random(5), 2)
-    prompt = train.render(tokenizer, messages[:2], reply=True)
+    prompt = models.render(tokenizer, messages[:2], reply=True)
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     written = model.generate(**ids, max_new_tokens=80, do_sample=False, eos_token_id=tokenizer.eos_token_id)
     assert tokenizer.decode(written[0, ids["input_ids"].shape[1] :]) == messages[2]["content"] + "<|im_end|>"
@@ -611,7 +654,46 @@ def test_a_finished_folder_is_kept_and_another_configuration_refused(config):
     with pytest.raises(InputError, match=r"lr 0\.001, not 0\.1"):
         train.fit(config(epochs=1, lr=0.1))
     with pytest.raises(InputError, match="weigh"):
-        train.fit(config(epochs=1), weigh=lambda text, turn, row: 2.0)
+        train.fit(config(epochs=1, weigh="test_train.half"))
+
+
+def test_a_restart_may_use_less_memory(config):
+    """After running out of memory the same command is given again with --checkpointing or --micro-tokens."""
+    trainer, examples = make_trainer(config())
+    out = Path(config().out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Trainer, "update", mock.Mock(side_effect=[None, KeyboardInterrupt]))
+        with pytest.raises(KeyboardInterrupt):
+            train.fit(config(epochs=1, save_every=1))
+    assert (out / "metrics.jsonl").exists()
+    summary = train.fit(config(epochs=1, save_every=1, checkpointing=True, micro_tokens=100))
+    assert summary["checkpointing"] and summary["micro_tokens"] == 100
+
+
+def test_an_infinite_gradient_is_not_stored(config):
+    """With a finite loss: the weights must not become NaN, in a checkpoint that every restart would load."""
+
+    def infinite(trainer, examples, seed):
+        trainer.gradient.fill_(math.inf)
+        return 1.0
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="step 1: loss 1.0, gradient norm inf"):
+        patch.setattr(train.Trainer, "accumulate", infinite)
+        train.fit(config(save_every=1))
+    assert not (Path(config().out) / "checkpoint").exists()
+    assert math.isfinite(train.fit(config(save_every=1))["loss"])
+
+
+def test_the_loss_of_held_out_rows_is_reported_once_per_epoch(config, data_path):
+    summary = train.fit(config(validation=[data_path], epochs=2, dropout=0.2))
+    rows = [json.loads(line) for line in metrics(config().out).splitlines()]
+    values = {row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row}
+    assert list(values) == [summary["steps"] // 2, summary["steps"]]
+    model, _ = models.load_model(config().out)
+    examples = read_examples(config())
+    with torch.no_grad():
+        total = sum(train.loss_of(model, [example]).item() for example in examples)
+    assert values[summary["steps"]] == pytest.approx(total / sum(e.weights.sum().item() for e in examples), rel=1e-5)
 
 
 def test_a_checkpoint_of_other_data_is_refused(config, tmp_path):
@@ -662,9 +744,10 @@ def test_killed_at_random_moments_it_ends_bit_for_bit_the_same(config, tmp_path)
 
 
 def test_two_processes_train_as_one(config, tmp_path):
-    """With torchrun and dropout: the losses and gradient norms of all steps, and the same files."""
+    """With torchrun: the losses and gradient norms of all steps, and the same files. The last step has one example, so
+    one process has none."""
     one, two = config(out=str(tmp_path / "one")), config(out=str(tmp_path / "two"))
-    options = ["--epochs", "1", "--batch-size", "7"]
+    options = ["--epochs", "1", "--batch-size", "23", "--dropout", "0"]
     run_here(one, *options)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -693,10 +776,11 @@ def test_show_prints_trained_tokens_apart_and_counts(config, tiny_tokenizer, cap
     _, _, counts = train.read_conversations(tiny_tokenizer, config())
     assert f"trained tokens {counts['trained_tokens']:,}" in output
     assert "every conversation is one example" in output
-    train.show(show, weigh=lambda text, turn, row: 0.5)
+    show.weigh = "test_train.half"
+    train.show(show)
     assert [part.split("⟧")[0] for part in capsys.readouterr().out.split("⟦")[1:]] == ["0.5|" + r for r in replies]
 
-    tokenizer = lora.load_tokenizer(config().model)
+    tokenizer = models.load_tokenizer(config().model)
     tokenizer.chat_template = STRIPS
     model = make_model(tmp_path / "strips", tokenizer)
     train.show(train.ShowConfig(data=config().data, model=model, example=2))
@@ -736,5 +820,5 @@ def test_fit_checks_its_numbers_without_the_command_line(config):
 
 
 def test_a_diverging_run_stops_with_the_step(config):
-    with pytest.raises(InputError, match=r"loss is (nan|inf) at step"):
+    with pytest.raises(InputError, match=r"step \d+: loss"):
         train.fit(config(tuning="full", lr=1e30, clip=math.inf, epochs=4))

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 from trl import SFTConfig, SFTTrainer  # noqa: E402
 
 import train  # noqa: E402
-from common import lora  # noqa: E402
+from common import models  # noqa: E402
 from conftest import conversation, make_model, make_tokenizer, write_jsonl  # noqa: E402
 
 # ChatML with trl's markers around the content and the end-of-turn token. (trl's own Qwen2.5 template also trains the
@@ -81,7 +81,7 @@ def compare_losses(model, conversations, options, folder):
     """Train the model, which is the same, here and with trl, on the same conversations in the same order."""
     train.fit(train.Config(out=str(folder / "ours"), **options))
     config = train.Config(out=str(folder / "ours"), **options)
-    tokenizer = lora.load_tokenizer(config.model)
+    tokenizer = models.load_tokenizer(config.model)
     steps = train.plan_steps([[messages] for messages in conversations], config)
     ordered = [messages for step in steps for messages in step]
     trainer = trl_trainer(model, tokenizer, ordered, folder / "trl", options["lr"])
@@ -155,17 +155,17 @@ def test_full_fine_tuning_has_trls_losses(setting, tmp_path):
 def test_lora_has_trls_losses_and_peft_loads_the_result(setting, tmp_path):
     conversations, options = setting
     trainer = train.Trainer(train.Config(out="", **options), torch.device("cpu"))
-    lora.save_lora(trainer.model, tmp_path / "start", trainer.base)  # both begin with the same adapter
+    models.save_lora(trainer.model, tmp_path / "start", trainer.base)  # both begin with the same adapter
     model = AutoModelForCausalLM.from_pretrained(trainer.base, dtype=torch.float32)
     model = peft.PeftModel.from_pretrained(model, tmp_path / "start", is_trainable=True)
     compare_losses(model, conversations, options | {"model": str(tmp_path / "start")}, tmp_path)
 
     theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32).eval()
-    ours, _ = lora.load_model(tmp_path / "ours")
+    ours, _ = models.load_model(tmp_path / "ours")
     assert_same_logits(ours, theirs)
     merge = {"adapter": str(tmp_path / "ours"), "out": str(tmp_path / "merged"), "dtype": "float32"}
-    lora.merge_adapter(lora.MergeConfig(**merge))
-    merged, _ = lora.load_model(tmp_path / "merged")
+    models.merge_adapter(models.MergeConfig(**merge))
+    merged, _ = models.load_model(tmp_path / "merged")
     assert_same_logits(merged, theirs.merge_and_unload())
 
 
@@ -177,10 +177,10 @@ def test_an_adapter_made_by_peft_loads_here(setting, tmp_path, options):
     torch.manual_seed(1)
     theirs = peft.get_peft_model(model, peft.LoraConfig(**settings | options, init_lora_weights=False)).eval()
     theirs.save_pretrained(tmp_path / "adapter")
-    ours, tokenizer = lora.load_model(tmp_path / "adapter")
+    ours, tokenizer = models.load_model(tmp_path / "adapter")
     assert tokenizer.chat_template == MARKED
     assert_same_logits(ours, theirs)
-    lora.save_lora(ours, tmp_path / "again", base)
+    models.save_lora(ours, tmp_path / "again", base)
     again = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32).eval()
     assert_same_logits(again, theirs)
 
@@ -191,4 +191,4 @@ def test_an_adapter_of_peft_that_is_more_than_lora_is_refused(setting, tmp_path,
     settings = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
     peft.get_peft_model(model, peft.LoraConfig(**settings | options)).save_pretrained(tmp_path / "adapter")
     with pytest.raises(train.InputError, match="not a LoRA weight|plain LoRA"):
-        lora.load_model(tmp_path / "adapter")
+        models.load_model(tmp_path / "adapter")
