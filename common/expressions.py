@@ -80,8 +80,8 @@ GREEK = "alpha beta gamma delta epsilon theta lambda mu phi varphi omega rho sig
 # ------------- One spelling for each thing
 
 SPELLINGS = {  # ours: what others write; a spelling that ends in a letter ends a word
-    **{"*": r"\cdot \times × · ⋅", "/": r"\div ÷", "-": "− –", "^": "**", "^2": "²", "^3": "³", "=": r"== \in ∈"},
-    **{"≤": r"\le \leq \leqslant <=", "≥": r"\ge \geq \geqslant >=", "≠": r"\ne \neq !=", "<": r"\lt", ">": r"\gt"},
+    **{"*": r"\cdot \times × · ⋅", "/": r"\div ÷", "-": "− –", "^": "**", "^2": "²", "^3": "³", "=": "==", "∈": r"\in"},
+    **{"≤": r"\le \leq \leqslant <=", "≥": r"\ge \geq \geqslant >=", "<": r"\lt", ">": r"\gt"},
     **{"≈": r"\approx", "∪": r"\cup", "±": r"\pm", " or ": r"\lor \vee ∨", "|": r"\vert \lvert \rvert \mid"},
     **{r"\infty ": "∞ oo inf infinity Infinity", r"\pi ": "π", r"\sqrt ": "√", r"\frac": r"\dfrac \tfrac \cfrac"},
     **{"$": r"\$", "{": r"\{ \lbrace", "}": r"\} \rbrace", "{}": r"\emptyset \varnothing ∅ EmptySet set()"},
@@ -419,10 +419,10 @@ def values_at_points(prediction, gold, constants):
 
 def close(a, b, allowed=0):
     """Whether two numbers differ by no more than allowed, or by rounding. Fractions have no rounding."""
-    if a == b or (isinstance(a, Fraction) and isinstance(b, Fraction)):
-        return a == b or abs(a - b) <= allowed
+    if a == b or (not allowed and isinstance(a, Fraction) and isinstance(b, Fraction)):
+        return a == b
     a, b = mp.convert(a), mp.convert(b)
-    return bool(abs(a - b) <= max(ROUNDING * max(abs(a), abs(b), 1), mp.convert(allowed)) < mp.inf)
+    return bool(abs(a - b) <= max(ROUNDING * max(abs(a), abs(b), 1), allowed) < mp.inf)
 
 
 def is_real(number):
@@ -436,29 +436,38 @@ def same_value(prediction, gold, question):
     if same_number(prediction, gold, CONSTANTS | MARKS):
         return True
     needless = "percent" not in prediction.unit or "percent" in gold.unit or re.search("percent|per cent|%", question)
-    return bool(needless) and same_number(prediction, gold, CONSTANTS | dict.fromkeys(MARKS, Fraction(1)))
+    without = [dataclasses.replace(value, tree=without_mark(value.tree)) for value in (prediction, gold)]
+    return bool(needless) and same_number(*without, CONSTANTS | MARKS)
+
+
+def without_mark(tree):
+    """The tree of 90 for that of 90°; a mark inside a function stays."""
+    return tree[1] if tree[0] == "*" and tree[2] in [("name", mark) for mark in MARKS] else tree
 
 
 def same_number(prediction, gold, constants):
     """Whether two Values are equal at all points where one is real; if there are no variables, within a tolerance."""
     pairs = list(values_at_points(prediction.tree, gold.tree, constants))
     if len(pairs) == 1:
-        a, b = pairs[0]
-        size = b and max(abs(a), abs(b), key=mp.convert)
-        return close(a, b, tolerance(size, max(prediction.step, gold.step), gold.step))
+        return close(*pairs[0], tolerance(*pairs[0], max(prediction.step, gold.step), gold.step))
     real = [(a, b) for a, b in pairs if is_real(a) or is_real(b)]
     return all(close(a, b) for a, b in real or pairs)
 
 
-def tolerance(size, step, gold_step):
-    """How far apart two numbers of that size may be if one is a decimal, with `step` in its last place."""
+def tolerance(a, b, step, gold_step):
+    """How far apart two numbers may be if one is a decimal, with `step` in its last place; 0: it is none.
+
+    A decimal stands for what rounds to it if it has six decimal places (as in Math-Verify) or seven digits.
+    """
     if not step:
         return 0
-    number = Fraction if isinstance(size, Fraction) else mp.convert
-    doubles = (size or 1) / number(10**12)
-    rounded = min(number(step / 2), size / 10**6)
-    gsm_hard = min(number(Fraction(6, 10**11)), size / 1000) if gold_step else 0  # it rounds its answers to 10 places
-    return max(doubles, rounded, gsm_hard)
+    step, gold_step = mp.convert(step), mp.convert(gold_step)
+    size = max(abs(mp.convert(a)), abs(mp.convert(b)))
+    doubles = (size if b else 1) / 10**14
+    if step * 999_999 > max(1, size):
+        return doubles
+    rounded = max(2 * size / 10**6, min(gold_step, size / 1000))  # GSM-Hard rounds to ten places: 3.509e-07
+    return max(doubles, min(step / 2, rounded))
 
 
 def proportional(prediction, gold):

@@ -225,7 +225,7 @@ def read(value):
 
 
 # How sympy and numpy write sets and rows: the brackets that they stand for
-CONTAINERS = {"Interval": "[]interval", "Interval.open": "()", "Interval.Lopen": "(]", "Interval.Ropen": "[)"}
+CONTAINERS = {"Interval": "[]", "Interval.open": "()", "Interval.Lopen": "(]", "Interval.Ropen": "[)"}
 CONTAINERS |= {"Union": "∪", "FiniteSet": "{}", "Tuple": "()", "Point2D": "()"}
 CONTAINERS |= dict.fromkeys(["array", "Matrix", "ImmutableDenseMatrix", "list", "tuple", "set", "frozenset"], "json")
 NAME = r"[a-zA-Z](?:_\w+)?(?:\^\{-1\})?(?:\([a-z]\))?"  # x, x_1, f(x)
@@ -234,7 +234,8 @@ LEFT_OUT = re.compile(
     rf"{NAME}|\({NAME}(?:, ?{NAME})+\)|[A-Z]+\([^()]*\)|[A-Z][A-Za-z]+|\\text ?\{{[^{{}}]*\}}|\\[a-z]+|"
     r"(?:m ?)?\\(?:angle|overline) ?\{?[A-Z]+\}?"
 )
-RELATIONS = "<>≤≥≠"
+RELATIONS = "<>≤≥"
+INTERVALS = ("()", "[]", "(]", "[)")
 
 
 def read_text(text):
@@ -248,13 +249,9 @@ def read_text(text):
         return group("", read_items(text))
     if cuts(text, RELATIONS):
         return read_inequality(text)
-    if len(sides := split(text, "=")) > 1:
-        *values, last = map(read_text, sides[1:])
-        if not all(same_node(value, last) for value in values):  # x = 10/4 = 5/2
-            raise Unreadable(text)
-        if re.fullmatch(r"(\\[a-z]+|[^a-zA-Z])+", sides[0]) and same_node(read_text(sides[0]), last):  # 2 + 3 = 5
-            return last
-        return Group("=", (sides[0], last))
+    if len(sides := split(text, "=∈")) == 2:
+        right = read_text(sides[1])
+        return Group("∈" if "∈" in text and is_group(right, *INTERVALS) else "=", (sides[0], right))
     if len(pieces := split(text, ":")) > 1:
         return Group(":", tuple(map(read_value, pieces)))
     if len(pieces := split(text, "∪")) > 1:
@@ -275,7 +272,8 @@ def read_brackets(name, text):
     if (name or text[0] == "(") and len(items) == 1:
         inner = items[0]
         return group("json", inner.items) if is_group(inner, "[]") or (name and is_group(inner, "{}")) else inner
-    return group(CONTAINERS[name] if name else text[0] + text[-1], items)
+    node = group(CONTAINERS[name] if name else text[0] + text[-1], items)
+    return Group("∈", ("", node)) if name.startswith("Interval") else node
 
 
 def read_items(text):
@@ -294,24 +292,24 @@ def read_inequality(text):
         sides = sides[::-1]
         signs = [sign.translate(str.maketrans("<≤>≥", ">≥<≤")) for sign in signs[::-1]]
     names = [bool(re.fullmatch(NAME, side)) for side in sides]
-    if signs == ["≠"] and names[0]:
-        return Group("=", (sides[0], read_text(rf"(-\infty,{sides[1]})∪({sides[1]},\infty)")))
     if names == [True, False]:
         sides, signs, names = [r"-\infty", *sides], ["<", *signs], [False, *names]
     elif names == [False, True]:
         sides, signs, names = [*sides, r"\infty"], [*signs, "<"], [*names, False]
     if not set(signs) <= set("<≤") or names != [False, True, False]:
         raise Unreadable(text)
-    kind = {"<<": "()", "<≤": "(]", "≤<": "[)", "≤≤": "[]interval"}["".join(signs)]
-    return Group("=", (sides[1], group(kind, map(read_text, sides[::2]))))
+    kind = ("(" if signs[0] == "<" else "[") + (")" if signs[1] == "<" else "]")
+    return Group("∈", (sides[1], group(kind, map(read_text, sides[::2]))))
 
 
 def group(kind, items):
     """A Group; a single item stands for itself, unless it is a row of numbers. x=1, x=2 becomes x = (1, 2)."""
     items = tuple(items)
+    if kind == "[]" and any(isinstance(item, Group) for item in items):
+        kind = "json"  # what a program printed
     names = [item.items[0] for item in items if is_group(item, "=")]
     single = items[0] if len(items) == 1 else None
-    if isinstance(single, Value) or (is_group(single, "=", "()", "{}", "names") and single.items):
+    if isinstance(single, Value) or (is_group(single, "=", "∈", "()", "{}", "names") and single.items):
         return single
     if len(items) == len(set(names)) > 1:
         return Group("names", items)
@@ -379,16 +377,24 @@ def words_of(text):
 
 def same_node(prediction, gold, question=""):
     """Whether two nodes mean the same."""
-    p_named, g_named = is_group(prediction, "="), is_group(gold, "=")
-    if p_named and g_named and prediction.items[0] != gold.items[0]:
-        return same_equation(prediction, gold)
-    if p_named and (g_named or LEFT_OUT.fullmatch(prediction.items[0])):
+    p_named, g_named = is_group(prediction, "=", "∈"), is_group(gold, "=", "∈")
+    if p_named and g_named and prediction.items[0] != gold.items[0] and "" not in (prediction.items[0], gold.items[0]):
+        return prediction.kind == gold.kind == "=" and same_equation(prediction, gold)
+    if (p_named and is_group(gold, "names")) or (g_named and is_group(prediction, "names")):
+        return False  # x = -2, y = 3 are not two values of x
+    interval = is_group(prediction, "∈") or is_group(gold, "∈")
+    if p_named and (g_named or not prediction.items[0] or LEFT_OUT.fullmatch(prediction.items[0])):
         prediction = prediction.items[1]
-    if g_named and (p_named or LEFT_OUT.fullmatch(gold.items[0])):
+    if g_named and (p_named or not gold.items[0] or LEFT_OUT.fullmatch(gold.items[0])):
         gold = gold.items[1]
     if isinstance(prediction, Value) and isinstance(gold, Value):
         return same_value(prediction, gold, question)
-    return isinstance(prediction, Group) and isinstance(gold, Group) and same_group(prediction, gold, question)
+    if not isinstance(prediction, Group) or not isinstance(gold, Group):
+        return False
+    kinds = (prediction.kind, gold.kind)
+    if interval and kinds[0] != kinds[1] and kinds != ("json", "[]"):
+        return False  # x in [2,5] is not 2, 5
+    return same_group(prediction, gold, question)
 
 
 def same_equation(prediction, gold):
@@ -399,9 +405,8 @@ def same_equation(prediction, gold):
 
 
 # Which brackets of a prediction may stand for which of a gold answer. A Python list cannot say that an end is open.
-BRACKETS = {"": ("json", "[]", "{}", "()", "names"), "{}": ("json", "[]", ""), "∪": ("",), "()": ("json", "names")}
-BRACKETS |= {"json": ("[]", "()", "{}", ""), "names": ("json", "[]", "()", ""), "[]": ("json", "[]interval")}
-BRACKETS["[]interval"] = ("json", "[]")
+BRACKETS = {"": ("json", "[]", "{}", "()", "names"), "{}": ("json", ""), "()": ("json", "names")}
+BRACKETS |= {"json": ("[]", "()", "{}", ""), "names": ("json", "[]", "()", ""), "[]": ("json",)}
 
 
 def same_group(prediction, gold, question):
@@ -411,8 +416,11 @@ def same_group(prediction, gold, question):
     if gold.kind == "_":
         return prediction.items == gold.items
     # x = 1, y = 2 is not 2, 1, but it is y = 2, x = 1
-    letters = {item.items[0][:1] for item in (*prediction.items, *gold.items) if is_group(item, "=")}
+    names = [item.items[0] for item in (*prediction.items, *gold.items) if is_group(item, "=")]
+    letters = {name[:1] for name in names}
     named = kinds.count("names") == 1 and len(letters) > 1
+    if named and names != sorted(names):
+        return False  # y = 1, x = 2 is not (1, 2)
     ordered = gold.kind not in ("", "{}", "∪", "names") or "()" in kinds or named
     items = list(prediction.items)
     for item in gold.items:

@@ -120,7 +120,7 @@ x<2 or x>3  ==  (-\infty, 2) \cup (3, \infty)  |  |x|  ==  \sqrt{x^2}  |  |-5|  
 x = 3 or x = -3  ==  \pm 3  |  \frac{1 \pm \sqrt5}{2}  ==  \frac{1+\sqrt5}{2},\frac{1-\sqrt5}{2}
 (1 \pm \sqrt 5)/2  ==  \frac{1 \pm \sqrt5}{2}  |  x = 1, 2  ==  1,2  |  \textbf{(B)}\ 16  ==  16  |  (B) 16  ==  16
 (B) 16  ==  \text{(B)}  |  B.  ==  \text{(B)}  |  C. 14  ==  \text{(C)}  |  \textbf{(C) } 14  ==  14
-Area = 5  ==  5  |  \text{Area} = 5  ==  5  |  AB = 5  ==  5  |  x = 10/4 = 5/2  ==  5/2  |  2+3 = 5  ==  5
+Area = 5  ==  5  |  \text{Area} = 5  ==  5  |  AB = 5  ==  5  |  x \in \{2,5\}  ==  2,5
 f^{-1}(x) = 2x  ==  2x  |  \theta = 5  ==  5  |  2\theta + \theta  ==  3\theta  |  \alpha\beta  ==  \beta\alpha
 a_n = 2n+1  ==  2n+1  |  a_1 + a_1  ==  2a_1  |  864 square inches  ==  864 \mbox{ inches}^2
 864 in^2  ==  864 \mbox{ inches}^2  |  864\text{ square inches}  ==  864 \mbox{ inches}^2
@@ -136,7 +136,7 @@ a_n = 2n+1  ==  2n+1  |  a_1 + a_1  ==  2a_1  |  864 square inches  ==  864 \mbo
 \tan 15^\circ  ==  2-\sqrt3  |  3\times 10^{5}  ==  300000  |  3.0 × 10^5  ==  300000  |  2\sqrt{13} cm  ==  2\sqrt{13}
 1:2:3  ==  1 : 2 : 3  |  (a+b)^2  ==  a^2+2ab+b^2  |  \frac{x+1}{2}  ==  0.5x+0.5
 2/3  ==  \$\dfrac23 \approx \$0.67  |  -2<=x<=7  ==  [-2,7]  |  (3, oo) U (-oo, 2)  ==  (-\infty, 2) \cup (3, \infty)
-x \ne 2  ==  (-\infty,2) \cup (2,\infty)  |  10x-14y+22z+8=0  ==  5x - 7y + 11z + 4 = 0
+3.141593  ==  \pi  |  2.718282  ==  e  |  10x-14y+22z+8=0  ==  5x - 7y + 11z + 4 = 0
 11z = 7y - 5x - 4  ==  5x - 7y + 11z + 4 = 0  |  ⟨7,-8⟩  ==  (7,-8)  |  {Fraction(1, 2), 3}  ==  \frac12, 3
 [{x: 1, y: 2}, {x: 3, y: 4}]  ==  (1,2),(3,4)  |  5, 6, and 7  ==  5,6,7  |  x^2 + y^2 = 1  ==  y^2 = 1 - x^2
 100 ft^2  ==  100\text{ square feet}  |  5 km/h  ==  5 \text{ km/h}  |  log(2)/log(3)  ==  \log_3 2
@@ -243,6 +243,20 @@ x + 1  !=  x + 1 + 10^{-30}  |  x^{100}  !=  x^{101}  |  \text{(A) and (B)}  != 
 y^2 = x  !=  y = \sqrt{x}  |  y = |x|  !=  y = x  |  3 < x < 5  !=  (3,5]  |  5 km/h  !=  5\text{ km}
 \sin x \cos y  !=  \sin(x\cos y)  |  \{x \mid x > 2\}  !=  \{x \mid x > 3\}  |  1,,2  !=  1,2  |  \bar{x}  !=  x
 5 \pmod 3  !=  5  |  max(1, 2)  !=  (1,2)  |  [{x: 1, y: 2}, {x: 3, y: 4}]  !=  (1,4),(3,2)  |  ||x||  !=  x
+# what fooled this grader
+0 = 0  !=  x = 0  |  [{x: -2}, {y: 3}]  !=  x=-2, x=3  |  [{x: -2}, {y: 3}]  !=  x=-2, y=4  |  2 = 2  !=  2x = 2x
+x \in [2,5]  !=  2,5  |  x \in (2,5)  !=  2,5  |  2 < x < 5  !=  2,5  |  2 \le x \le 5  !=  2,5
+Interval(2, 5)  !=  2,5  |  [2,5]  !=  \{2,5\}  |  (2,5)  !=  \{2,5\}  |  \{2,5\}  !=  [2,5]  |  x = [2,5]  !=  \{2,5\}  |  (5,2)  !=  2,5
+3.14159  !=  \pi  |  2.71828  !=  e  |  1.41421  !=  \sqrt2  |  1.0000000000001  !=  1  |  1  !=  0.99999999999
+\sin 30  !=  \sin 30^\circ  |  y = 1, x = 2  !=  (1, 2)  |  a = b = c  !=  a = b = d  |  5, 6, y  !=  5, 6, x
+# what fooled others: units, indices, words, order
+5 \text{ minutes}  !=  5 \text{ seconds}  |  \pi \text{ degrees}  !=  180^\circ  |  30^\circ  !=  30 \text{ radians}
+1 \frac12  !=  \frac12  |  3 and a half  !=  3  |  5 apples and 3 oranges  !=  5  |  5 apples and 3 oranges  !=  8
+5-6  !=  5, 6  |  (3,2,1)  !=  1,2,3  |  [1,2,3]  !=  (3,2,1)  |  \{1, 2\}  !=  \begin{pmatrix} 2 \\ 1 \end{pmatrix}
+6  !=  110_2  |  110  !=  110_2  |  1 000  !=  1  |  1,5  !=  1.5  |  1.000  !=  1000  |  12:30  !=  12.5
+no solution  !=  0  |  undefined  !=  \infty  |  f'(x) = 2x  !=  f(x) = 2x  |  x'  !=  x  |  \vec{a}  !=  a
+\lfloor 2.5 \rfloor  !=  2.5  |  5 \bmod 3  !=  5  |  \gcd(4,6)  !=  4,6  |  \int x dx  !=  x  |  5 pairs  !=  10
+\frac{2023!}{2022!}  !=  2022  |  2/3/4  !=  2/(3/4)  |  \log 100  !=  2  |  (x-1)^2 = 0  !=  x = 1  |  0.1  !=  \frac19
 """
 DIFFERENT = [
     *pairs(DIFFERENT, "!="),
