@@ -23,6 +23,7 @@ products after a function without brackets (\sin x/2); odd roots of negative num
 answer.
 """
 
+import ast
 import dataclasses
 import json
 import re
@@ -30,10 +31,9 @@ import string
 import unicodedata
 
 from common import InputError
-from common.expressions import Unreadable, Value, clean, cuts, depths, proportional, read_value, same_value, split
+from common.expressions import Group, Value, clean, is_group, proportional, read, same_value
 
 MAX_CHARACTERS = 2000  # of one answer; 2^{4181}, a gold answer of MATH, has 1,259 digits
-MAX_DEPTH = 40  # nested brackets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,142 +196,9 @@ def cot_answer(text):
     return SENTENCE_END.split(stated[-1])[0].strip(" *").removesuffix(".").rstrip(" *") if stated else None
 
 
-# ------------- Math: the structure of an answer; a node is a Value or a Group
-
-
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """Several nodes, or texts for "_" and the name of "=".
-
-    kind: the brackets "()", "(]", "{}", ...; "" for a bare list, "json" for a Python list, "names" for equations with
-    different names, "∪" for a union, ":" for a ratio, "_" for digits and their base; "=" for an equation (its left side
-    and its right side).
-    """
-
-    kind: str
-    items: tuple
-
-
-def read(value):
-    """The node of a JSON value or a text. Raises Unreadable."""
-    if isinstance(value, list):
-        return group("json", map(read, value))
-    if isinstance(value, dict):
-        return group("{}", [Group("=", (str(name), read(item))) for name, item in value.items()])
-    text = clean(str(value))
-    if not 0 <= min(depths(text)) <= max(depths(text)) <= MAX_DEPTH:
-        raise Unreadable("brackets")
-    return read_text(text)
-
-
-# How sympy and numpy write sets and rows: the brackets that they stand for
-CONTAINERS = {"Interval": "[]", "Interval.open": "()", "Interval.Lopen": "(]", "Interval.Ropen": "[)"}
-CONTAINERS |= {"Union": "∪", "FiniteSet": "{}", "Tuple": "()", "Point2D": "()"}
-CONTAINERS |= dict.fromkeys(["array", "Matrix", "ImmutableDenseMatrix", "list", "tuple", "set", "frozenset"], "json")
-NAME = r"[a-zA-Z](?:_\w+)?(?:\^\{-1\})?(?:\([a-z]\))?"  # x, x_1, f(x)
-# What may stand before "=" and be left out: also (x, y), P(A), AB, Area
-LEFT_OUT = re.compile(
-    rf"{NAME}|\({NAME}(?:, ?{NAME})+\)|[A-Z]+\([^()]*\)|[A-Z][A-Za-z]+|\\text ?\{{[^{{}}]*\}}|\\[a-z]+|"
-    r"(?:m ?)?\\(?:angle|overline) ?\{?[A-Z]+\}?"
-)
-RELATIONS = "<>≤≥"
-INTERVALS = ("()", "[]", "(]", "[)")
-
-
-def read_text(text):
-    """The node of a cleaned text: first what binds loosest (commas), at last an expression."""
-    if cuts(text, RELATIONS) and " and " in text:
-        raise Unreadable(text)
-    if len(pieces := text.split(" or ")) > 1 and re.search(f"[{RELATIONS}]", text):
-        return group("∪", map(read_text, pieces))  # x < 2 or x > 3
-    text = re.sub(r"(, ?)?\b(and|or)\b", ",", text)
-    if len(split(text, ",;")) > 1 or ("±" in text and "," not in text):
-        return group("", read_items(text))
-    if cuts(text, RELATIONS):
-        return read_inequality(text)
-    if len(sides := split(text, "=∈")) == 2:
-        right = read_text(sides[1])
-        return Group("∈" if "∈" in text and is_group(right, *INTERVALS) else "=", (sides[0], right))
-    if len(pieces := split(text, ":")) > 1:
-        return Group(":", tuple(map(read_value, pieces)))
-    if len(pieces := split(text, "∪")) > 1:
-        return group("∪", map(read_text, pieces))
-    if digits := re.fullmatch(r"(-?(?:\d[\dA-Z]*|[A-Z]\d[\dA-Z]*))_(\d+)", text.replace("- ", "-")):
-        return Group("_", digits.groups())
-    name = re.match(r"[\w.]*", text)[0]
-    inside = text[len(name) :]
-    if (not name or name in CONTAINERS) and inside[:1] in ("(", "[", "{") and inside[-1] in ")]}":
-        if min(depths(inside[:-1])[1:]) > 0:
-            return read_brackets(name, inside)
-    return read_value(text)
-
-
-def read_brackets(name, text):
-    """The node of "(1, 2]" or, with a name of CONTAINERS, of "Interval(1, 2)"."""
-    items = read_items(text[1:-1]) if text[1:-1].strip() else []
-    if (name or text[0] == "(") and len(items) == 1:
-        inner = items[0]
-        return group("json", inner.items) if is_group(inner, "[]") or (name and is_group(inner, "{}")) else inner
-    node = group(CONTAINERS[name] if name else text[0] + text[-1], items)
-    return Group("∈", ("", node)) if name.startswith("Interval") else node
-
-
-def read_items(text):
-    """The nodes of the texts between commas; one with \\pm gives two."""
-    pieces = split(text, ",;")
-    if len(pieces) > 1 and not pieces[-1]:
-        pieces.pop()  # (5,)
-    return [read_text(piece.replace("±", sign)) for piece in pieces for sign in ("+-" if "±" in piece else "+")]
-
-
-def read_inequality(text):
-    """x < 2, 1 < x < 2 or x ≠ 2 as an equation of x with an interval. Other inequalities are Unreadable."""
-    sides = split(text, RELATIONS)
-    signs = [text[i] for i in cuts(text, RELATIONS)]
-    if signs[0] in ">≥":
-        sides = sides[::-1]
-        signs = [sign.translate(str.maketrans("<≤>≥", ">≥<≤")) for sign in signs[::-1]]
-    names = [bool(re.fullmatch(NAME, side)) for side in sides]
-    if names == [True, False]:
-        sides, signs, names = [r"-\infty", *sides], ["<", *signs], [False, *names]
-    elif names == [False, True]:
-        sides, signs, names = [*sides, r"\infty"], [*signs, "<"], [*names, False]
-    if not set(signs) <= set("<≤") or names != [False, True, False]:
-        raise Unreadable(text)
-    kind = ("(" if signs[0] == "<" else "[") + (")" if signs[1] == "<" else "]")
-    return Group("∈", (sides[1], group(kind, map(read_text, sides[::2]))))
-
-
-def group(kind, items):
-    """A Group; a single item stands for itself, unless it is a row of numbers. x=1, x=2 becomes x = (1, 2)."""
-    items = tuple(items)
-    if kind == "[]" and any(isinstance(item, Group) for item in items):
-        kind = "json"  # what a program printed
-    names = [item.items[0] for item in items if is_group(item, "=")]
-    single = items[0] if len(items) == 1 else None
-    if isinstance(single, Value) or (is_group(single, "=", "∈", "()", "{}", "names") and single.items):
-        return single
-    if len(items) == len(set(names)) > 1:
-        return Group("names", items)
-    if len(set(names)) == 1 and is_group(items[0], "=") and len(names) in (1, len(items)):
-        return Group("=", (names[0], group(kind, [item.items[1] if is_group(item, "=") else item for item in items])))
-    if kind[:1] == "[" and items and items[0] == MINUS_INFINITY:
-        kind = "(" + kind[1:2]
-    if kind[1:2] == "]" and items and items[-1] == INFINITY:
-        kind = kind[0] + ")"
-    return Group(kind, items)
-
-
-def is_group(node, *kinds):
-    return isinstance(node, Group) and node.kind in kinds
-
-
 # ------------- Math: comparison
 
-INFINITY = read_value(r"\infty")
-MINUS_INFINITY = read_value(r"-\infty")
 WORDING = re.compile(r"\\text\s*\{[a-zA-Z ,.()'-]+\}|[a-zA-Z]{4,}( [a-zA-Z]+)*")  # words or a letter: \text{(C)}, east
-LABEL = re.compile(r"(?:\\text\s*\{)?\(?([A-Z])[).:]+\s*\}?\s+(?!.*\b[A-Z]\b)(\S.*)")  # \text{(B)} 16, not (A) or (B)
 
 
 def compare(prediction, answer, question=""):
@@ -344,15 +211,14 @@ def compare(prediction, answer, question=""):
             return Verdict(False, "unreadable")
         if clean(str(prediction)) == clean(str(answer)):
             return Verdict(True, "exact")
-        label = LABEL.fullmatch(clean(prediction)) if isinstance(prediction, str) else None
         if WORDING.fullmatch(clean(str(answer))):
-            equal = words_of(label[1] if label else str(prediction)) == words_of(str(answer))
+            equal = words_of(str(prediction)) == words_of(str(answer))
             return Verdict(equal, "text" if equal else "different")
         if re.search(r"\bbase\b|binary|octal|hexadecimal", question) and re.fullmatch(r"\s*-?\d+\s*", str(prediction)):
             answer = re.sub(r"_\s*\{?\d{1,2}\}?$", "", str(answer))
         readings = [prediction]
         if isinstance(prediction, str):
-            readings = [re.sub(r"^\\text\s*\{([^{}]*)\}$", r"\1", label[2] if label else clean(prediction))]
+            readings = [re.sub(r"^\\text\s*\{([^{}]*)\}$", r"\1", clean(prediction))]
             if re.fullmatch(r"\s*-?\d{1,3}(,\d{3})+\s*", prediction):
                 readings.append(prediction.replace(",", ", "))  # 81,256 is a number or two
         gold = read(exact_part(answer))
@@ -366,7 +232,7 @@ def exact_part(answer):
     r"""Without what follows the value in x = 2\sqrt{3} \approx 3.46; `x \approx 3.46` has no other value."""
     if not isinstance(answer, str):
         return answer
-    pieces = [piece for piece in re.split(r"\\approx|≈", answer) if not LEFT_OUT.fullmatch(clean(piece) or "x")]
+    pieces = [piece for piece in re.split(r"\\approx|≈", answer) if not re.fullmatch(r"[a-zA-Z]?\s*", clean(piece))]
     return pieces[0] if pieces else answer
 
 
@@ -377,15 +243,15 @@ def words_of(text):
 
 def same_node(prediction, gold, question=""):
     """Whether two nodes mean the same."""
-    p_named, g_named = is_group(prediction, "=", "∈"), is_group(gold, "=", "∈")
-    if p_named and g_named and prediction.items[0] != gold.items[0] and "" not in (prediction.items[0], gold.items[0]):
-        return prediction.kind == gold.kind == "=" and same_equation(prediction, gold)
-    if (p_named and is_group(gold, "names")) or (g_named and is_group(prediction, "names")):
-        return False  # x = -2, y = 3 are not two values of x
     interval = is_group(prediction, "∈") or is_group(gold, "∈")
-    if p_named and (g_named or not prediction.items[0] or LEFT_OUT.fullmatch(prediction.items[0])):
+    if is_group(prediction, "=", "∈") and is_group(gold, "=", "∈"):
+        names = (prediction.items[0], gold.items[0])
+        if names[0] != names[1] and "" not in names:
+            return prediction.kind == gold.kind == "=" and same_equation(prediction, gold)
+        prediction, gold = prediction.items[1], gold.items[1]
+    elif is_group(prediction, "=", "∈") and isinstance(prediction.items[0], str):
         prediction = prediction.items[1]
-    if g_named and (p_named or not gold.items[0] or LEFT_OUT.fullmatch(gold.items[0])):
+    elif is_group(gold, "=", "∈") and isinstance(gold.items[0], str):
         gold = gold.items[1]
     if isinstance(prediction, Value) and isinstance(gold, Value):
         return same_value(prediction, gold, question)
@@ -399,36 +265,40 @@ def same_node(prediction, gold, question=""):
 
 def same_equation(prediction, gold):
     """Whether the differences of their sides are proportional: 2x - 4 = 0 is x = 2."""
-    if not all(isinstance(node.items[1], Value) for node in (prediction, gold)):
-        return False
-    return proportional(*(("-", read_value(node.items[0]).tree, node.items[1].tree) for node in (prediction, gold)))
+    differences = []
+    for left, right in (prediction.items, gold.items):
+        if not isinstance(right, Value):
+            return False
+        differences.append(ast.BinOp(ast.Name(left) if isinstance(left, str) else left, ast.Sub(), right.tree))
+    return any(not isinstance(node.items[0], str) for node in (prediction, gold)) and proportional(*differences)
 
 
 # Which brackets of a prediction may stand for which of a gold answer. A Python list cannot say that an end is open.
-BRACKETS = {"": ("json", "[]", "{}", "()", "names"), "{}": ("json", ""), "()": ("json", "names")}
-BRACKETS |= {"json": ("[]", "()", "{}", ""), "names": ("json", "[]", "()", ""), "[]": ("json",)}
+LISTS = {"": ("json", "[]", "{}", "()"), "{}": ("json", ""), "()": ("json",), "[]": ("json",)}
+LISTS |= {"json": ("[]", "()", "{}", ""), "names": ("json", "[]", "()", "")}
 
 
 def same_group(prediction, gold, question):
-    kinds = [prediction.kind, gold.kind]
-    if prediction.kind not in (gold.kind, *BRACKETS.get(gold.kind, ())) or len(prediction.items) != len(gold.items):
-        return False
-    if gold.kind == "_":
-        return prediction.items == gold.items
-    # x = 1, y = 2 is not 2, 1, but it is y = 2, x = 1
-    names = [item.items[0] for item in (*prediction.items, *gold.items) if is_group(item, "=")]
-    letters = {name[:1] for name in names}
-    named = kinds.count("names") == 1 and len(letters) > 1
-    if named and names != sorted(names):
-        return False  # y = 1, x = 2 is not (1, 2)
-    ordered = gold.kind not in ("", "{}", "∪", "names") or "()" in kinds or named
+    names = [[item.items[0] for item in node.items if is_group(item, "=")] for node in (prediction, gold)]
+    # x = 1, y = 2 has several names, x_1 = 1, x_2 = 2 is a list
+    named = [len({str(name)[:1] for name in found}) > 1 for found in names]
+    if named[0] != named[1]:  # (1, 2) is x = 1, y = 2, but not y = 1, x = 2
+        ordered = True
+        other = gold.kind if named[0] else prediction.kind
+        found = names[named.index(True)]
+        if other not in LISTS["names"] or any(names[named.index(False)]) or found != sorted(found, key=str):
+            return False
+    else:
+        ordered = gold.kind not in ("", "{}", "∪") or prediction.kind == "()"
+        if prediction.kind not in (gold.kind, *LISTS.get(gold.kind, ())):
+            return False
     items = list(prediction.items)
     for item in gold.items:
         i = next((i for i, other in enumerate(items) if same_node(other, item, question)), None)
         if i is None or (i and ordered):
             return False
         del items[i]
-    return True
+    return not items
 
 
 def same(kind, a, b):
