@@ -224,16 +224,21 @@ def to_python(text):
         if last == "function" and kind != "open":
             raise Unreadable("a function without brackets")
         starts = ["name", "function", "open", "unit"] + ["number"] * (last == "close")
-        if (last in ("number", "name", "close") and kind in starts) or last == kind == "unit":
-            source.append("*")
-        if divided[-1] and (source[-1] == "*" != last or "*" in piece) and kind != "sign":
+        product = (last in ("number", "name", "close") and kind in starts) or last == kind == "unit"
+        if kind == "unit" and not product:
+            raise Unreadable("words without a value")
+        if divided[-1] and (product or (kind == "name" and "*" in piece)):
             raise Unreadable("what may be 1/(ab) or b/a")
+        if product:
+            source.append("*")
         if kind in ("sign", "number"):
             divided[-1] = piece == "/"
         elif kind == "open":
             opened.append(len(source))
             divided.append(False)
-        elif kind == "close" and opened:
+        elif kind == "close":
+            if not opened:
+                raise Unreadable("a bracket that was not opened")
             divided.pop()
             at = opened.pop()
             if half_open := HALF_OPEN.get(source[at] + piece):
@@ -323,9 +328,7 @@ def node(tree):
         case ast.Tuple(elts=items) | ast.List(elts=items) | ast.Set(elts=items):
             return group(BRACKETS[type(tree)], map(node, items))
         case ast.Dict(keys=names, values=items):
-            return group(
-                "{}", [Group("=", (name_of(name), node(item))) for name, item in zip(names, items, strict=True)]
-            )
+            return group("{}", [Group("=", (name_of(a), node(b))) for a, b in zip(names, items, strict=True)])
         case ast.BinOp(left=left, op=ast.BitOr() | ast.LShift() as op, right=right):
             kind = "∪" if isinstance(op, ast.BitOr) else ":"
             left = node(left)
@@ -357,13 +360,10 @@ def node(tree):
 
 def name_of(tree):
     """x of x = 5, f(x) of f(x) = 5; another left side stays a tree."""
-    return (
-        tree.id
-        if isinstance(tree, ast.Name)
-        else tree.value
-        if isinstance(tree, ast.Constant) and isinstance(tree.value, str)
-        else tree
-    )
+    match tree:
+        case ast.Name(id=name) | ast.Constant(value=str(name)):
+            return name
+    return tree
 
 
 def relation(sides, signs):

@@ -7,20 +7,20 @@ r"""Is this answer right? Exact match for facts, equality of value for math, and
 A wrong answer that counts as right is worse than a right answer that is missed: it inflates a result, and as a
 teacher trajectory it trains the student on an error. A text that cannot be read is therefore never right.
 
-Math: an answer (LaTeX, plain text, Python's or sympy's notation, a JSON value) is split here at its commas, equals
-signs and brackets; what is left are expressions, which common/expressions.py evaluates. Conventions: words after a
-value may be left out, but two different units never agree. 50% is 0.5, and 50 if the gold answer has the sign or the
-question asks for percent. A decimal with a fractional part stands for the numbers that round to it, if they differ by
-no more than one part in a million; integers, fractions and 40.0 stand for themselves. "x =" before an answer may be
-left out; two equations are equal if their differences are proportional. x < 2 is (-oo, 2). "1, 2" is unordered;
-tuples and vectors are ordered; (a, b] is not [a, b], but a Python list may be any of them. 52_8 needs its base unless
-the question names one. Letters are variables, and their case counts; AB and words of four letters are names.
+Math: common/expressions.py reads an answer (LaTeX, plain text, Python's or sympy's notation, a JSON value). Words after
+a value may be left out, but two different units never agree. 50% is 0.5, and 50 if the gold answer has the sign or the
+question asks for percent. A decimal stands for the numbers that round to it if it has six decimal places, as in
+Math-Verify, or seven digits: 3.141593 is pi, 3.14159 is not. From other numbers it may differ by 10^-14 (doubles are
+rounded). "x =" before an answer may be left out; two equations are equal if their differences are proportional. x < 2
+is (-oo, 2). "1, 2" is unordered; tuples and vectors are ordered; (a, b] is not [a, b]. [2, 5] may be the list 2, 5, but
+not the set {2, 5}; a program's list may be any of them. 52_8 needs its base unless the question names one. Letters are
+variables, and their case counts; AB and words of four letters are names.
 
-Not read, and right only as the same text: inequalities in two variables and x > 2 and x < 5 in words, set-builder
-notation, unions that touch, set differences; ratios in other terms; products without a sign after a division (1/ab);
-products after a function without brackets (\sin x/2); odd roots of negative numbers; factorials of variables; \max,
-\sum, vectors with arrows; number words (20 million); single letters as units in plain text (5 m); sentences around an
-answer.
+Not read, and right only as the same text: chains (x = 10/4 = 5/2), inequalities in two variables, x > 2 and x < 5 in
+words, x \ne 2; set-builder notation, unions that touch, set differences; ratios in other terms; repeating decimals;
+products without a sign after a division (1/ab), or after a function without brackets (\sin x/2); odd roots of negative
+numbers; factorials of variables; \max, \sum, vectors with arrows; number words (20 million); single letters as units in
+plain text (5 m); sentences around an answer; a choice with its value, (B) 16, for the letter.
 """
 
 import ast
@@ -200,6 +200,8 @@ def cot_answer(text):
 
 WORDING = re.compile(r"\\text\s*\{[a-zA-Z ,.()'-]+\}|[a-zA-Z]{4,}( [a-zA-Z]+)*")  # words or a letter: \text{(C)}, east
 
+CHOICE = re.compile(r"^(?:\\text\s*\{)?\([A-Z]\)\s*\}?\s+(?!.*[A-Z])")  # of \text{(B)} 16
+
 
 def compare(prediction, answer, question=""):
     """The Verdict on a prediction (JSON value or text) for a gold answer (text or number).
@@ -218,7 +220,7 @@ def compare(prediction, answer, question=""):
             answer = re.sub(r"_\s*\{?\d{1,2}\}?$", "", str(answer))
         readings = [prediction]
         if isinstance(prediction, str):
-            readings = [re.sub(r"^\\text\s*\{([^{}]*)\}$", r"\1", clean(prediction))]
+            readings = [re.sub(r"^\\text\s*\{([^{}]*)\}$", r"\1", CHOICE.sub("", clean(prediction)))]
             if re.fullmatch(r"\s*-?\d{1,3}(,\d{3})+\s*", prediction):
                 readings.append(prediction.replace(",", ", "))  # 81,256 is a number or two
         gold = read(exact_part(answer))
@@ -275,23 +277,24 @@ def same_equation(prediction, gold):
 
 # Which brackets of a prediction may stand for which of a gold answer. A Python list cannot say that an end is open.
 LISTS = {"": ("json", "[]", "{}", "()"), "{}": ("json", ""), "()": ("json",), "[]": ("json",)}
-LISTS |= {"json": ("[]", "()", "{}", ""), "names": ("json", "[]", "()", "")}
+LISTS |= {"json": ("[]", "()", "{}", ""), "names": ("json", "[]", "()", "", "{}")}
+
+
+def names_of(node):
+    """The names of x = 1, y = 2; none for x_1 = 1, x_2 = 2, which is a list of values."""
+    names = [str(item.items[0]) for item in node.items if is_group(item, "=")]
+    return names if len({name[:1] for name in names}) > 1 else []
 
 
 def same_group(prediction, gold, question):
-    names = [[item.items[0] for item in node.items if is_group(item, "=")] for node in (prediction, gold)]
-    # x = 1, y = 2 has several names, x_1 = 1, x_2 = 2 is a list
-    named = [len({str(name)[:1] for name in found}) > 1 for found in names]
-    if named[0] != named[1]:  # (1, 2) is x = 1, y = 2, but not y = 1, x = 2
-        ordered = True
-        other = gold.kind if named[0] else prediction.kind
-        found = names[named.index(True)]
-        if other not in LISTS["names"] or any(names[named.index(False)]) or found != sorted(found, key=str):
-            return False
-    else:
-        ordered = gold.kind not in ("", "{}", "∪") or prediction.kind == "()"
-        if prediction.kind not in (gold.kind, *LISTS.get(gold.kind, ())):
-            return False
+    names, gold_names = names_of(prediction), names_of(gold)
+    only_one = bool(names) != bool(gold_names)  # (1, 2) is x = 1, y = 2, but not y = 1, x = 2
+    kind = "names" if gold_names else gold.kind
+    if names and only_one:
+        names, gold_names, prediction, gold, kind = gold_names, names, gold, prediction, "names"
+    if prediction.kind not in (gold.kind, *LISTS.get(kind, ())) or (only_one and gold_names != sorted(gold_names)):
+        return False
+    ordered = only_one or "()" in (prediction.kind, gold.kind) or gold.kind not in ("", "{}", "∪")
     items = list(prediction.items)
     for item in gold.items:
         i = next((i for i, other in enumerate(items) if same_node(other, item, question)), None)
