@@ -89,7 +89,7 @@ MARKS = {"percent": Fraction(1, 100), "degree": mp.pi / 180}
 GREEK = "alpha beta gamma delta epsilon theta lambda mu phi varphi omega rho sigma tau".split()
 # How sympy and numpy write sets and rows: the brackets that they stand for
 CONTAINERS = {"Interval": "[]", "Interval.open": "()", "Interval.Lopen": "(]", "Interval.Ropen": "[)"}
-CONTAINERS |= {"Union": "∪", "FiniteSet": "{}", "Tuple": "()", "Point2D": "()"}
+CONTAINERS |= {"Eq": "=", "Union": "∪", "FiniteSet": "{}", "Tuple": "()", "Point2D": "()"}
 CONTAINERS |= dict.fromkeys(["array", "Matrix", "ImmutableDenseMatrix", "list", "tuple", "set", "frozenset"], "json")
 
 # ------------- One spelling for each thing
@@ -181,7 +181,7 @@ REWRITES = [  # (pattern, replacement, example, what becomes of it); repeated, f
     (rf"{FUNCTION}(\^(?:\w|\(\w+\))|_\w+)?\s*\{{([^{{}}]*)\}}", r" \1\2(\3)", r"\sin{x}", r" sin(x)"),
     (rf"{FUNCTION}(\^(?:\w|\(\w+\))|_\w+)?{BARE}", r" \1\2(\3)", r"\sin^2 x", r" sin^2( x)"),
     (rf"{FUNCTION}(\^(?:\w|\(\w+\)))\s*\(({NESTED})\)", r" (\1(\3))\2", r"sin^2(x)", r" (sin(x))^2"),
-    (rf"(\d+|(?<![a-zA-Z])[a-zA-Z]|\({NESTED}\))!(?!=)", r" factorial(\1)", "5!", " factorial(5)"),
+    (rf"((?<![\d.])\d+|(?<![a-zA-Z])[a-zA-Z]|\({NESTED}\))!(?!=)", r" factorial(\1)", "5!", " factorial(5)"),
     (rf"\\?log_(\w+)\s*\(({NESTED})\)", r" log(\2,\1)", r"\log_2(8)", " log(8,2)"),
 ]
 LABEL = re.compile(  # what may stand before "=" besides a name, and be left out
@@ -307,17 +307,16 @@ MINUS_INFINITY = ast.UnaryOp(ast.USub(), INFINITY)
 
 
 def read(value):
-    """The node of a JSON value or a text. Raises Unreadable."""
+    """The node of a JSON value or a text. Raises Unreadable, or what ast.parse raises: SyntaxError, MemoryError."""
     if isinstance(value, list):
         return group("json", map(read, value))
     if isinstance(value, dict):
         return group("{}", [Group("=", (str(name), read(item))) for name, item in value.items()])
-    try:
-        answer = ast.parse(to_python(clean(str(value))), mode="eval").body
-    except (SyntaxError, MemoryError):  # MemoryError: nested too deeply for Python's parser
-        raise Unreadable(value) from None
-    if not isinstance(answer, ast.Call) or not answer.args or sum(1 for _ in ast.walk(answer)) > MAX_NODES:
+    answer = ast.parse(to_python(clean(str(value))), mode="eval").body
+    if not isinstance(answer, ast.Call) or not answer.args or answer.keywords:
         raise Unreadable(value)
+    if sum(1 for _ in ast.walk(answer)) > MAX_NODES:
+        raise Unreadable("too long an answer")
     return group("", map(node, answer.args))
 
 
@@ -342,6 +341,8 @@ def node(tree):
             return Group("∪", tuple(items))
         case ast.Compare(left=left, ops=signs, comparators=sides):
             return relation([left, *sides], list(map(type, signs)))
+        case ast.Call(func=ast.Name(id="Eq"), args=[left, right]):
+            return relation([left, right], [ast.Eq])
         case ast.Call(func=function, args=items) if (name := ast.unparse(function)) in CONTAINERS:
             items = list(map(node, items))
             if CONTAINERS[name] == "json" and len(items) == 1 and isinstance(items[0], Group):
@@ -439,7 +440,7 @@ def evaluate(tree, names):
             operation, parts = type(op), [left, right]
         case ast.UnaryOp(op=op, operand=part):
             operation, parts = type(op), [part]
-        case ast.Call(func=ast.Name(id=operation), args=parts):
+        case ast.Call(func=ast.Name(id=operation), args=parts, keywords=[]):
             pass
         case _:
             raise Unreadable("no value")

@@ -226,7 +226,7 @@ def compare(prediction, answer, question=""):
         gold = read(exact_part(answer))
         equal = any(same_node(read(exact_part(reading)), gold, question.lower()) for reading in readings)
         return Verdict(equal, "equal" if equal else "different")
-    except (ValueError, ArithmeticError, RecursionError):  # ValueError: also an integer that is too long to print
+    except (ValueError, ArithmeticError, SyntaxError, RecursionError, MemoryError):  # the last two: nested too deeply
         return Verdict(False, "unreadable")
 
 
