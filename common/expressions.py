@@ -178,8 +178,7 @@ REWRITES = [  # (pattern, replacement, example, what becomes of it); repeated, f
     (r"\\binom\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r" binomial(\1,\2)", r"\binom{4}{3}", " binomial(4,3)"),
     (r"([\^_])\s*\{([^{}]*)\}", r"\1(\2)", "x^{2}", "x^(2)"),
     (rf"{FUNCTION}\s*\^\(-1\)", r" a\1", r"\sin^(-1)", " asin"),
-    (rf"{FUNCTION}(\^(?:\w|\(\w+\))|_\w+)?\s*\{{([^{{}}]*)\}}", r" \1\2(\3)", r"\sin{x}", r" sin(x)"),
-    (rf"{FUNCTION}(\^(?:\w|\(\w+\))|_\w+)?{BARE}", r" \1\2(\3)", r"\sin^2 x", r" sin^2( x)"),
+    (rf"{FUNCTION}(\^(?:\w|\(\w+\))|_\w+)?(?:\s*\{{([^{{}}]*)\}}|{BARE})", r" \1\2(\3\4)", r"\sin^2 x", " sin^2( x)"),
     (rf"{FUNCTION}(\^(?:\w|\(\w+\)))\s*\(({NESTED})\)", r" (\1(\3))\2", r"sin^2(x)", r" (sin(x))^2"),
     (rf"((?<![\d.])\d+|(?<![a-zA-Z])[a-zA-Z]|\({NESTED}\))!(?!=)", r" factorial(\1)", "5!", " factorial(5)"),
     (rf"\\?log_(\w+)\s*\(({NESTED})\)", r" log(\2,\1)", r"\log_2(8)", " log(8,2)"),
@@ -199,9 +198,13 @@ TOKEN = re.compile(  # a unit stands after a space: \text{ cm}^2, inches, km/h
       | (?P<container> (?:"""
     + "|".join(map(re.escape, sorted(CONTAINERS, key=len, reverse=True)))
     + r""")(?=\() )
+      | (?P<function> \\?(?:"""
+    + "|".join(sorted(CALLS, key=len, reverse=True))
+    + r""")(?![a-zA-Z]) )
+      | (?P<open> [(\[{] ) | (?P<close> [)\]}] )
       | (?P<number> (?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d*[.^]))? )
-      | (?P<letters> \\?[a-zA-Z]+ )
-      | (?P<sign> \S ) )"""
+      | (?P<sign> (?:and|or)(?![a-zA-Z]) | [^\sa-zA-Z\\] )
+      | (?P<letters> \\?[a-zA-Z]+ | \\ ) )"""
 )
 SIGNS = {"^": "**", "±": "+plus_minus*", "=": "==", "∈": " in ", "≤": "<=", "≥": ">=", ";": ",", "$": "unit('dollar')*"}
 HALF_OPEN = {"(]": "Interval.Lopen(", "[)": "Interval.Ropen("}
@@ -259,18 +262,10 @@ def python_token(kind, token, last):
         return kind, f"unit({token!r})"
     if kind == "string":
         return kind, repr(token[1:-1])
-    if kind == "sign" and token in "([{":
-        return "open", token
-    if kind == "sign" and token in ")]}":
-        return "close", token
     if kind == "sign":
         return kind, "<<" if token == ":" and last in ("number", "close") else SIGNS.get(token, token)
-    if kind == "container":
-        return kind, token
-    if name in ("and", "or"):
-        return "sign", f" {name} "
-    if name in CALLS:
-        return "function", name
+    if kind != "letters":
+        return kind, name
     if name in CONSTANTS or name in MARKS or name in GREEK or (name == token and name.isupper()):
         return "name", name.replace("lambda", "lambda_")
     if name != token or name in ("nan", "zoo") or len(name) > 3:
