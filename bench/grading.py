@@ -2,14 +2,13 @@
 
     python bench/grading.py agree --data FOLDER     # needs math-verify[antlr4_13_2]==0.9.0 too
 
-FOLDER has test sets as JSON files ({"examples": [{"question", "answer"}, ...]}), such as the eight of the paper;
---math names those with mathematical answers. A pair is equal by rewriting (other LaTeX, plain text, what sympy prints,
+FOLDER has test sets as JSON files ({"examples": [{"question", "answer"}, ...]}), such as those of the paper with
+mathematical answers. A pair is equal by rewriting (other LaTeX, plain text, what sympy prints,
 decimals) or unequal by mutation (digits, signs, brackets, order, terms). sympy makes the pairs from math-verify's
 reading of the gold answer, so that they do not depend on our own parser.
 """
 
 import dataclasses
-import functools
 import json
 import logging
 import random
@@ -31,19 +30,8 @@ from common.grading import compare
 # the degrees of \\tan 15^\\circ, reads the e of 2e-05 as 2.718, the time 8:34 as a quotient, capital variables as small
 # ones, 2007 + \\frac\\pi 2 as 2, words as products, and a triple root as a set.
 MISREAD = re.compile(r"\d\}?_|\d[eE]-|\\tan 15|:|(?<![a-zA-Z\\{])[A-Z]|\\frac\\pi|\\text\{[a-z]+ [a-z]+\}|,3,3|\\in\b")
-parse = functools.partial(math_verify.parse, raise_on_error=False)
-verify = functools.partial(math_verify.verify, raise_on_error=False)
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)
-MATH = ["math", "gsm_hard", "aime", "olymath"]
-
-
-def load(folder, names):
-    """The distinct answers of the files whose names start with one of the names."""
-    files = [file for name in names for file in sorted(Path(folder).rglob(f"{name}*.json"))]
-    if not files:
-        raise InputError(f"{folder}: no .json files of {', '.join(names)}; name the folder with the test sets")
-    examples = [example for file in files for example in json.loads(file.read_text(encoding="utf-8"))["examples"]]
-    return sorted({str(example["answer"]) for example in examples} - {"None", ""})
+MATH = ("math", "gsm_hard", "aime", "olymath")
 
 
 def rewritings(gold, expression):
@@ -104,13 +92,15 @@ def mutations(gold, expression, generator):
 
 def expression_of(gold):
     """The sympy object that math-verify reads in a gold answer; None if there is none, or if it misreads it."""
-    found = [item for item in parse(f"${gold}$") if not isinstance(item, str)]
+    found = [item for item in math_verify.parse(f"${gold}$", raise_on_error=False) if not isinstance(item, str)]
     return found[0] if found and not MISREAD.search(gold) else None
 
 
 def math_verify_equal(prediction, gold):
     """math-verify with its default settings; the prediction is read with and without $ around it."""
-    return any(verify(parse(f"${gold}$"), parse(text)) for text in (f"${prediction}$", prediction))
+    texts = (f"${gold}$", f"${prediction}$", prediction)
+    gold, *readings = (math_verify.parse(text, raise_on_error=False) for text in texts)
+    return any(math_verify.verify(gold, reading, raise_on_error=False) for reading in readings)
 
 
 def make_pairs(answers, seed=0):
@@ -128,14 +118,17 @@ def make_pairs(answers, seed=0):
 @dataclasses.dataclass(kw_only=True)
 class Config:
     data: str = option(REQUIRED, "folder with the test sets")
-    math: list[str] = option(MATH, "first letters of the names of the math files")
     limit: int = option(0, "use this many distinct gold answers, chosen at random; 0: all")
     seed: int = option(0, "for that choice and for the mutations")
 
 
 def agree(config):
     """Compare our verdicts and math-verify's with the truth by construction; print every pair that we got wrong."""
-    answers = load(config.data, config.math)
+    files = [file for file in sorted(Path(config.data).rglob("*.json")) if file.name.startswith(MATH)]
+    if not files:
+        raise InputError(f"{config.data}: no .json files of {', '.join(MATH)}; name the folder with the test sets")
+    examples = [example for file in files for example in json.loads(file.read_text(encoding="utf-8"))["examples"]]
+    answers = sorted({str(example["answer"]) for example in examples} - {"None", ""})
     answers = random.Random(config.seed).sample(answers, config.limit or len(answers))
     graders = {"ours": lambda prediction, gold: compare(prediction, gold).correct, "math-verify": math_verify_equal}
     counts = Counter()
@@ -150,9 +143,8 @@ def agree(config):
     print("| grader | equal pairs called equal | unequal pairs called equal | seconds |\n|---|---|---|---|")
     for name in graders:
         equal, missed, wrong, refused = (counts[name, t, v] for t in (True, False) for v in (True, False))
-        print(
-            f"| {name} | {equal} of {equal + missed} | {wrong} of {wrong + refused} | {counts[name, 'seconds']:.1f} |"
-        )
+        seconds = round(counts[name, "seconds"], 1)
+        print(f"| {name} | {equal} of {equal + missed} | {wrong} of {wrong + refused} | {seconds} |")
 
 
 if __name__ == "__main__":

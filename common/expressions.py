@@ -316,6 +316,7 @@ def read(value):
 
 
 def node(tree):
+    """The node of an answer in Python's syntax."""
     match tree:
         case ast.Constant(value=str(text)):
             return read(text)
@@ -344,6 +345,11 @@ def node(tree):
                 items = items[0].items  # Matrix([[1], [2]])
             found = group(CONTAINERS[name], items)
             return Group("∈", ("", found)) if name.startswith("Interval") else found
+    return value_of(tree)
+
+
+def value_of(tree):
+    """The Value of an expression, with its units and the last place of a decimal."""
     units = [part for part in ast.walk(tree) if isinstance(part, ast.Call) and name_of(part.func) == "unit"]
     words = " ".join(part.args[0].value for part in sorted(units, key=lambda part: part.col_offset))
     marks = " ".join(sorted(variables(tree) & set(MARKS)))
