@@ -142,9 +142,8 @@ def agree(config):
                 print(f"{'missed' if truth else 'WRONG'}: {prediction!r} for {gold!r}")
     print("| grader | equal pairs called equal | unequal pairs called equal | seconds |\n|---|---|---|---|")
     for name in graders:
-        equal, missed, wrong, refused = (counts[name, t, v] for t in (True, False) for v in (True, False))
-        seconds = round(counts[name, "seconds"], 1)
-        print(f"| {name} | {equal} of {equal + missed} | {wrong} of {wrong + refused} | {seconds} |")
+        equal, missed, wrong, right = (counts[name, t, v] for t in (True, False) for v in (True, False))
+        print(f"| {name} | {equal} of {equal + missed} | {wrong} of {wrong + right} | {counts[name, 'seconds']:.1f} |")
 
 
 if __name__ == "__main__":
