@@ -85,8 +85,8 @@ Union({3}, Interval(4, 5))  ==  \{3\} \cup [4,5]  |  Interval.Lopen(3, 4)  ==  (
 ((-oo < x) & (x < 2)) | ((3 < x) & (x < oo))  ==  (-\infty,2) \cup (3,\infty)  |  2*sqrt(3)*I  ==  2\sqrt3 i
 (x < 2) | (3 < x)  ==  (-\infty,2) \cup (3,\infty)  |  oo  ==  \infty  |  EmptySet  ==  \varnothing
 Point2D(1, 2)  ==  (1,2)  |  math.pi  ==  \pi  |  4210_5  ==  4210_{5}  |  (x,y) = (1,2)  ==  (1,2)  |  3 : 5  ==  3:5
-(1,2)  ==  (x,y) = (1,2)  |  x_1 = 1, x_2 = -2  ==  1,-2  |  Eq(x, 5)  ==  5  |  x = 1, y = 2  ==  (1,2)  |  (1, 2)  ==  x = 1, y = 2
-y = 2, x = 1  ==  x = 1, y = 2  |  \begin{array}{c} 1 \\ 2 \end{array}  ==  \begin{pmatrix} 1 \\ 2 \end{pmatrix}
+(1,2)  ==  (x,y) = (1,2)  |  x_1 = 1, x_2 = -2  ==  1,-2  |  Eq(x, 5)  ==  5  |  x = 1, y = 2  ==  (1,2)
+(1, 2)  ==  x = 1, y = 2  |  y = 2, x = 1  ==  x = 1, y = 2  |  \begin{array}{c} 1 \\ 2 \end{array}  ==  \begin{pmatrix} 1 \\ 2 \end{pmatrix}
 \left(\begin{array}{cc} 1 & 2\\ 3 & 4\end{array}\right)  ==  \begin{pmatrix} 1 & 2 \\ 3&4 \end{pmatrix}
 \begin{pmatrix} 1 \\[6pt] 2 \end{pmatrix}  ==  \begin{pmatrix} 1 \\ 2 \end{pmatrix}  |  \text{5}  ==  5
 5 \text{ and } 13  ==  5,13  |  \text{5 and 13}  ==  5, 13  |  $x=5$ or $x=6$  ==  5,6  |  $5$ cm  ==  5\text{ cm}
