@@ -489,10 +489,6 @@ def close(a, b, allowed=0):
     return bool(abs(a - b) <= max(ROUNDING * max(abs(a), abs(b), 1), allowed) < mp.inf)
 
 
-def is_real(number):
-    return isinstance(number, Fraction) or not mp.im(number)
-
-
 def same_value(prediction, gold, question):
     """Whether two Values agree, with the marks ° and % or without them: 90 is 90°, and so is pi/2."""
     if prediction.unit and gold.unit and prediction.unit != gold.unit:
@@ -517,7 +513,7 @@ def same_number(prediction, gold, constants):
     pairs = list(values_at_points(prediction.tree, gold.tree, constants))
     if len(pairs) == 1:
         return close(*pairs[0], tolerance(*pairs[0], max(prediction.step, gold.step), gold.step))
-    real = [(a, b) for a, b in pairs if is_real(a) or is_real(b)]
+    real = [(a, b) for a, b in pairs if not (mp.im(a) and mp.im(b))]
     return all(close(a, b) for a, b in real or pairs)
 
 

@@ -277,7 +277,7 @@ def same_equation(prediction, gold):
 
 # Which brackets of a prediction may stand for which of a gold answer. A Python list cannot say that an end is open.
 LISTS = {"": ("json", "[]", "{}", "()"), "{}": ("json", ""), "()": ("json",), "[]": ("json",)}
-LISTS |= {"json": ("[]", "()", "{}", ""), "names": ("json", "[]", "()", "", "{}")}
+LISTS |= {"json": ("[]", "()", "{}", "")}
 
 
 def names_of(node):
@@ -287,14 +287,17 @@ def names_of(node):
 
 
 def same_group(prediction, gold, question):
+    """Whether the items are the same; in any order, where it does not matter."""
     names, gold_names = names_of(prediction), names_of(gold)
-    only_one = bool(names) != bool(gold_names)  # (1, 2) is x = 1, y = 2, but not y = 1, x = 2
-    kind = "names" if gold_names else gold.kind
-    if names and only_one:
-        names, gold_names, prediction, gold, kind = gold_names, names, gold, prediction, "names"
-    if prediction.kind not in (gold.kind, *LISTS.get(kind, ())) or (only_one and gold_names != sorted(gold_names)):
+    if bool(names) == bool(gold_names):
+        allowed = prediction.kind in (gold.kind, *LISTS.get(gold.kind, ()))
+        ordered = "()" in (prediction.kind, gold.kind) or gold.kind not in ("", "{}", "∪")
+    else:  # (1, 2) is x = 1, y = 2, but neither y = 1, x = 2 nor {1, 2}
+        other = gold if names else prediction
+        allowed = is_group(other, "", "()", "[]", "json") and names + gold_names == sorted(names + gold_names)
+        ordered = True
+    if not allowed:
         return False
-    ordered = only_one or "()" in (prediction.kind, gold.kind) or gold.kind not in ("", "{}", "∪")
     items = list(prediction.items)
     for item in gold.items:
         i = next((i for i, other in enumerate(items) if same_node(other, item, question)), None)

@@ -86,7 +86,8 @@ Union({3}, Interval(4, 5))  ==  \{3\} \cup [4,5]  |  Interval.Lopen(3, 4)  ==  (
 (x < 2) | (3 < x)  ==  (-\infty,2) \cup (3,\infty)  |  oo  ==  \infty  |  EmptySet  ==  \varnothing
 Point2D(1, 2)  ==  (1,2)  |  math.pi  ==  \pi  |  4210_5  ==  4210_{5}  |  (x,y) = (1,2)  ==  (1,2)  |  3 : 5  ==  3:5
 (1,2)  ==  (x,y) = (1,2)  |  x_1 = 1, x_2 = -2  ==  1,-2  |  Eq(x, 5)  ==  5  |  x = 1, y = 2  ==  (1,2)
-(1, 2)  ==  x = 1, y = 2  |  y = 2, x = 1  ==  x = 1, y = 2  |  \begin{array}{c} 1 \\ 2 \end{array}  ==  \begin{pmatrix} 1 \\ 2 \end{pmatrix}
+(1, 2)  ==  x = 1, y = 2  |  y = 2, x = 1  ==  x = 1, y = 2
+\begin{array}{c} 1 \\ 2 \end{array}  ==  \begin{pmatrix} 1 \\ 2 \end{pmatrix}
 \left(\begin{array}{cc} 1 & 2\\ 3 & 4\end{array}\right)  ==  \begin{pmatrix} 1 & 2 \\ 3&4 \end{pmatrix}
 \begin{pmatrix} 1 \\[6pt] 2 \end{pmatrix}  ==  \begin{pmatrix} 1 \\ 2 \end{pmatrix}  |  \text{5}  ==  5
 5 \text{ and } 13  ==  5,13  |  \text{5 and 13}  ==  5, 13  |  $x=5$ or $x=6$  ==  5,6  |  $5$ cm  ==  5\text{ cm}
@@ -187,7 +188,7 @@ x \in [2,5]  !=  2,5  |  x \in (2,5)  !=  2,5  |  2 < x < 5  !=  2,5  |  2 \le x
 Interval(2, 5)  !=  2,5  |  (2,5)  !=  \{2,5\}  |  \{2,5\}  !=  [2,5]  |  x = [2,5]  !=  \{2,5\}  |  (5,2)  !=  2,5
 3.14159  !=  \pi  |  2.71828  !=  e  |  1.41421  !=  \sqrt2  |  1.0000000000001  !=  1  |  1  !=  0.99999999999
 \sin 30  !=  \sin 30^\circ  |  y = 1, x = 2  !=  (1, 2)  |  a = b = c  !=  a = b = d  |  5, 6, y  !=  5, 6, x
-2.5!  !=  240  |  \text{True}  !=  1  |  5, ^x  !=  5  |  1)(2  !=  2  |  (A) 5  !=  (B) 5  |  3.142857  !=  \pi
+\{1, 2\}  !=  x = 1, y = 2  |  2.5!  !=  240  |  \text{True}  !=  1  |  5, ^x  !=  5  |  1)(2  !=  2  |  (A) 5  !=  (B) 5
 # what fooled others: units, indices, words, order
 \pi \text{ degrees}  !=  180^\circ  |  30^\circ  !=  30 \text{ radians}  |  1 \frac12  !=  \frac12  |  5-6  !=  5, 6
 3 and a half  !=  3  |  5 apples and 3 oranges  !=  5  |  5 apples and 3 oranges  !=  8  |  (3,2,1)  !=  1,2,3
