@@ -130,6 +130,7 @@ NOT_RECOGNISED = r"""
 2\frac{3}{2}  ==  3  |  20 million  ==  20,\!000,\!000  |  0.67  ==  \$\dfrac23 \approx \$0.67
 \mathbb{R} \setminus \{2\}  ==  (-\infty,2) \cup (2,\infty)  |  (0,1) \cup [1,2)  ==  (0,2)
 The answer is 42.  ==  42  |  x >= 2 and x <= 5  ==  [2,5]  |  \sqrt[3]{-8}  ==  -2  |  1/ab  ==  \frac{1}{ab}
+x = 10/4 = 5/2  ==  5/2  |  0.\overline{3}  ==  \frac13  |  52 (base 8)  ==  52_8  |  [1 2]  ==  1,2  |  (B) 16  ==  \text{(B)}
 \sin x/2  ==  \frac{\sin x}{2}  |  (n+1)!  ==  (n+1) \cdot n!  |  5 m  ==  5\text{ m}  |  6:10  ==  3:5  |  5!!  ==  15
 """
 
@@ -188,7 +189,7 @@ x \in [2,5]  !=  2,5  |  x \in (2,5)  !=  2,5  |  2 < x < 5  !=  2,5  |  2 \le x
 Interval(2, 5)  !=  2,5  |  (2,5)  !=  \{2,5\}  |  \{2,5\}  !=  [2,5]  |  x = [2,5]  !=  \{2,5\}  |  (5,2)  !=  2,5
 3.14159  !=  \pi  |  2.71828  !=  e  |  1.41421  !=  \sqrt2  |  1.0000000000001  !=  1  |  1  !=  0.99999999999
 \sin 30  !=  \sin 30^\circ  |  y = 1, x = 2  !=  (1, 2)  |  a = b = c  !=  a = b = d  |  5, 6, y  !=  5, 6, x
-\{1, 2\}  !=  x = 1, y = 2  |  2.5!  !=  240  |  \text{True}  !=  1  |  5, ^x  !=  5  |  1)(2  !=  2  |  (A) 5  !=  (B) 5
+\{1, 2\}  !=  x = 1, y = 2  |  2.5!  !=  240  |  \text{True}  !=  1  |  5, ^x  !=  5  |  1)(2  !=  2
 # what fooled others: units, indices, words, order
 \pi \text{ degrees}  !=  180^\circ  |  30^\circ  !=  30 \text{ radians}  |  1 \frac12  !=  \frac12  |  5-6  !=  5, 6
 3 and a half  !=  3  |  5 apples and 3 oranges  !=  5  |  5 apples and 3 oranges  !=  8  |  (3,2,1)  !=  1,2,3
