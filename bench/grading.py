@@ -1,16 +1,14 @@
-"""Math grading: agreement with math-verify, on pairs made from gold answers; speed over whole test sets.
+"""Math grading beside math-verify: agreement with the truth, and time, on pairs made from gold answers.
 
     python bench/grading.py agree --data FOLDER     # needs math-verify[antlr4_13_2]==0.9.0 too
-    python bench/grading.py speed --data FOLDER
 
-FOLDER has test sets as JSON files ({"examples": [{"question", "answer"}, ...]}), such as the eight of the paper;
---math names those with mathematical answers. A pair is equal by rewriting (other LaTeX, plain text, what sympy prints,
+FOLDER has test sets as JSON files ({"examples": [{"question", "answer"}, ...]}), such as those of the paper with
+mathematical answers. A pair is equal by rewriting (other LaTeX, plain text, what sympy prints,
 decimals) or unequal by mutation (digits, signs, brackets, order, terms). sympy makes the pairs from math-verify's
 reading of the gold answer, so that they do not depend on our own parser.
 """
 
 import dataclasses
-import functools
 import json
 import logging
 import random
@@ -20,32 +18,20 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import math_verify
 import sympy
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common import REQUIRED, InputError, option, progress, run_command_line
-from common.grading import compare, grade
+from common.grading import compare
 
 # Gold answers that math-verify 0.9.0 misreads, so that no pair is made from its reading: it drops the base of 52_8 and
 # the degrees of \\tan 15^\\circ, reads the e of 2e-05 as 2.718, the time 8:34 as a quotient, capital variables as small
 # ones, 2007 + \\frac\\pi 2 as 2, words as products, and a triple root as a set.
 MISREAD = re.compile(r"\d\}?_|\d[eE]-|\\tan 15|:|(?<![a-zA-Z\\{])[A-Z]|\\frac\\pi|\\text\{[a-z]+ [a-z]+\}|,3,3|\\in\b")
-MATH = ["math", "gsm_hard", "aime", "olymath"]
-
-
-def load(folder, names):
-    """(kind, question, answer, aliases) of every example with an answer, file by file."""
-    files = sorted(Path(folder).rglob("*.json"))
-    if not files:
-        raise InputError(f"{folder}: no .json files; name the folder with the test sets")
-    rows = []
-    for file in files:
-        kind = "math" if any(file.name.startswith(name) for name in names) else "fact"
-        for example in json.loads(file.read_text(encoding="utf-8"))["examples"]:
-            if example["answer"] not in (None, ""):
-                rows.append((kind, example["question"], example["answer"], example.get("aliases") or []))
-    return rows
+logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+MATH = ("math", "gsm_hard", "aime", "olymath")
 
 
 def rewritings(gold, expression):
@@ -57,7 +43,7 @@ def rewritings(gold, expression):
     if re.fullmatch(r"-?\d{4,}", gold):
         texts.append(f"{int(gold):,}")
     if "," in gold and not re.search(r"[\[({]|\d,\d{3}|\\!|text", gold):
-        texts.append(", ".join(reversed(gold.split(","))))
+        texts.append(", ".join(gold.split(",")[::-1]))
     if expression is not None:
         texts += [str(expression), sympy.latex(expression)]
     if isinstance(expression, sympy.Expr) and not expression.has(sympy.oo):
@@ -75,11 +61,10 @@ def mutations(gold, expression, generator):
     """Answers that differ from gold in value."""
     texts = []
     digits = [match.start() for match in re.finditer(r"\d", gold)][:11]  # a double may be wrong after the 12th or so
-    for at in generator.sample(digits, min(3, len(digits))):
-        texts.append(gold[:at] + str((int(gold[at]) + 1) % 10) + gold[at + 1 :])
     signs = [match.start() for match in re.finditer(r"(?<=[\w})\s])[-+](?=[\s\w\\])", gold)]
-    for at in generator.sample(signs, min(2, len(signs))):
-        texts.append(gold[:at] + ("-" if gold[at] == "+" else "+") + gold[at + 1 :])
+    for at in generator.sample(digits, min(3, len(digits))) + generator.sample(signs, min(2, len(signs))):
+        other = {"+": "-", "-": "+"}.get(gold[at]) or str((int(gold[at]) + 1) % 10)
+        texts.append(gold[:at] + other + gold[at + 1 :])
     if re.match(r"[1-9\\]", gold) and not re.search(r"text|mbox|begin|left|[,_:=\[\\]in|\{[A-Z]|\$|pm", gold):
         texts.append(f"-{gold}")
     if "infty" in gold or "cup" in gold or "[" in gold:
@@ -105,31 +90,24 @@ def mutations(gold, expression, generator):
     return texts
 
 
-class MathVerify:
-    """math-verify with its default settings; a text is read with and without $ around it."""
-
-    def __init__(self):
-        import math_verify
-
-        logging.getLogger("math_verify").setLevel(logging.CRITICAL)
-        self.parse = functools.partial(math_verify.parse, raise_on_error=False)
-        self.verify = functools.partial(math_verify.verify, raise_on_error=False)
-
-    def expression(self, gold):
-        """The sympy object that math-verify reads in a gold answer; None if there is none, or if it misreads it."""
-        found = [item for item in self.parse(f"${gold}$") if not isinstance(item, str)]
-        return found[0] if found and not MISREAD.search(gold) else None
-
-    def equal(self, prediction, gold):
-        gold = self.parse(f"${gold}$")
-        return any(self.verify(gold, self.parse(text)) for text in (f"${prediction}$", prediction))
+def expression_of(gold):
+    """The sympy object that math-verify reads in a gold answer; None if there is none, or if it misreads it."""
+    found = [item for item in math_verify.parse(f"${gold}$", raise_on_error=False) if not isinstance(item, str)]
+    return found[0] if found and not MISREAD.search(gold) else None
 
 
-def make_pairs(answers, peer, seed=0):
+def math_verify_equal(prediction, gold):
+    """math-verify with its default settings; the prediction is read with and without $ around it."""
+    texts = (f"${gold}$", f"${prediction}$", prediction)
+    gold, *readings = (math_verify.parse(text, raise_on_error=False) for text in texts)
+    return any(math_verify.verify(gold, reading, raise_on_error=False) for reading in readings)
+
+
+def make_pairs(answers, seed=0):
     """Yield (truth, prediction, gold) for each gold answer."""
     generator = random.Random(seed)
     for i, gold in enumerate(answers):
-        expression = peer.expression(gold)
+        expression = expression_of(gold)
         pairs = [(True, text) for text in rewritings(gold, expression)]
         different = [*mutations(gold, expression, generator), answers[(i + 1) % len(answers)]]
         pairs += [(False, text) for text in different if text != gold]
@@ -140,19 +118,21 @@ def make_pairs(answers, peer, seed=0):
 @dataclasses.dataclass(kw_only=True)
 class Config:
     data: str = option(REQUIRED, "folder with the test sets")
-    math: list[str] = option(MATH, "first letters of the names of the math files")
-    limit: int = option(0, "agree: use this many distinct gold answers, chosen at random; 0: all")
-    seed: int = option(0, "agree: for that choice and for the mutations")
+    limit: int = option(0, "use this many distinct gold answers, chosen at random; 0: all")
+    seed: int = option(0, "for that choice and for the mutations")
 
 
 def agree(config):
     """Compare our verdicts and math-verify's with the truth by construction; print every pair that we got wrong."""
-    peer = MathVerify()
-    answers = sorted({str(answer) for kind, _, answer, _ in load(config.data, config.math) if kind == "math"})
+    files = [file for file in sorted(Path(config.data).rglob("*.json")) if file.name.startswith(MATH)]
+    if not files:
+        raise InputError(f"{config.data}: no .json files of {', '.join(MATH)}; name the folder with the test sets")
+    examples = [example for file in files for example in json.loads(file.read_text(encoding="utf-8"))["examples"]]
+    answers = sorted({str(example["answer"]) for example in examples} - {"None", ""})
     answers = random.Random(config.seed).sample(answers, config.limit or len(answers))
-    graders = {"ours": lambda prediction, gold: compare(prediction, gold).correct, "math-verify": peer.equal}
+    graders = {"ours": lambda prediction, gold: compare(prediction, gold).correct, "math-verify": math_verify_equal}
     counts = Counter()
-    for truth, prediction, gold in progress(list(make_pairs(answers, peer, config.seed)), desc="pairs", unit="pair"):
+    for truth, prediction, gold in progress(list(make_pairs(answers, config.seed)), desc="pairs", unit="pair"):
         for name, equal in graders.items():
             start = time.perf_counter()
             verdict = equal(prediction, gold)
@@ -162,22 +142,9 @@ def agree(config):
                 print(f"{'missed' if truth else 'WRONG'}: {prediction!r} for {gold!r}")
     print("| grader | equal pairs called equal | unequal pairs called equal | seconds |\n|---|---|---|---|")
     for name in graders:
-        equal, unequal = (
-            f"{counts[name, t, True]} of {counts[name, t, True] + counts[name, t, False]}" for t in (True, False)
-        )
-        print(f"| {name} | {equal} | {unequal} | {counts[name, 'seconds']:.1f} |")
-
-
-def speed(config):
-    """Grade every gold answer against itself and against the next question's answer."""
-    rows = load(config.data, config.math)
-    own = [answer for _, _, answer, _ in rows]
-    for name, predictions in (("own answer", own), ("next answer", own[1:] + own[:1])):
-        start = time.perf_counter()
-        pairs = zip(predictions, rows, strict=True)
-        right = sum(grade(kind, text, gold, names, question).correct for text, (kind, question, gold, names) in pairs)
-        print(f"{name}: {len(rows)} answers, {right} right, {time.perf_counter() - start:.2f} s")
+        equal, missed, wrong, right = (counts[name, t, v] for t in (True, False) for v in (True, False))
+        print(f"| {name} | {equal} of {equal + missed} | {wrong} of {wrong + right} | {counts[name, 'seconds']:.1f} |")
 
 
 if __name__ == "__main__":
-    run_command_line(__doc__, {"agree": (Config, agree), "speed": (Config, speed)})
+    run_command_line(__doc__, {"agree": (Config, agree)})

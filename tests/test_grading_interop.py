@@ -21,21 +21,20 @@ SPEC.loader.exec_module(bench)
 @pytest.fixture(scope="module")
 def verdicts():
     """[(truth, ours, math-verify's, prediction, gold)]"""
-    peer = bench.MathVerify()
-    pairs = list(bench.make_pairs(GOLDS, peer))
-    return [(truth, compare(p, g).correct, peer.equal(p, g), p, g) for truth, p, g in pairs]
+    pairs = bench.make_pairs(GOLDS)
+    return [(truth, compare(p, g).correct, bench.math_verify_equal(p, g), p, g) for truth, p, g in pairs]
 
 
 def test_nothing_unequal_is_called_equal(verdicts):
-    assert sum(not truth for truth, *_ in verdicts) > 700
+    assert sum(not truth for truth, *_ in verdicts) > 600
     assert [row for row in verdicts if row[1] and not row[0]] == []
 
 
 def test_what_is_equal_by_construction_is_called_equal(verdicts):
-    """Up to 2 %: what test_grading.py lists as NOT_RECOGNISED. Over whole test sets it is 0.5 %."""
+    """Up to 2 %: what common.grading lists as not read. Over whole test sets it is below 0.2 %."""
     equal = sum(truth for truth, *_ in verdicts)
     missed = [row for row in verdicts if row[0] and not row[1]]
-    assert equal > 800 and len(missed) <= 0.02 * equal, missed
+    assert equal > 450 and len(missed) <= 0.02 * equal, missed
 
 
 def test_math_verify_agrees(verdicts):
