@@ -13,6 +13,7 @@ import dataclasses
 import keyword
 import os
 import resource
+import select
 import signal
 import socket
 import subprocess
@@ -117,10 +118,10 @@ class _Process:
         self.pid = pid
 
     def has_ended(self):
-        try:
-            return not self.channel.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except OSError as error:  # it has ended before it read everything
-            return not isinstance(error, BlockingIOError)
+        # Not recv with MSG_DONTWAIT: Python waits there for as long as another thread's settimeout says.
+        poll = select.poll()
+        poll.register(self.channel)
+        return any(events & (select.POLLHUP | select.POLLERR | select.POLLNVAL) for _, events in poll.poll(0))
 
     def printed(self):
         return os.pread(self.output.fileno(), inside.OUTPUT_BYTES, 0).decode("utf-8", "replace")
