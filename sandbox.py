@@ -13,6 +13,8 @@ import dataclasses
 import keyword
 import os
 import resource
+import select
+import selectors
 import signal
 import socket
 import subprocess
@@ -26,9 +28,10 @@ from contextlib import AbstractContextManager, suppress
 from common import InputError, inside
 
 STEP_BYTES = 64 << 20  # that one action can send to the host
-CALLS = 8  # tool calls of one action that run at the same time
+CALLS = 64  # tool calls of one action that run at the same time; the inside keeps honest code below that
 STARTS = 3  # attempts to start a sandbox
-START_SECONDS = 60.0  # for each
+START_SECONDS = 60.0  # for the import of numpy and sympy
+FORK_SECONDS = 5.0  # on a busy machine, and for a state of many GB; the time-out of the step is added
 LOST = "(The Python process of the earlier steps has ended; their variables are gone.)\n"
 
 
@@ -51,26 +54,27 @@ class Observation:
 
 
 class _Process:
-    """The host's handle on a process inside. `kill` ends all waiting for it."""
+    """The host's handle on a process inside."""
 
     def __init__(self, group=None):
         self.channel, self.remote = socket.socketpair()
-        self.incoming = self.channel.makefile("rb")
         in_memory = hasattr(os, "memfd_create")
         self.output = open(os.memfd_create("output"), "rb") if in_memory else tempfile.TemporaryFile()
         self.sending = threading.Lock()
         self.calls = threading.Semaphore(CALLS)
-        self.received = 0  # bytes
+        self.buffer = bytearray()  # received, but not a whole message yet
+        self.received = 0  # bytes in all
         self.group = group  # the process group of its sandbox
         self.pid = None
+        self.status = "starting"  # then "running", then "waiting" (it can be the state) or "ended"
+        self.deadline = 0.0  # of its start, then of its action
         self.missing = []  # protections that this machine does not offer
-        self.observation = Observation()
-        self.waits = False  # it has done what it was forked for, and can be the state
         self.threads = False  # the code has left some running
+        self.observation = Observation()
 
     def __del__(self):
         with suppress(AttributeError):  # there were not enough descriptors for all
-            for file in (self.channel, self.remote, self.incoming, self.output):
+            for file in (self.channel, self.remote, self.output):
                 file.close()
 
     def send(self, data):
@@ -78,52 +82,51 @@ class _Process:
             self.channel.sendall(data)
 
     def receive(self):
-        """Returns the next message. Raises EOFError or OSError if the process has ended, and ValueError if that is not
-        a message, or too much."""
-        size = int.from_bytes(self.incoming.read(4), "big")
-        self.received += size
-        if size > inside.MESSAGE_BYTES or self.received > STEP_BYTES:
-            raise ValueError("too many bytes")
-        data = self.incoming.read(size)
-        if not data or len(data) < size:
+        """Read what has arrived. Yields the messages that are complete. Raises EOFError or OSError if the process has
+        ended, and ValueError if that is not a message, or too much."""
+        data = self.channel.recv(1 << 20, socket.MSG_DONTWAIT)
+        self.buffer += data
+        self.received += len(data)
+        if not data:
             raise EOFError("the process has ended")
-        return inside.unpack(data)
+        while len(self.buffer) >= 4:
+            end = 4 + int.from_bytes(self.buffer[:4], "big")
+            if end > 4 + inside.MESSAGE_BYTES or self.received > STEP_BYTES:
+                raise ValueError("too many bytes")
+            if len(self.buffer) < end:
+                return
+            message = inside.unpack(bytes(self.buffer[4:end]))
+            del self.buffer[:end]
+            yield message
 
     def fork(self, process, message, deadline):
         """Have this process fork: the new one has the other side of the handle `process`, and does what the message
         says. Raises OSError."""
-        data, descriptors = inside.pack(message, trusted=True), [process.remote.fileno(), process.output.fileno()]
+        data = inside.pack(message, trusted=True)
         with self.sending, process.remote:
             self.channel.settimeout(max(0.01, deadline - time.monotonic()))
-            sent = 0
             try:
-                sent = socket.send_fds(self.channel, [data], descriptors)
-                if sent < len(data):
-                    self.channel.sendall(data[sent:])
-            except OSError:
-                if sent:  # half a message: it would take the next for the other half
-                    self.kill()
+                sent = socket.send_fds(self.channel, [data], [process.remote.fileno(), process.output.fileno()])
+                self.channel.sendall(data[sent:])
+            except TimeoutError:
+                self.kill()  # it may have half a message, and would take the next for the other half
                 raise
             finally:
                 self.channel.settimeout(None)
 
-    def admit(self, others):
-        """Receive what the process says it is. others: {pid: process}, to which it is added."""
-        hello = self.receive()
-        pid, self.missing = hello["pid"], hello.get("missing", [])
-        self.group = self.group or pid  # a first process, which runs no foreign code
-        if type(pid) is not int or others.setdefault(pid, self) is not self:
-            raise ValueError("the PID of another process")
-        self.pid = pid
-
     def has_ended(self):
-        try:
-            return not self.channel.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except OSError as error:  # it has ended before it read everything
-            return not isinstance(error, BlockingIOError)
+        poll = select.poll()
+        poll.register(self.channel, 0)
+        return bool(poll.poll(0))  # hung up. To receive would wait while another thread has set a time-out for `fork`.
 
     def printed(self):
         return os.pread(self.output.fileno(), inside.OUTPUT_BYTES, 0).decode("utf-8", "replace")
+
+    def stop(self, kind, reason):
+        """End the process because of a failure."""
+        self.observation.fail(kind, f"{reason}; the state is as it was before")
+        self.status = "ended"
+        self.kill()
 
     def kill(self):
         """End the process. If it is the first of a sandbox, it ends all others."""
@@ -143,8 +146,11 @@ def _warm_interpreter():
     """Returns the process that forks the first process of every sandbox. It has nothing of the host's memory."""
     global _warm
     with _warm_lock:
-        if _warm and _warm[1].poll() is None and _warm[2] == os.getpid() and not _warm[0].has_ended():
-            return _warm[0]
+        if _warm and _warm[2] == os.getpid():
+            if not _warm[0].has_ended():
+                return _warm[0]
+            _warm[1].kill()
+            _warm[1].wait()  # otherwise a zombie would be left
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # 64 sandboxes with 8 candidates each need 3,000
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
         # A library's threads would not survive a fork. With random hashes, sets would print in another order each time.
@@ -167,9 +173,10 @@ def _warm_interpreter():
             )
         process.channel.settimeout(START_SECONDS)
         try:
-            process.receive()
+            next(process.receive())
         except (OSError, EOFError, ValueError) as error:
             started.kill()
+            started.wait()
             raise OSError(process.printed().strip() or error) from None
         process.channel.settimeout(None)
         _warm = process, started, os.getpid()
@@ -227,12 +234,12 @@ class Sandbox(AbstractContextManager):
         settings["tools"] = {name: str(function.__doc__ or "") for name, function in self.tools.items()}
         for _ in range(STARTS):
             try:
-                [process] = self._fork(_warm_interpreter(), [settings], START_SECONDS)
+                [process] = self._fork(_warm_interpreter(), [settings])
                 reason = process.printed().strip() or process.observation.error
             except OSError as error:
                 reason = str(error)
             else:
-                if process.waits:
+                if process.status == "waiting":
                     break
         else:
             raise InputError(f"the sandbox did not start: {reason.splitlines()[-1]}")
@@ -284,9 +291,7 @@ class Sandbox(AbstractContextManager):
                 self._lose_state()
                 self._start()
             try:
-                self.candidates = self._fork(
-                    self.state, [{"key": self.key, "code": code} for code in codes], self.timeout
-                )
+                self.candidates = self._fork(self.state, [{"key": self.key, "code": code} for code in codes])
             except BaseException:  # Ctrl-C: stop what is running
                 self._lose_state()
                 raise
@@ -320,10 +325,10 @@ class Sandbox(AbstractContextManager):
 
     def _commit(self, chosen):
         """Make this candidate the state, if it can be, and kill the others."""
-        if chosen and chosen.waits:
+        if chosen and chosen.status == "waiting":
             if chosen.threads:  # they are not in a fork
-                [fork] = self._fork(chosen, [{"key": self.key}], self.timeout)
-                chosen = fork if fork.waits else chosen
+                [fork] = self._fork(chosen, [{"key": self.key}])
+                chosen = fork if fork.status == "waiting" else chosen
             self.candidates.append(self.state)
             self.state = chosen
         for process in self.candidates:
@@ -331,60 +336,66 @@ class Sandbox(AbstractContextManager):
                 process.kill()
         self.candidates = []
 
-    def _fork(self, parent, messages, seconds):
-        """Have the parent fork once for each message. Returns the processes when they have done what they should; those
-        that have not after so many seconds are killed."""
-        deadline = time.monotonic() + seconds
+    def _fork(self, parent, messages):
+        """Have the parent fork once for each message. Returns the processes when each has done what it should, or has
+        been stopped: it has FORK_SECONDS and a time-out to start, and from then on a time-out for the action."""
+        deadline = time.monotonic() + FORK_SECONDS + self.timeout
         processes = [_Process(self.first and self.first.group) for _ in messages]
-        others = {process.pid: process for process in (self.first, self.state, parent) if process}
-        threads = []
-        for process, message in zip(processes, messages, strict=True):
-            with suppress(OSError):  # the process then has a channel without another side
-                parent.fork(process, message, deadline)
-            arguments = (process, "code" in message, others, deadline)
-            threads.append(threading.Thread(target=self._follow, args=arguments, daemon=True))
-            threads[-1].start()
-        for process, thread in zip(processes, threads, strict=True):
-            thread.join(max(0.0, deadline - time.monotonic()))
-            if thread.is_alive():
-                process.kill()
-                thread.join()
-                process.waits = False
-                self._time_out(process)
+        with selectors.DefaultSelector() as selector:
+            for process, message in zip(processes, messages, strict=True):
+                process.deadline = deadline
+                selector.register(process.channel, selectors.EVENT_READ, (process, "code" in message))
+                with suppress(OSError):  # the process then has a channel without another side
+                    parent.fork(process, message, deadline)
+            while running := [key.data[0] for key in selector.get_map().values()]:
+                left = min(process.deadline for process in running) - time.monotonic()
+                for key, _ in selector.select(max(0.0, left)):
+                    self._serve(*key.data)
+                for process in running:
+                    self._check_time(process)
+                    if process.status in ("waiting", "ended"):
+                        selector.unregister(process.channel)
         return processes
 
-    def _time_out(self, process):
-        text = "the code ran longer than" if process.pid else "no process for the code had started after"
-        text = f"TimeoutError: {text} {self.timeout:g} s and was stopped; the state is as it was before"
-        process.observation.fail("timeout", text)
+    def _check_time(self, process):
+        late = time.monotonic() >= process.deadline
+        if late and process.status == "starting":
+            process.stop("killed", f"no process for the code started within {FORK_SECONDS + self.timeout:g} s")
+        elif late and process.status == "running":
+            process.observation.seconds = self.timeout
+            process.stop("timeout", f"TimeoutError: the code ran longer than {self.timeout:g} s and was stopped")
 
-    def _follow(self, process, runs_code, others, deadline):
-        """Answer a process until it has done what it was forked for. Runs in a thread, until the process is killed."""
-        started = time.monotonic()
+    def _serve(self, process, runs_code):
+        """Read and do what a process has sent."""
         observation = process.observation
         try:
-            process.admit(others)
-            while runs_code and "done" not in (message := process.receive()):
-                if "tool" in message:
-                    self._start_call(process, deadline, **message)
+            for message in process.receive():
+                if process.status == "starting":
+                    process.pid = int(message["pid"])
+                    if self.state and process.pid in (self.first.pid, self.state.pid):
+                        raise ValueError("the PID of another process")
+                    process.group = process.group or process.pid  # a first process, which runs no foreign code
+                    process.missing = message.get("missing")
+                    process.status = "running" if runs_code else "waiting"
+                    process.deadline = time.monotonic() + self.timeout
+                elif "tool" in message:
+                    self._start_call(process, **message)
+                elif "done" in message:
+                    self._note(process, **message["done"])
+                    process.status = "waiting"
+                    observation.seconds = time.monotonic() - process.deadline + self.timeout
                 elif observation.is_final:
                     raise ValueError("a second final answer")
                 else:
                     observation.final_answer = message["final"]
                     observation.is_final = True
-            if runs_code:
-                self._note(process, **message["done"])
-            process.waits = True
-        except TimeoutError:  # while too many tools were running
-            self._time_out(process)
+                if process.status == "waiting":
+                    return
         except (OSError, EOFError):
-            observation.fail("killed", "the Python process ended before the code did; the state is as it was before")
+            process.stop("killed", "the Python process ended before the code did")
         except Exception as error:
             text = f"the process was stopped because of what it sent to the host: {type(error).__name__}: {error}"
-            observation.fail("killed", f"{text}; the state is as it was before")
-        if not process.waits:
-            process.kill()
-        observation.seconds = time.monotonic() - started
+            process.stop("killed", text)
 
     def _note(self, process, result=None, error=None, kind=None, threads=False):
         """Note how an action ended. Raises TypeError or ValueError if this cannot be."""
@@ -396,15 +407,15 @@ class Sandbox(AbstractContextManager):
             process.observation.result = inside.cut("" + result, 2 * inside.TEXT_LIMIT)  # if honest, it is cut already
         process.threads = bool(threads)
 
-    def _start_call(self, process, deadline, tool, number, args, kwargs):
+    def _start_call(self, process, tool, number, args, kwargs):
         """Run a tool in a thread, which is left behind if it hangs. Raises an exception if there is no such call."""
         function, args, kwargs = self.tools[tool], [*args], {**kwargs}
-        if not process.calls.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            raise TimeoutError
+        if not process.calls.acquire(blocking=False):
+            raise ValueError("too many calls at the same time")
 
         def call():
             try:
-                process.send(self._call(function, number + 0, args, kwargs))
+                process.send(self._call(function, number, args, kwargs))
             except InputError as error:
                 self.failures.append(error)
                 process.kill()

@@ -51,6 +51,7 @@ TEXT_LIMIT = 10_000  # characters kept of what is printed, of a result and of an
 ANSWER_LIMIT = 100_000  # characters kept of a final answer that JSON cannot hold
 OUTPUT_BYTES = 1 << 20  # bytes that a step can print; writing more raises OSError in the code
 OPEN_FILES = 64  # descriptors that the code can have open
+CALLS = 8  # tool calls at the same time
 PATIENCE = 0.3  # seconds that a step waits for threads that its code started and did not join
 CHANNEL = 3  # the descriptor of a process's channel to the host
 
@@ -298,6 +299,9 @@ class Process:
         self.ends_group = True  # the warm interpreter and the first processes
         self.memory_mb = 0
         self.filter_key = None
+        self.host = None  # becomes readable when the host has ended, even if a fork of it still has the channels
+        with suppress(AttributeError, OSError):
+            self.host = os.pidfd_open(os.getppid())
         self.step = 0
         self.final = False
         self.reading = False  # a thread reads the channel; otherwise, the main thread does
@@ -336,6 +340,8 @@ class Process:
 
     def receive(self):
         """Returns the host's next message and its descriptors. Raises EOFError if the channel is closed."""
+        if self.host and self.host in select.select([CHANNEL, self.host], [], [])[0]:
+            raise EOFError
         size, extra, _, _ = self.channel.recvmsg(4, socket.CMSG_SPACE(8))
         data = self.channel.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL) if len(size) == 4 else b""
         if not data:
@@ -368,6 +374,7 @@ class Process:
     def begin(self, message):
         """In a fork: tell the host who this is, then do what it asks for, which can be nothing."""
         self.writing = threading.RLock()
+        self.calls = threading.Semaphore(CALLS)
         self.reading = False
         self.requests, self.forked = SimpleQueue(), SimpleQueue()
         self.ends_group = "tools" in message
@@ -376,7 +383,10 @@ class Process:
             os.setpgid(0, 0)
             self.given |= {name: self.make_tool(name, doc) for name, doc in message["tools"].items()}
             hello["missing"] = self.protect(message)
-        elif self.filter_key is not None:  # the first process has no filter, because it kills the others
+        elif self.host:
+            os.close(self.host)
+            self.host = None
+        if not self.ends_group and self.filter_key is not None:  # the first process has none: it kills the others
             restrict_calls(self.filter_key)
             self.filter_key = None
         self.write(pack(hello))
@@ -476,12 +486,13 @@ class Process:
                 message = pack({"tool": name, "number": number, "args": args, "kwargs": kwargs})
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{name}() takes JSON values only: {error}") from None
-            with self.writing:
-                if not self.reading:
-                    start_new_thread(self.read, ())
-                    self.reading = True
-                self.write(message)
-            reply = replies.get()  # if a signal handler ends this, nobody waits for the reply
+            with self.calls:
+                with self.writing:
+                    if not self.reading:
+                        start_new_thread(self.read, ())
+                        self.reading = True
+                    self.write(message)
+                reply = replies.get()  # if a signal handler ends this, nobody waits for the reply
             if "error" not in reply:
                 return reply["value"]
             kind = getattr(builtins, reply["error"], None)

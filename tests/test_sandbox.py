@@ -364,17 +364,34 @@ TAKEOVERS = {
     "parent_ends": "os._exit(0)",
     "raises": "1 / 0",
     "urgent_byte": "(socket.socket(fileno=sys._getframe(1).f_locals['descriptors'][0]).send(b'x', socket.MSG_OOB), time.sleep(60))",
-    "slow": "time.sleep(2.2) or old(key)",
 }
 
 
+TAKE_OVER = """import os, socket, sys, time
+x = 1
+inside = final_answer.__func__.__globals__
+old = inside['_fork']
+inside['_fork'] = lambda key: {}"""
+
+
+def test_a_fork_that_takes_long_is_not_the_fault_of_the_code():
+    """The clock of a step starts when its process does."""
+    with Sandbox() as sandbox:
+        sandbox.run(TAKE_OVER.format("time.sleep(1.5) or old(key)"))
+        sandbox.timeout = 1
+        assert sandbox.run("x").result == "1"
+        started = time.monotonic()
+        assert sandbox.run("while True: pass").error_kind == "timeout"
+        assert 2.5 <= time.monotonic() - started < 6.5
+
+
 @pytest.mark.parametrize("name", TAKEOVERS)
-def test_a_state_that_does_not_fork_as_asked_is_given_up(name):
+def test_a_state_that_does_not_fork_as_asked_is_given_up(name, monkeypatch):
     """The next step fails in time, nothing of the old state survives, and the step after that works and says so."""
     with Sandbox(timeout=2) as sandbox:
         group = sandbox.first.group
-        change = f"inside = final_answer.__func__.__globals__\nold = inside['_fork']\ninside['_fork'] = lambda key: {TAKEOVERS[name]}"
-        assert sandbox.run(f"import os, socket, sys, time\nx = 1\n{change}").error is None
+        assert sandbox.run(TAKE_OVER.format(TAKEOVERS[name])).error is None
+        monkeypatch.setattr(module, "FORK_SECONDS", 0.5)
         started = time.monotonic()
         assert [o.error_kind for o in sandbox.run_candidates(["x = 2", "x"])] == ["killed", "killed"]
         assert time.monotonic() - started < 10
@@ -977,12 +994,12 @@ def test_a_tool_that_hangs_does_not_hang_run():
 def test_many_sandboxes_in_many_threads_leave_nothing_behind():
     """Neither processes nor descriptors nor threads."""
     Sandbox().close()  # starts the warm interpreter
+    others = set(children(os.getpid())) - {module._warm[1].pid}  # of sandboxes that other tests use
     now = lambda: (len(os.listdir("/proc/self/fd")), threading.active_count())  # noqa: E731
-    before, failures, groups = now(), [], []
+    before, failures, warm = now(), [], module._warm[1].pid
 
     def work(number):
         with Sandbox(tools={"add": lambda a, b: a + b}, timeout=30) as sandbox:
-            groups.append(sandbox.first.group)
             sandbox.run(f"x = {number}")
             for step in range(5):
                 sandbox.run_candidates(["x += 100", "x = add(x, 1)", "import os\nos._exit(1)"])
@@ -997,25 +1014,51 @@ def test_many_sandboxes_in_many_threads_leave_nothing_behind():
         thread.join(120)
     assert failures == []
     assert eventually(lambda: now() <= before), (before, now())
-    assert eventually(lambda: not any(in_group(group) for group in groups))
+    assert eventually(lambda: set(children(os.getpid())) <= others | {warm}), (warm, children(os.getpid()))
+
+
+def test_sandboxes_that_start_at_the_same_time_share_a_warm_interpreter(monkeypatch):
+    """Even if one thread is held up while it sends its request."""
+    Sandbox().close()
+    warm, send = module._warm[1].pid, socket.send_fds
+    monkeypatch.setattr(module, "FORK_SECONDS", 0.5)
+    monkeypatch.setattr(socket, "send_fds", lambda *arguments: time.sleep(0.3) or send(*arguments))
+    threads = [threading.Thread(target=lambda: Sandbox(timeout=0.5).close()) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.1)
+    for thread in threads:
+        thread.join(60)
+    assert module._warm[1].pid == warm
+
+
+def test_a_warm_interpreter_that_hangs_up_leaves_no_zombie():
+    Sandbox().close()
+    pid = module._warm[1].pid
+    module._warm[0].kill()
+    Sandbox().close()
+    assert module._warm[1].pid != pid and not Path(f"/proc/{pid}").exists()
 
 
 def test_everything_dies_with_the_host():
     script = (
-        "import threading, time\nfrom sandbox import Sandbox\none, two = Sandbox(), Sandbox(timeout=60)\n"
+        "import os, threading, time\nfrom sandbox import Sandbox\none, two = Sandbox(), Sandbox(timeout=60)\n"
         "threading.Thread(target=two.run, args=('import time\\nwhile True: time.sleep(1)',)).start()\n"
-        "one.run('1')\none.run_candidates(['1'] * 3); time.sleep(1); print('ready', flush=True); time.sleep(60)"
+        "one.run('1')\none.run_candidates(['1'] * 3); time.sleep(1)\n"
+        # A fork of the host, which outlives it.
+        "fork = os.fork()\nif fork: print(fork, flush=True)\ntime.sleep(60)"
     )
     for number in (signal.SIGKILL, signal.SIGTERM):
         host = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=ROOT)
-        assert host.stdout.readline() == b"ready\n"
-        descendants = children(host.pid)
+        fork = int(host.stdout.readline())
+        descendants = set(children(host.pid)) - {fork}
         assert (
             len(descendants) >= 8
         )  # the warm interpreter, two first processes, a state, three candidates, one running
         host.send_signal(number)
         host.wait()
         assert eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in descendants))  # noqa: B023
+        os.kill(fork, signal.SIGKILL)
         host.stdout.close()
 
 
