@@ -89,9 +89,11 @@ class _Process:
         self.received += len(data)
         if not data:
             raise EOFError("the process has ended")
+        if self.received > STEP_BYTES:
+            raise ValueError("too many bytes")
         while len(self.buffer) >= 4:
             end = 4 + int.from_bytes(self.buffer[:4], "big")
-            if end > 4 + inside.MESSAGE_BYTES or self.received > STEP_BYTES:
+            if end > 4 + inside.MESSAGE_BYTES:
                 raise ValueError("too many bytes")
             if len(self.buffer) < end:
                 return
@@ -102,7 +104,7 @@ class _Process:
     def fork(self, process, message, deadline):
         """Have this process fork: the new one has the other side of the handle `process`, and does what the message
         says. Raises OSError."""
-        data = inside.pack(message, trusted=True)
+        data = inside.pack(message)
         with self.sending, process.remote:
             self.channel.settimeout(max(0.01, deadline - time.monotonic()))
             try:
@@ -207,9 +209,9 @@ class Sandbox(AbstractContextManager):
     def __init__(self, tools=None, timeout=10.0, memory_mb=1024, isolation="auto"):
         if isolation not in ("auto", "require", "off"):
             raise InputError(f'isolation is "auto", "require" or "off", not {isolation!r}')
-        for number, least, most in ((timeout, 0, 1e6), (memory_mb, 0.99, 1e7)):
-            if not isinstance(number, int | float) or not least < number <= most:
-                raise InputError(f"timeout is up to 1e6 s, memory_mb 1 to 1e7, not {timeout!r} and {memory_mb!r}")
+        for name, value, least, most in (("timeout", timeout, 1e-3, 1e6), ("memory_mb", memory_mb, 1, 1e7)):
+            if not isinstance(value, int | float) or not least <= value <= most:
+                raise InputError(f"{name} is a number from {least:g} to {most:g}, not {value!r}")
         for name, function in (tools or {}).items():
             named = isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name)
             if not named or name.startswith("__") or name == "final_answer" or not callable(function):
@@ -235,12 +237,12 @@ class Sandbox(AbstractContextManager):
         for _ in range(STARTS):
             try:
                 [process] = self._fork(_warm_interpreter(), [settings])
-                reason = process.printed().strip() or process.observation.error
             except OSError as error:
                 reason = str(error)
-            else:
-                if process.status == "waiting":
-                    break
+                continue
+            if process.status == "waiting":
+                break
+            reason = process.printed().strip() or process.observation.error
         else:
             raise InputError(f"the sandbox did not start: {reason.splitlines()[-1]}")
         self.first = self.state = process
@@ -291,22 +293,22 @@ class Sandbox(AbstractContextManager):
                 self._lose_state()
                 self._start()
             try:
-                self.candidates = self._fork(self.state, [{"key": self.key, "code": code} for code in codes])
+                candidates = self._fork(self.state, [{"key": self.key, "code": code} for code in codes])
             except BaseException:  # Ctrl-C: stop what is running
                 self._lose_state()
                 raise
-            self._raise_failure()
-            observations = [candidate.observation for candidate in self.candidates]
-            for candidate in self.candidates:
-                candidate.observation.stdout = LOST * self.lost + inside.cut(candidate.printed())
-            self.lost = self.lost and not codes
-            if codes and not any(candidate.pid for candidate in self.candidates):
-                candidates = self.candidates
+            if codes and not any(candidate.pid for candidate in candidates):
                 self._lose_state()
-                self.candidates = candidates
-                for observation in observations:
-                    observation.fail("killed", "the process that holds the state did not fork; the variables are gone")
-            return observations
+                for candidate in candidates:
+                    candidate.observation.error = (
+                        "the process that holds the state did not fork; the variables are gone"
+                    )
+            self.candidates = candidates
+            self._raise_failure()
+            for candidate in candidates:
+                candidate.observation.stdout = LOST * self.lost + inside.cut(candidate.printed())
+            self.lost = (self.lost and not codes) or self.state is None
+            return [candidate.observation for candidate in candidates]
 
     def _raise_failure(self):
         failures, self.failures = self.failures, []
@@ -339,7 +341,8 @@ class Sandbox(AbstractContextManager):
     def _fork(self, parent, messages):
         """Have the parent fork once for each message. Returns the processes when each has done what it should, or has
         been stopped: it has FORK_SECONDS and a time-out to start, and from then on a time-out for the action."""
-        deadline = time.monotonic() + FORK_SECONDS + self.timeout
+        seconds = FORK_SECONDS + self.timeout
+        deadline = time.monotonic() + seconds
         processes = [_Process(self.first and self.first.group) for _ in messages]
         with selectors.DefaultSelector() as selector:
             for process, message in zip(processes, messages, strict=True):
@@ -352,18 +355,16 @@ class Sandbox(AbstractContextManager):
                 for key, _ in selector.select(max(0.0, left)):
                     self._serve(*key.data)
                 for process in running:
-                    self._check_time(process)
+                    if time.monotonic() >= process.deadline and process.status == "starting":
+                        process.stop("killed", f"no process for the code started within {seconds:g} s")
+                    elif time.monotonic() >= process.deadline and process.status == "running":
+                        process.observation.seconds = self.timeout
+                        process.stop(
+                            "timeout", f"TimeoutError: the code ran longer than {self.timeout:g} s and was stopped"
+                        )
                     if process.status in ("waiting", "ended"):
                         selector.unregister(process.channel)
         return processes
-
-    def _check_time(self, process):
-        late = time.monotonic() >= process.deadline
-        if late and process.status == "starting":
-            process.stop("killed", f"no process for the code started within {FORK_SECONDS + self.timeout:g} s")
-        elif late and process.status == "running":
-            process.observation.seconds = self.timeout
-            process.stop("timeout", f"TimeoutError: the code ran longer than {self.timeout:g} s and was stopped")
 
     def _serve(self, process, runs_code):
         """Read and do what a process has sent."""
@@ -380,15 +381,20 @@ class Sandbox(AbstractContextManager):
                     process.deadline = time.monotonic() + self.timeout
                 elif "tool" in message:
                     self._start_call(process, **message)
-                elif "done" in message:
-                    self._note(process, **message["done"])
-                    process.status = "waiting"
-                    observation.seconds = time.monotonic() - process.deadline + self.timeout
-                elif observation.is_final:
-                    raise ValueError("a second final answer")
-                else:
+                elif "final" in message:
+                    if observation.is_final:
+                        raise ValueError("a second final answer")
                     observation.final_answer = message["final"]
                     observation.is_final = True
+                else:
+                    outcome = {"result": None, "error": None, **message["done"]}
+                    if outcome["error"] is not None:
+                        observation.fail(str(outcome["kind"]), inside.cut(str(outcome["error"]), 2 * inside.TEXT_LIMIT))
+                    elif outcome["result"] is not None:
+                        observation.result = inside.cut(str(outcome["result"]), 2 * inside.TEXT_LIMIT)
+                    observation.seconds = time.monotonic() - process.deadline + self.timeout
+                    process.threads = outcome["threads"]
+                    process.status = "waiting"
                 if process.status == "waiting":
                     return
         except (OSError, EOFError):
@@ -396,16 +402,6 @@ class Sandbox(AbstractContextManager):
         except Exception as error:
             text = f"the process was stopped because of what it sent to the host: {type(error).__name__}: {error}"
             process.stop("killed", text)
-
-    def _note(self, process, result=None, error=None, kind=None, threads=False):
-        """Note how an action ended. Raises TypeError or ValueError if this cannot be."""
-        if error is not None:
-            if kind not in ("syntax", "runtime", "memory"):
-                raise ValueError("unknown kind of error")
-            process.observation.fail(kind, inside.cut("" + error, 2 * inside.TEXT_LIMIT))
-        elif result is not None:
-            process.observation.result = inside.cut("" + result, 2 * inside.TEXT_LIMIT)  # if honest, it is cut already
-        process.threads = bool(threads)
 
     def _start_call(self, process, tool, number, args, kwargs):
         """Run a tool in a thread, which is left behind if it hangs. Raises an exception if there is no such call."""
@@ -429,7 +425,7 @@ class Sandbox(AbstractContextManager):
     def _call(self, function, number, args, kwargs):
         """Returns a tool's reply, packed."""
         try:
-            return inside.pack({"reply": number, "value": function(*args, **kwargs)})
+            return inside.checked({"reply": number, "value": function(*args, **kwargs)})
         except InputError:
             raise
         except BaseException as error:

@@ -682,9 +682,9 @@ PROGRAMS = {
     "old_stdout": (["import sys\nold = sys.stdout\nsys.stdout = None", "print('x')\nprint('y', file=old)"], ">x\ny\n"),
     "warning": (["import numpy\nnumpy.float64(1) / 0"], ">RuntimeWarning"),
     "no_warning": (["n = 1\nprint(n is 1, '\\d')"], ">True \\d\n"),
-    "builtins_replaced": (["import builtins\nbuiltins.open = builtins.len = None", "print('x')"], ">x\n"),
+    "builtins_replaced": (["import builtins\nbuiltins.open = builtins.input = None", "print(open)"], ">None\n"),
     "sockets_replaced": (["import socket, json\nsocket.socket = json.dumps = None", "calc(1)"], "[1]"),
-    "large_result": (["x = 'a' * 300_000_000\nx", "x"], "<str of length 300,000,000>"),
+    "large_result": (["x = 'a' * 600_000_000\nx", "len(x)"], "600000000"),
     # threads, pools, timers and signal handlers
     "thread_in_a_call": (["import threading\nthreading.Thread(target=lambda: slow(1)).start()\nx = 5", "x"], "5"),
     "thread_calls": (["import threading\nr = []\nt = threading.Thread(target=lambda: r.append(calc(1)))\nt.start(); t.join()\nr"], "[[1]]"),
@@ -1174,13 +1174,17 @@ def test_a_machine_that_offers_less(tmp_path, refused, missing, kinds):
     assert result.stdout == f"['{missing}']\nrefused\n{kinds}\ntimeout 42\n", result.stderr
 
 
-def test_the_tables_of_system_calls():
-    """Both architectures have numbers for the same calls, each number once."""
-    rows = [
-        entry.split() for table in (*module.inside.ALLOWED.values(), module.inside.OTHERS) for entry in table.split(",")
-    ]
-    for column in (1, 2):
-        numbers = [int(row[column]) for row in rows if row[column] != "-"]
-        assert len(numbers) == len(set(numbers)) and all(0 <= number < 512 for number in numbers)
-    assert {name for name, _, arm in rows if arm == "-"} <= {"open", "stat", "lstat", "access", "pipe", "poll", "select", "dup2",
-        "pause", "alarm", "getdents", "readlink", "getpgrp", "arch_prctl", "time", "epoll_create", "epoll_wait"}  # fmt: skip
+# socket, connect, sendmsg, bind, execve, kill, tkill, tgkill, ptrace, setsid, setpgid, unlinkat, renameat, linkat, symlinkat,
+# truncate, ftruncate, mount, bpf, io_uring_setup, memfd_create, pidfd_open, openat2
+FORBIDDEN = {
+    1: {41, 42, 46, 49, 59, 62, 200, 234, 101, 112, 109, 263, 264, 265, 266, 76, 77, 165, 321, 425, 319, 434, 437},
+    2: {198, 203, 211, 200, 221, 129, 130, 131, 117, 157, 154, 35, 38, 37, 36, 45, 46, 40, 280, 425, 279, 434, 437},
+}
+
+
+@pytest.mark.parametrize("column", FORBIDDEN)
+def test_the_tables_of_system_calls(column):
+    """Each number once, and none that harms, also for arm64, where the attacks do not run."""
+    named = [numbers[column - 1] for numbers in module.inside.NAMED.values()]
+    numbers = module.inside.allowed(column) + [number for number in named if number is not None]
+    assert len(numbers) == len(set(numbers)) and not FORBIDDEN[column] & set(numbers)
