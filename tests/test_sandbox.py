@@ -7,7 +7,6 @@ Bounds of time are wide enough for a busy machine; bench/sandbox.py measures.
 """
 
 import contextlib
-import dataclasses
 import gc
 import json
 import os
@@ -35,19 +34,15 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the attacks are
 
 def children(pid):
     """Returns the PIDs of all descendants of a process, zombies included."""
-    found, parents = [], {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
-            except OSError:
-                continue
-            parents.setdefault(int(fields[1]), []).append(int(entry.name))
-    todo = [pid]
-    while todo:
-        found += (new := parents.get(todo.pop(), []))
-        todo += new
-    return found
+    parents = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = (entry / "stat").read_text().rsplit(")", 1)[1].split()[1]
+            parents.setdefault(int(parent), []).append(int(entry.name))
+    found = [pid]
+    for process in found:
+        found += parents.get(process, [])
+    return found[1:]
 
 
 def in_group(group):
@@ -331,12 +326,14 @@ LOOPS = {
     "channel_flood": "import os\nwhile True: os.write(3, b'\\0\\0\\0\\x01' b'0')",
     "fork_and_setsid": "import os, time\ntry:\n  if os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0: time.sleep(60)\nexcept OSError: pass\ntime.sleep(60)",
     "sympy": "import sympy\nsympy.factorint(10**90 + 289)\nwhile True: pass",
+    "tool": "hang()",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_time_out(name):
-    with Sandbox(timeout=20) as sandbox:
+    done = threading.Event()
+    with Sandbox({"hang": lambda: done.wait(30)}, timeout=20) as sandbox:
         sandbox.run("kept = 41")
         sandbox.timeout = 1
         started = time.monotonic()
@@ -347,13 +344,8 @@ def test_time_out(name):
         assert elapsed < 4 and (elapsed >= 1 or name == "channel_flood")
         sandbox.timeout = 20
         assert sandbox.run("kept + 1").result == "42"
-        assert eventually(lambda: len(in_group(os.getpgid(sandbox.state.pid))) == 2)  # the first process and the state
-
-
-def test_a_candidates_time_out_leaves_the_others():
-    with Sandbox(timeout=0.8) as sandbox:
-        slow, quick = sandbox.run_candidates(["print(1)\nwhile True: pass", "6 * 7"])
-        assert (slow.error_kind, slow.stdout, quick.result, quick.error) == ("timeout", "1\n", "42", None)
+        assert eventually(lambda: len(in_group(sandbox.first.group)) == 2)  # the first process and the state
+    done.set()
 
 
 # Code can change everything in the process that holds the state, here the function that forks it.
@@ -413,13 +405,17 @@ def test_a_state_that_is_killed_between_steps_is_reported(victim):
         assert sandbox.run("1").stdout == ""
 
 
-def test_states_survive_the_warm_interpreter():
+@pytest.mark.parametrize("end", [lambda: module._warm[1].kill(), lambda: module._warm[0].kill()])
+def test_states_survive_the_warm_interpreter(end):
+    """It is replaced, and leaves no zombie."""
     with Sandbox() as one:
         one.run("x = 41")
-        module._warm[1].kill()
-        module._warm[1].wait()
+        pid = module._warm[1].pid
+        end()
+        assert eventually(module._warm[0].has_ended)
         with Sandbox() as other:
             assert (one.run("x + 1").result, other.run("1").result) == ("42", "1")
+        assert not Path(f"/proc/{pid}").exists()
 
 
 def test_many_forks_of_a_large_state_do_not_lose_it():
@@ -479,35 +475,22 @@ def test_threads_files_and_processor_time_are_bounded():
         assert sandbox.run("import resource\nresource.getrlimit(resource.RLIMIT_CPU)").result == "(21, 21)"
 
 
-def test_fork_bomb_is_none(sandbox):
-    bomb = "import os\nwhile True:\n  try: os.fork()\n  except OSError: break"
-    sandbox.run_candidates([bomb] * 4)
-    sandbox.run(bomb)
-    assert eventually(lambda: len(in_group(sandbox.first.group)) == 2)
-
-
-CLONES = [
-    0,
-    17,
-    0x1200011,
-    0x100011,
-    0x4111,
-    0x8011,
-    0x911,
-    0x10F00 | 0x8000,
-    0x20011,
-    0x4000011,
-    0x10000011,
-    0x20000011,
-    0x40000011,
-    1 << 32 | 17,
-]
+CLONES = [0, 17, 0x1200011, 0x100011, 0x4111, 0x8011, 0x911, 0x10F00 | 0x8000, 0x20011, 0x4000011, 0x10000011, 0x20000011,
+          0x40000011, 1 << 32 | 17]  # fmt: skip
 
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="the number of clone is that of x86-64")
 def test_clone_starts_no_process(sandbox):
     code = f"{PREPARE}\nfor flags in {CLONES}:\n  for rest in (0, 1, 2**63):\n    if call(56, flags, 0, 0, 0, 0, rest) >= 0: through()"
     assert sandbox.run(code) == Observation(seconds=pytest.approx(0, abs=10))
+
+
+def test_long_texts_are_cut_in_the_middle(sandbox):
+    for size in (10_000, 10_001, 123_456):
+        text = "".join(chr(97 + i % 26) for i in range(size))
+        short = f"{text[:5000]}\n[... {size - 10_000:,} characters not shown ...]\n{text[-5000:]}"
+        code = f"text = ''.join(chr(97 + i % 26) for i in range({size}))\nprint(text, end='')"
+        assert sandbox.run(code).stdout == (short if size > 10_000 else text)
 
 
 def test_printed_output_is_bounded(sandbox):
@@ -535,19 +518,6 @@ def test_final_answers_that_are_too_large_cost_the_host_no_memory():
         raw = "import os\nd = b'{\"final\": [' + b'{},' * 2_500_000 + b'{}]}'\nwhile True: os.write(3, len(d).to_bytes(4, 'big') + d)"
         assert "values" in sandbox.run(raw).error
         assert resident() - before < 60e6
-
-
-@pytest.mark.parametrize("size", [0, 1, 9_999, 10_000, 10_001, 123_456])
-def test_long_output_is_cut_in_the_middle(shared, size):
-    text = "".join(chr(97 + i % 26) for i in range(size))
-
-    def short(text):
-        missing = len(text) - 10_000
-        return text if missing <= 0 else f"{text[:5000]}\n[... {missing:,} characters not shown ...]\n{text[-5000:]}"
-
-    code = f"text = ''.join(chr(97 + i % 26) for i in range({size}))\nfor i in range(0, {size}, 999): print(text[i:i+999], end='')\ntext"
-    observation = shared.run(code)
-    assert observation.stdout == short(text) and observation.result == short(repr(text))
 
 
 # Messages that the code sends itself. They can change its own observation, and nothing else.
@@ -588,11 +558,8 @@ FORGERIES = {
 def test_forged_message(name):
     code = "import os, socket, time\ndef send(data): os.write(3, len(data).to_bytes(4, 'big') + data)\n"
     calls = []
-    tools = {
-        "add": lambda a, b: calls.append((a, b)),
-        "slow": lambda: time.sleep(0.2),
-        "large": lambda: "x" * 7_000_000,
-    }
+    add, slow, large = lambda a, b: calls.append((a, b)), lambda: time.sleep(0.2), lambda: "x" * 7_000_000
+    tools = {"add": add, "slow": slow, "large": large}
     with Sandbox(tools=tools, timeout=20) as sandbox:
         sandbox.run("x = 42")
         sandbox.timeout = 3
@@ -609,12 +576,6 @@ def test_forged_message(name):
         assert sandbox.run("x").result == "42"
         del forged, honest
         assert eventually(lambda: count() <= before)  # no descriptor and no thread is left
-
-
-def test_forging_an_observation_gains_only_that_observation(sandbox):
-    forged = 'import os, time\nd = b\'{"done": {"result": "forged"}}\'\nos.write(3, len(d).to_bytes(4, \'big\') + d)\ntime.sleep(1)'
-    first, second = sandbox.run_candidates([forged, "1 + 1"])
-    assert (first.result, second.result) == ("forged", "2")
 
 
 def test_candidates_do_not_see_each_other(sandbox):
@@ -839,8 +800,10 @@ def test_a_final_answer_ends_the_action_and_stands(code, printed):
     with Sandbox(tools={"hang": lambda: done.wait(30)}, timeout=2) as sandbox:
         observation = sandbox.run(code)
         assert observation.is_final and (observation.final_answer, observation.error) == (1, None)
-        assert observation.error_kind is None and (
-            printed in observation.stdout if printed else observation.stdout == ""
+        assert (
+            observation.error_kind is None
+            and printed in observation.stdout
+            and bool(printed) == bool(observation.stdout)
         )
         assert sandbox.run("final_answer = 5\n6 * 7").result == "42"
         assert sandbox.run("final_answer('again')").final_answer == "again"
@@ -897,36 +860,6 @@ def test_commit(sandbox):
     assert max(o.seconds for o in observations) < 4 and not any(o.error for o in observations)  # at the same time
 
 
-def random_program(rng):
-    lines = ["import random"]
-    for _ in range(rng.randint(1, 4)):
-        lines.append(rng.choice([
-            "v['n'] = v.get('n', 0) + {0}", "l.append({0})", "print(l, v)", "print(random.random())", "l = l[-{0}:]",
-            "1 / ({0} - 3)", "def g(): return {0}", "print(g())", "l[{0}]", "v = dict(v)", "random.seed({0})",
-            "(sum(l), v, random.getrandbits(9))", "x =", "final_answer(l)",
-        ]).format(rng.randint(0, 6)))  # fmt: skip
-    return "\n".join(lines)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_candidates_against_replay_in_fresh_sandboxes(seed):
-    """A fork gives the same observation as a new sandbox that runs the whole history again."""
-    rng = random.Random(seed)
-    history = ["l, v = [], {}\ndef g(): return 0"]
-    with Sandbox() as sandbox:
-        sandbox.run(history[0])
-        for _ in range(4):
-            codes = [random_program(rng) for _ in range(4)]
-            for code, observation in zip(codes, sandbox.run_candidates(codes), strict=True):
-                with Sandbox() as fresh:
-                    for earlier in history:
-                        fresh.run(earlier)
-                    assert dataclasses.replace(fresh.run(code), seconds=observation.seconds) == observation
-            chosen = rng.randrange(4)
-            sandbox.commit(chosen)
-            history.append(codes[chosen])
-
-
 # Tools.
 
 
@@ -939,13 +872,7 @@ def test_tools():
         raise ValueError(message)
 
     barrier = threading.Barrier(4, timeout=20)
-    tools = {
-        "search": search,
-        "fail": fail,
-        "odd": lambda: object(),
-        "quit": sys.exit,
-        "meet": lambda: barrier.wait() >= 0,
-    }
+    tools = {"search": search, "fail": fail, "odd": object, "quit": sys.exit, "meet": lambda: barrier.wait() >= 0}
     with Sandbox(tools=tools, timeout=30) as sandbox:
         assert sandbox.run("search('é', k=3)").result == "{'hits': ['é', 'é', 'é']}"
         assert sandbox.run("try: fail('no luck')\nexcept ValueError as e: print(e)").stdout == "no luck\n"
@@ -975,17 +902,6 @@ def test_an_input_error_of_a_tool_ends_the_run(seconds):
         with pytest.raises(InputError, match="the server is gone"):
             for _ in range(9):  # the step has timed out before the error
                 sandbox.run_candidates(["try: search(1)\nexcept BaseException: pass", "2"])
-
-
-def test_a_tool_that_hangs_does_not_hang_run():
-    done = threading.Event()
-    with Sandbox(tools={"hang": lambda: done.wait(30)}, timeout=0.8) as sandbox:
-        started = time.monotonic()
-        observation = sandbox.run("x = 1\nprint('before')\nhang()")
-        assert 0.8 <= time.monotonic() - started < 2.0
-        assert (observation.error_kind, observation.stdout) == ("timeout", "before\n")
-        assert sandbox.run("6 * 7").result == "42"
-    done.set()
 
 
 # The host.
@@ -1030,14 +946,6 @@ def test_sandboxes_that_start_at_the_same_time_share_a_warm_interpreter(monkeypa
     for thread in threads:
         thread.join(60)
     assert module._warm[1].pid == warm
-
-
-def test_a_warm_interpreter_that_hangs_up_leaves_no_zombie():
-    Sandbox().close()
-    pid = module._warm[1].pid
-    module._warm[0].kill()
-    Sandbox().close()
-    assert module._warm[1].pid != pid and not Path(f"/proc/{pid}").exists()
 
 
 def test_everything_dies_with_the_host():
