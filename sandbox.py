@@ -89,11 +89,9 @@ class _Process:
         self.received += len(data)
         if not data:
             raise EOFError("the process has ended")
-        if self.received > STEP_BYTES:
-            raise ValueError("too many bytes")
         while len(self.buffer) >= 4:
             end = 4 + int.from_bytes(self.buffer[:4], "big")
-            if end > 4 + inside.MESSAGE_BYTES:
+            if end > 4 + inside.MESSAGE_BYTES or self.received > STEP_BYTES:
                 raise ValueError("too many bytes")
             if len(self.buffer) < end:
                 return
@@ -159,8 +157,8 @@ def _warm_interpreter():
         environment = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         environment |= {"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", "LC_ALL": "C.UTF-8"}
         environment["GLIBC_TUNABLES"] = "glibc.malloc.arena_max=1"  # an arena per thread would use up RLIMIT_AS
-        needed = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME")  # some Pythons do not start without them
-        environment |= {name: os.environ[name] for name in needed if name in os.environ}
+        for name in {"LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME"} & os.environ.keys():
+            environment[name] = os.environ[name]  # some Pythons do not start without them
         packages = [path for path in sys.path if os.path.basename(path) in ("site-packages", "dist-packages")]
         process = _Process()
         with process.remote as channel:
@@ -293,22 +291,20 @@ class Sandbox(AbstractContextManager):
                 self._lose_state()
                 self._start()
             try:
-                candidates = self._fork(self.state, [{"key": self.key, "code": code} for code in codes])
+                self.candidates = self._fork(self.state, [{"key": self.key, "code": code} for code in codes])
             except BaseException:  # Ctrl-C: stop what is running
                 self._lose_state()
                 raise
-            if codes and not any(candidate.pid for candidate in candidates):
-                self._lose_state()
-                for candidate in candidates:
-                    candidate.observation.error = (
-                        "the process that holds the state did not fork; the variables are gone"
-                    )
-            self.candidates = candidates
             self._raise_failure()
-            for candidate in candidates:
+            observations = [candidate.observation for candidate in self.candidates]
+            for candidate in self.candidates:
                 candidate.observation.stdout = LOST * self.lost + inside.cut(candidate.printed())
-            self.lost = (self.lost and not codes) or self.state is None
-            return [candidate.observation for candidate in candidates]
+            self.lost = self.lost and not codes
+            if codes and not any(candidate.pid for candidate in self.candidates):
+                for observation in observations:
+                    observation.error = "the process that holds the state did not fork; the variables are gone"
+                self.state.kill()  # the next step starts a new one
+            return observations
 
     def _raise_failure(self):
         failures, self.failures = self.failures, []

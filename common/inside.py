@@ -211,10 +211,7 @@ def _fork(key):
     return child
 
 
-# ------------- Files, privileges, limits
-
-READ_FILE, READ_DIR = 4, 8
-RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}  # Landlock's version -> number of file access rights; 16 from version 5
+# ------------- Files and privileges
 
 
 def restrict_files(readable):
@@ -223,13 +220,13 @@ def restrict_files(readable):
     _call("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS: set-user-ID programs give none back
     _call("prctl", 4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: other processes of this user cannot look into this one
     version = _call("landlock_create_ruleset", None, 0, 1)  # LANDLOCK_CREATE_RULESET_VERSION
-    handled = (1 << RIGHTS.get(version, 16)) - 1
-    attribute = struct.pack("=QQQ", handled, 3, 3)  # files; TCP bind and connect; abstract Unix sockets and signals
+    rights = {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)  # to files, all that this version knows
+    attribute = struct.pack("=QQQ", (1 << rights) - 1, 3, 3)  # also TCP; abstract Unix sockets and signals
     attribute = attribute[: 8 if version < 4 else 16 if version < 6 else 24]
     ruleset = _call("landlock_create_ruleset", attribute, len(attribute), 0)
     for path in readable:
         descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        rule = struct.pack("=Qi", READ_FILE | READ_DIR if os.path.isdir(path) else READ_FILE, descriptor)
+        rule = struct.pack("=Qi", 12 if os.path.isdir(path) else 4, descriptor)  # 4: read files; 8: list folders
         _call("landlock_add_rule", ruleset, 1, rule, 0)  # 1: LANDLOCK_RULE_PATH_BENEATH
         os.close(descriptor)
     _call("landlock_restrict_self", ruleset, 0)
@@ -568,9 +565,8 @@ def main(descriptor, packages):
 
     warnings.simplefilter("ignore", SyntaxWarning)  # such as a wrong escape in a string of the model's code
     warnings.filterwarnings("ignore", ".*multi-threaded.*", DeprecationWarning)  # Python 3.12, at a fork
-    random.seed(0)
-    numpy.random.seed(0)
-    sympy.core.random.seed(0)
+    for generator in (random, numpy.random, sympy.core.random):
+        generator.seed(0)
     make = numpy.random.default_rng
     numpy.random.default_rng = lambda seed=None: make(numpy.random.randint(1 << 31) if seed is None else seed)
     sys.set_int_max_str_digits(0)
