@@ -103,9 +103,12 @@ class _Process:
         """Have this process fork: the new one has the other side of the handle `process`, and does what the message
         says. Raises OSError."""
         data = inside.pack(message)
-        with self.sending, process.remote:
-            self.channel.settimeout(max(0.01, deadline - time.monotonic()))
+        with process.remote:
+            if not self.sending.acquire(timeout=max(0.01, deadline - time.monotonic())):
+                self.kill()  # it does not read a tool's reply
+                raise TimeoutError
             try:
+                self.channel.settimeout(max(0.01, deadline - time.monotonic()))
                 sent = socket.send_fds(self.channel, [data], [process.remote.fileno(), process.output.fileno()])
                 self.channel.sendall(data[sent:])
             except TimeoutError:
@@ -113,6 +116,7 @@ class _Process:
                 raise
             finally:
                 self.channel.settimeout(None)
+                self.sending.release()
 
     def has_ended(self):
         poll = select.poll()

@@ -393,6 +393,20 @@ def test_a_state_that_does_not_fork_as_asked_is_given_up(name, monkeypatch):
         assert eventually(lambda: not in_group(group))
 
 
+def test_a_state_that_does_not_read_a_reply_is_given_up(monkeypatch):
+    """The thread that sends the reply must not keep the host from going on."""
+    code = "import os, time\ndef send(data): os.write(3, len(data).to_bytes(4, 'big') + data)\n"
+    code += (
+        """send(b'{"tool": "large", "number": 0, "args": [], "kwargs": {}}')\nsend(b'{"done": {"threads": false}}')\n"""
+    )
+    with Sandbox({"large": lambda: "x" * 7_000_000}, timeout=2) as sandbox:
+        assert sandbox.run(code + "time.sleep(60)").error is None
+        assert eventually(sandbox.state.sending.locked)
+        monkeypatch.setattr(module, "FORK_SECONDS", 0.5)
+        assert sandbox.run("1").error_kind == "killed"
+        assert "variables are gone" in sandbox.run("1").stdout
+
+
 @pytest.mark.parametrize("victim", ["state", "first"])
 def test_a_state_that_is_killed_between_steps_is_reported(victim):
     with Sandbox() as sandbox:
