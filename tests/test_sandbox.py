@@ -2,7 +2,7 @@
 """The sandbox against hostile and clumsy code: python -m pytest tests/test_sandbox.py
 
 Each attack answers "through" if it gets what it wanted; the tests judge this effect, not the type of an exception.
-test_attacks_work_without_containment runs the same attacks with isolation="off", where they must get through.
+test_attack_works_without_containment runs the same attacks with isolation="off", where they must get through.
 Bounds of time are wide enough for a busy machine; bench/sandbox.py measures.
 """
 
@@ -16,7 +16,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import textwrap
 import threading
 import time
 from pathlib import Path
@@ -273,35 +272,20 @@ def test_attack_fails(shared, world, name):
     assert shared.run("6 * 7").result == "42"
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_attacks_work_without_containment(tmp_path):
-    """With isolation="off", every attack that needs no special rights gets through. So each attack test can fail."""
-    script = tmp_path / "control.py"
-    script.write_text(
-        textwrap.dedent(f"""
-        import json, os, sys
-        sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-        import test_sandbox as tests
-        from sandbox import Sandbox
-        victims = tests.victims()
-        world = next(victims)
-        failed = []
-        for name, attack in tests.ATTACKS.items():
-            if isinstance(attack, str) and name not in ("execve_self", "chmod"):
-                with Sandbox(timeout=10, isolation="off") as sandbox:
-                    observation = tests.attack(sandbox, name, world)
-                if os.path.lexists("link"):
-                    os.unlink("link")
-                if observation.final_answer != "through":
-                    failed.append([name, repr(observation)])
-                if name in ("write_answers", "read_by_rename", "truncate_on_reading"):
-                    open(world["SECRET"], "w").write("the answer is 42\\n")
-        next(victims, None)
-        print(json.dumps(failed))
-    """)
-    )
-    result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    assert json.loads(result.stdout or "null") == [], result.stderr
+WEAK = [name for name, code in ATTACKS.items() if isinstance(code, str) and name not in ("execve_self", "chmod")]
+
+
+@pytest.mark.parametrize("name", WEAK)
+def test_attack_works_without_containment(world, tmp_path, name):
+    """Without it, every attack that needs no special rights gets through. So each test above can fail."""
+    with Sandbox(isolation="off") as sandbox:
+        sandbox.run(f"import os\nos.chdir({str(tmp_path)!r})")
+        assert attack(sandbox, name, world).final_answer == "through"
+    for path in Path(world["FOLDER"]).iterdir():
+        if path.name != "socket":
+            path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+    Path(world["SECRET"]).write_text("the answer is 42\n")
+    Path(world["SECRET"]).chmod(0o666)
 
 
 # Time-outs. run() returns within 0.2 s of the limit (later here, on a busy machine) and keeps output and state.
