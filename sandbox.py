@@ -192,8 +192,8 @@ class Sandbox(AbstractContextManager):
 
     tools: {name: function}. Functions run in this process, perhaps in several threads at once, and take and return
     JSON values. The code sees their exceptions, except an InputError: run and run_candidates raise it in the host; if
-    the step has timed out by then, the next call does. timeout: seconds of wall clock per step. memory_mb: what a
-    step's process can allocate. isolation: "auto" warns once if a protection is missing on this machine, "require"
+    the step has timed out by then, the next call does. timeout: seconds of wall clock per step, from when its process
+    has started, which may take FORK_SECONDS more. memory_mb: what a step's process can allocate. isolation: "auto" warns once if a protection is missing on this machine, "require"
     raises InputError instead, "off" has time-outs and rlimits only. Raises InputError for bad arguments, and if no
     process starts. Threads can use different sandboxes at once; calls on one sandbox wait for each other.
 

@@ -6,7 +6,8 @@
 
 Each is a `Process` that serves its channel. A message with two descriptors (a channel, and a file to print into) asks
 it to fork, and the fork does what the message says; one without is a tool's reply. A channel that is closed ends the
-process. Foreign code can change everything in its own process. sandbox.py, the host, starts this file as a program.
+process; the first processes also watch the host itself, because a fork of the host has its channels, too. Foreign code
+can change everything in its own process. sandbox.py, the host, starts this file as a program.
 
 Sources: the manual pages landlock(7), seccomp(2), capset(2), clone(2), prctl(2); linux/filter.h for the BPF program.
 """

@@ -705,19 +705,14 @@ def test_result_is_the_repr_of_a_last_expression(shared, code, result):
     ("code", "kind", "parts"),
     [("x = (1,", "syntax", ["SyntaxError", "line 1", "x = (1,"]),
      ("x = 1\nfor i in range(3)\n  pass", "syntax", ["line 2", "for i in range(3)", "expected ':'"]),
-     ("def f():\nreturn 1", "syntax", ["IndentationError", "line 2"]),
      ("x = 1\0", "syntax", ["null byte"]),
-     ("return 1", "syntax", ["'return' outside function"]),
      ("(" * 1000, "syntax", ["too many nested"]),
      ("x = 1\n1 / 0", "runtime", ["ZeroDivisionError: division by zero", "line 3: 1 / 0"]),
      ("def f(n):\n  return 1 / n\nf(0)", "runtime", ["line 4: f(0)", "in f, line 3: return 1 / n"]),
-     ("undefined", "runtime", ["NameError: name 'undefined' is not defined"]),
      ("import json\njson.loads('{')", "runtime", ["JSONDecodeError", "line 3"]),
      ("raise SystemExit(3)", "runtime", ["SystemExit: 3"]),
-     ("exit()", "runtime", ["SystemExit"]),
      ("raise KeyboardInterrupt", "runtime", ["KeyboardInterrupt"]),
      ("input()", "runtime", ["EOFError"]),
-     ("import no_such_module", "runtime", ["ModuleNotFoundError"]),
      ("def f(): f()\nf()", "runtime", ["RecursionError"]),
      ("class E(Exception):\n  def __str__(self): 1 / 0\nraise E", "runtime", ["E: <exception str() failed>"]),
      ("class R:\n  def __repr__(self): raise ValueError('no repr')\nR()", "runtime", ["ValueError: no repr"]),
@@ -726,7 +721,6 @@ def test_result_is_the_repr_of_a_last_expression(shared, code, result):
      ("import os\nos._exit(3)", "killed", ["process ended"]),
      ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "runtime", ["PermissionError"]),
      ("import ctypes\nctypes.string_at(1)", "killed", ["process ended"]),
-     ("import os\nos.abort()", "killed", ["process ended"]),
      ("x = 'a' * 10**12", "memory", ["MemoryError", "512 MB"]),
      *((f"import os\n{code}", "runtime", ["Error"]) for code in ("open('f', 'w')", "os.mkdir('d')", "open('/dev/null', 'w')",
        "__import__('tempfile').mkdtemp()", "__import__('sqlite3').connect('x.db').execute('create table t (a)')"))],
@@ -789,7 +783,6 @@ def test_final_answer(shared, expression, answer, gold):
      ("while True:\n  try: final_answer(1)\n  except BaseException: pass", ""),
      ("import contextlib, os\nwith contextlib.suppress(BaseException): final_answer(1)\nos._exit(1)", ""),
      ("class A:\n  def __del__(self): final_answer(1)\na = A()\ndel a", "Exception ignored"),
-     ("import threading\nt = threading.Thread(target=final_answer, args=(1,))\nt.start()\nt.join()\nx = 2", ""),
      ("import threading\nthreading.Thread(target=final_answer, args=(1,)).start()", ""),
      (ALARM.format("final_answer(1)") + "hang()", "")],
 )  # fmt: skip
@@ -958,9 +951,8 @@ def test_everything_dies_with_the_host():
         host = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=ROOT)
         fork = int(host.stdout.readline())
         descendants = set(children(host.pid)) - {fork}
-        assert (
-            len(descendants) >= 8
-        )  # the warm interpreter, two first processes, a state, three candidates, one running
+        # The warm interpreter, two first processes, a state, three candidates, one that runs.
+        assert len(descendants) >= 8
         host.send_signal(number)
         host.wait()
         assert eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in descendants))  # noqa: B023
