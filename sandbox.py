@@ -192,10 +192,11 @@ class Sandbox(AbstractContextManager):
 
     tools: {name: function}. Functions run in this process, perhaps in several threads at once, and take and return
     JSON values. The code sees their exceptions, except an InputError: run and run_candidates raise it in the host; if
-    the step has timed out by then, the next call does. timeout: seconds of wall clock per step, from when its process
-    has started, which may take FORK_SECONDS more. memory_mb: what a step's process can allocate. isolation: "auto" warns once if a protection is missing on this machine, "require"
-    raises InputError instead, "off" has time-outs and rlimits only. Raises InputError for bad arguments, and if no
-    process starts. Threads can use different sandboxes at once; calls on one sandbox wait for each other.
+    the step has timed out by then, the next call does. timeout: seconds of wall clock per step, once its process has
+    started, which may take FORK_SECONDS more. memory_mb: what a step's process can allocate. isolation: "auto" warns
+    once if a protection is missing on this machine, "require" raises InputError instead, "off" has time-outs and
+    rlimits only. Raises InputError for bad arguments, and if no process starts. Threads can use different sandboxes at
+    once; calls on one sandbox wait for each other.
 
     Covered, on Linux 5.13 and later, as root or not: the code reads nothing but Python's libraries, time zones and MIME
     types, and writes no file; it has no network, starts no program, signals no process and sees no other candidate;
@@ -355,13 +356,13 @@ class Sandbox(AbstractContextManager):
                 for key, _ in selector.select(max(0.0, left)):
                     self._serve(*key.data)
                 for process in running:
-                    if time.monotonic() >= process.deadline and process.status == "starting":
+                    late = time.monotonic() >= process.deadline
+                    if late and process.status == "starting":
                         process.stop("killed", f"no process for the code started within {seconds:g} s")
-                    elif time.monotonic() >= process.deadline and process.status == "running":
+                    elif late and process.status == "running":
+                        text = f"TimeoutError: the code ran longer than {self.timeout:g} s and was stopped"
+                        process.stop("timeout", text)
                         process.observation.seconds = self.timeout
-                        process.stop(
-                            "timeout", f"TimeoutError: the code ran longer than {self.timeout:g} s and was stopped"
-                        )
                     if process.status in ("waiting", "ended"):
                         selector.unregister(process.channel)
         return processes
