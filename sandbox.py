@@ -106,7 +106,7 @@ class _Process:
         with process.remote:
             if not self.sending.acquire(timeout=max(0.01, deadline - time.monotonic())):
                 self.kill()  # it does not read a tool's reply
-                raise TimeoutError
+                raise TimeoutError("the parent does not read")
             try:
                 self.channel.settimeout(max(0.01, deadline - time.monotonic()))
                 sent = socket.send_fds(self.channel, [data], [process.remote.fileno(), process.output.fileno()])
@@ -348,9 +348,11 @@ class Sandbox(AbstractContextManager):
         with selectors.DefaultSelector() as selector:
             for process, message in zip(processes, messages, strict=True):
                 process.deadline = deadline
-                selector.register(process.channel, selectors.EVENT_READ, (process, "code" in message))
-                with suppress(OSError):  # the process then has a channel without another side
+                try:
                     parent.fork(process, message, deadline)
+                    selector.register(process.channel, selectors.EVENT_READ, (process, "code" in message))
+                except OSError as error:
+                    process.stop("killed", f"no process for the code started: {error}")
             while running := [key.data[0] for key in selector.get_map().values()]:
                 left = min(process.deadline for process in running) - time.monotonic()
                 for key, _ in selector.select(max(0.0, left)):

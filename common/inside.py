@@ -48,8 +48,7 @@ from queue import SimpleQueue
 
 __builtins__ = dict(vars(builtins))  # of this file: the code may replace builtins.open or builtins.print
 
-TEXT_LIMIT = 10_000  # characters kept of what is printed, of a result and of an error
-ANSWER_LIMIT = 100_000  # characters kept of a final answer that JSON cannot hold
+TEXT_LIMIT = 10_000  # characters kept of what is printed, a result, an error, an answer that JSON cannot hold
 OUTPUT_BYTES = 1 << 20  # bytes that a step can print; writing more raises OSError in the code
 OPEN_FILES = 64  # descriptors that the code can have open
 CALLS = 8  # tool calls at the same time
@@ -443,7 +442,7 @@ class Process:
         try:
             message = checked({"final": _plain(answer, itertools.count())})
         except Exception:  # too deep, too large, or an object that cannot be read
-            message = pack({"final": cut(str(answer), ANSWER_LIMIT)})
+            message = pack({"final": cut(str(answer))})
         with self.writing:
             if not self.final:
                 self.write(message)  # now, so that it stands even if the code catches the exception or is killed
@@ -467,9 +466,8 @@ class Process:
                 reply = replies.get()  # if a signal handler ends this, nobody waits for the reply
             if "error" not in reply:
                 return reply["value"]
-            if reply["error"] in ERRORS:
-                raise getattr(builtins, reply["error"])(reply["message"])
-            raise RuntimeError(f"{reply['error']}: {reply['message']}")
+            kind, text = reply["error"], reply["message"]
+            raise getattr(builtins, kind)(text) if kind in ERRORS else RuntimeError(f"{kind}: {text}")
 
         tool.__name__ = tool.__qualname__ = name
         tool.__doc__ = doc
@@ -489,10 +487,9 @@ def _describe(error):
             text = "".join(traceback.format_exception_only(type(error), error)).strip()
             frames = [x for x in traceback.extract_tb(error.__traceback__) if x.filename.startswith("<step ")]
     for frame in frames[:1] + frames[1:][-1:]:
-        place = f"line {frame.lineno}: {frame.line}"
-        if frame.filename != frames[0].filename:  # a function that an earlier step defined
-            place = f"{frame.filename[1:-1]}, {place}"
-        places.append(place if frame.name == "<module>" else f"in {frame.name}, {place}")
+        name = "" if frame.name == "<module>" else f"in {frame.name}, "
+        step = "" if frame.filename == frames[0].filename else f"{frame.filename[1:-1]}, "  # an earlier one's function
+        places.append(f"{name}{step}line {frame.lineno}: {frame.line}")
     text += f" ({'; '.join(places)})" if places else ""
     if error.__cause__:
         text += f", caused by {_describe(error.__cause__)}"
