@@ -293,11 +293,12 @@ class Process:
                 elif self.reading:
                     self.forked.put(None)
         except EOFError:
-            if self.ends_group:
-                os.killpg(0, signal.SIGKILL)
+            pass
         except BaseException:
             os.write(2, traceback.format_exc().encode("utf-8", "replace"))
         finally:
+            if self.ends_group:
+                os.killpg(0, signal.SIGKILL)
             os._exit(1)
 
     def receive(self):

@@ -960,6 +960,13 @@ def test_everything_dies_with_the_host():
         host.stdout.close()
 
 
+def test_a_first_process_that_fails_ends_the_others(sandbox):
+    sandbox.run("1")
+    sandbox.first.send(b"\0\0\0\1x")
+    assert eventually(lambda: not in_group(sandbox.first.group))
+    assert "variables are gone" in sandbox.run("1").stdout
+
+
 def test_a_fork_of_the_host_makes_its_own_sandboxes():
     """Its sandboxes start from a warm interpreter of its own."""
     with Sandbox() as sandbox:
