@@ -27,25 +27,14 @@ from common import option, run_command_line
 from sandbox import Sandbox
 
 SETUP = "import numpy, sympy\nx = 1\n"
-# A larger state for the candidates; each of them must have its own copy of it.
+# A larger state; each candidate must have its own copy.
 STATE = """import numpy, sympy
 x = 1
 table = {str(i): [i, i + 1] for i in range(10000)}
 a, t = numpy.ones(100000), sympy.symbols("t")
 roots = sympy.expand((t + 1) ** 20)
 """
-PRIMES = """
-found = []
-for n in range(2, 200000):
-    d = 2
-    while d * d <= n:
-        if n % d == 0:
-            break
-        d += 1
-    else:
-        found.append(n)
-found = len(found)
-"""
+PRIMES = "count = sum(all(n % d for d in range(2, int(n**0.5) + 1)) for n in range(2, 200_000))"
 
 
 @dataclasses.dataclass
@@ -57,10 +46,9 @@ class OwnConfig:
 @dataclasses.dataclass
 class SoakConfig:
     steps: int = option(10_000, "steps in all", above=0)
+    load: int = option(50, "other busy processes", at_least=0)
     sandboxes: int = option(64, "sandboxes open at once", above=0)
     threads: int = option(16, "threads that use them", above=0)
-    load: int = option(50, "other busy processes", at_least=0)
-    timeout: float = option(60.0, "seconds per step", above=0)
 
 
 def timed(function, *arguments):
@@ -78,11 +66,10 @@ def summary(seconds):
 def descendants(pid):
     """Returns the PIDs of all processes below a process."""
     parents = {}
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError, ValueError):
-            parents.setdefault(int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1]), []).append(
-                int(entry.name)
-            )
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = (entry / "stat").read_text().rsplit(")", 1)[1].split()[1]
+            parents.setdefault(int(parent), []).append(int(entry.name))
     found = [pid]
     for process in found:
         found += parents.get(process, [])
@@ -108,13 +95,7 @@ def own(config):
     """How fast this sandbox is, how it scales, and what it leaves behind."""
     print(f"Python {platform.python_version()}, Linux {platform.release()}, {os.cpu_count()} cores")
     Sandbox().close()
-    news = []
-    for _ in range(50):
-        started = time.perf_counter()
-        sandbox = Sandbox()
-        news.append(time.perf_counter() - started)
-        sandbox.close()
-    print(f"new sandbox                  {summary(news)}")
+    print(f"new sandbox, closed again    {summary([timed(lambda: Sandbox().close()) for _ in range(50)])}")
 
     with Sandbox(timeout=60) as sandbox:
         pairs = [(timed(exec, compile(PRIMES, "", "exec"), {}), timed(sandbox.run, PRIMES)) for _ in range(5)]
@@ -128,22 +109,20 @@ def own(config):
         sandbox.run(SETUP)
         steps = [timed(sandbox.run, "x += 1") for _ in range(config.steps)]
         used = proportional(sandbox.state.pid)
-    part = max(1, config.steps // 4)
-    for start in (0, config.steps - part):
-        print(f"steps from {start:<18}{summary(steps[start : start + part])}")
+    half = (config.steps + 1) // 2
+    print(f"steps, first half            {summary(steps[:half])}")
+    print(f"steps, second half           {summary(steps[-half:])}")
     time.sleep(0.5)
-    names = ("processes", "descriptors", "threads", "MB")
-    differences = [f"{b - a:+.0f} {name}" for name, a, b in zip(names, before, left(), strict=True)]
-    print(f"after {config.steps:,} steps            {', '.join(differences)}; the last state had {used:.0f} MB")
+    more = ", ".join(f"{b - a:+.0f}" for a, b in zip(before, left(), strict=True))
+    print(f"after {config.steps:,} steps            {more} processes, descriptors, threads, MB; state: {used:.0f} MB")
 
-    for name, state in (("numpy and sympy", SETUP), ("these, lists, arrays", STATE)):
-        with Sandbox() as sandbox:
-            sandbox.run(state)
-            rounds = []
-            for _ in range(60):
-                rounds.append(timed(sandbox.run_candidates, ["x += 1"] * 8))
-                sandbox.commit(0)
-        print(f"8 candidates from a state of {name + ':':<22}{summary(rounds)}")
+    with Sandbox() as sandbox:
+        sandbox.run(STATE)
+        rounds = []
+        for _ in range(60):
+            rounds.append(timed(sandbox.run_candidates, ["x += 1"] * 8))
+            sandbox.commit(0)
+    print(f"8 candidates                 {summary(rounds)}")
 
     sandboxes = [Sandbox() for _ in range(config.sandboxes)]
     threads = [threading.Thread(target=sandbox.run, args=(SETUP,)) for sandbox in sandboxes]
@@ -171,7 +150,7 @@ def soak(config):
                 with contextlib.ExitStack() as stack:
                     share = range(max(1, config.sandboxes // config.threads))
                     tools = {"add": lambda a, b: a + b}
-                    opened = [stack.enter_context(Sandbox(tools, timeout=config.timeout)) for _ in share]
+                    opened = [stack.enter_context(Sandbox(tools, timeout=60)) for _ in share]
                     counts = [0] * len(opened)
                     for sandbox in opened:
                         sandbox.run("x = 0")
@@ -208,9 +187,7 @@ def soak(config):
             time.sleep(10)
             print(f"{time.perf_counter() - started:6.0f} s, {done[0]:6,} steps, {left()[3]:.0f} MB", flush=True)
         time.sleep(3)
-        print(
-            f"faults: {len(faults)} {faults[:3]}\nprocesses, descriptors, threads, MB: {before} -> {left()}", flush=True
-        )
+        print(f"faults: {len(faults)} {faults[:3]}\nprocesses, descriptors, threads, MB: {before} -> {left()}")
     finally:
         for process in busy:
             process.kill()

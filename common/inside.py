@@ -6,7 +6,8 @@
 
 Each is a `Process` that serves its channel. A message with two descriptors (a channel, and a file to print into) asks
 it to fork, and the fork does what the message says; one without is a tool's reply. A channel that is closed ends the
-process. Foreign code can change everything in its own process. sandbox.py, the host, starts this file as a program.
+process; the first processes also watch the host itself, because a fork of the host has its channels, too. Foreign code
+can change everything in its own process. sandbox.py, the host, starts this file as a program.
 
 Sources: the manual pages landlock(7), seccomp(2), capset(2), clone(2), prctl(2); linux/filter.h for the BPF program.
 """
@@ -47,10 +48,11 @@ from queue import SimpleQueue
 
 __builtins__ = dict(vars(builtins))  # of this file: the code may replace builtins.open or builtins.print
 
-TEXT_LIMIT = 10_000  # characters kept of what is printed, of a result and of an error
-ANSWER_LIMIT = 100_000  # characters kept of a final answer that JSON cannot hold
+TEXT_LIMIT = 10_000  # characters kept of what is printed, a result, an error, an answer that JSON cannot hold
 OUTPUT_BYTES = 1 << 20  # bytes that a step can print; writing more raises OSError in the code
 OPEN_FILES = 64  # descriptors that the code can have open
+CALLS = 8  # tool calls at the same time
+ERRORS = ("ValueError", "TypeError", "KeyError", "IndexError", "OSError", "ConnectionError", "TimeoutError")  # of tools
 PATIENCE = 0.3  # seconds that a step waits for threads that its code started and did not join
 CHANNEL = 3  # the descriptor of a process's channel to the host
 
@@ -63,12 +65,10 @@ _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
-def pack(message, trusted=False):
+def pack(message):
     """Returns a message's bytes; half a surrogate pair becomes "?". Raises TypeError or ValueError if JSON cannot hold
-    it, or if the host would refuse it."""
+    it."""
     data = _encode(message).encode("utf-8", "replace")
-    if not trusted:
-        unpack(data)
     return len(data).to_bytes(4, "big") + data
 
 
@@ -84,9 +84,14 @@ def unpack(data):
         raise ValueError("an integer of more than 4,300 digits")
     message = json.loads(data.decode())
     _encode(message).encode()  # no infinity, no half of a surrogate pair
-    if not isinstance(message, dict):
-        raise ValueError("not a JSON object")
     return message
+
+
+def checked(message):
+    """Returns a message's bytes, as `pack` does. Raises TypeError or ValueError also if the host would refuse it."""
+    data = pack(message)
+    unpack(data[4:])
+    return data
 
 
 def cut(text, limit=TEXT_LIMIT):
@@ -97,60 +102,39 @@ def cut(text, limit=TEXT_LIMIT):
     return f"{text[:half]}\n[... {len(text) - 2 * half:,} characters not shown ...]\n{text[-half:]}"
 
 
-# ------------- System calls: what is not listed is denied. Each with its numbers on x86-64 and arm64.
-# Not listed: socket, connect, sendmsg, exec, kill, ptrace, mount, bpf, keyctl, io_uring, memfd_create, pidfd_*,
-# timer_create, process_vm_*, setsid, setpgid, shmget, userfaultfd, every new system call, and everything that creates,
-# changes, renames or removes a file.
+# ------------- System calls: what is not listed is denied. Not listed are sockets, programs, signals to others, ptrace,
+# mount, bpf, io_uring, every new call, and all that creates, changes or removes a file.
 
-ALLOWED = {
-    "read and write what is open": """
-        read 0 63, write 1 64, close 3 57, lseek 8 62, pread64 17 67, pwrite64 18 68, readv 19 65, writev 20 66,
-        preadv 295 69, pwritev 296 70, preadv2 327 286, pwritev2 328 287, dup 32 23, dup2 33 -, dup3 292 24,
-        close_range 436 436, fadvise64 221 223""",
-    "look at files and folders": """
-        stat 4 -, fstat 5 80, lstat 6 -, newfstatat 262 79, statx 332 291, access 21 -, faccessat 269 48,
-        faccessat2 439 439, readlink 89 -, readlinkat 267 78, getdents 78 -, getdents64 217 61, statfs 137 43,
-        fstatfs 138 44, getcwd 79 17, chdir 80 49, fchdir 81 50""",
-    "memory": """
-        mprotect 10 226, munmap 11 215, brk 12 214, mremap 25 216, mincore 27 232, madvise 28 233,
-        membarrier 324 283""",
-    "pipes, pairs of sockets, and waiting for them": """
-        pipe 22 -, pipe2 293 59, recvfrom 45 207, recvmsg 47 212, shutdown 48 210, getsockname 51 204,
-        getpeername 52 205, getsockopt 55 209, poll 7 -, ppoll 271 73, select 23 -, pselect6 270 72, eventfd2 290 19,
-        epoll_create 213 -, epoll_create1 291 20, epoll_ctl 233 21, epoll_wait 232 -, epoll_pwait 281 22,
-        epoll_pwait2 441 441, timerfd_create 283 85, timerfd_settime 286 86, timerfd_gettime 287 87""",
-    "threads, and the end of a process": """
-        futex 202 98, gettid 186 178, set_tid_address 218 96, set_robust_list 273 99, get_robust_list 274 100,
-        rseq 334 293, arch_prctl 158 -, sched_yield 24 124, sched_getparam 143 121, sched_getscheduler 145 120,
-        sched_getaffinity 204 123, getcpu 309 168, wait4 61 260, waitid 247 95, exit 60 93, exit_group 231 94""",
-    "signals to itself, and time": """
-        rt_sigaction 13 134, rt_sigprocmask 14 135, rt_sigreturn 15 139, rt_sigpending 127 136, rt_sigtimedwait 128 137,
-        rt_sigsuspend 130 133, sigaltstack 131 132, pause 34 -, alarm 37 -, getitimer 36 102, setitimer 38 103,
-        restart_syscall 219 128, nanosleep 35 101, clock_nanosleep 230 115, clock_gettime 228 113, clock_getres 229 114,
-        gettimeofday 96 169, time 201 -""",
-    "what the process is": """
-        getpid 39 172, getppid 110 173, getpgrp 111 -, getpgid 121 155, getsid 124 156, getuid 102 174, getgid 104 176,
-        geteuid 107 175, getegid 108 177, getgroups 115 158, getresuid 118 148, getresgid 120 150, getrlimit 97 163,
-        getrusage 98 165, times 100 153, sysinfo 99 179, uname 63 160, getrandom 318 278""",
-}
-# Allowed if some arguments fit (see CHECKS), or used here before the filter is there.
-OTHERS = """
-    open 2 -, openat 257 56, mmap 9 222, clone 56 220, clone3 435 435, ioctl 16 29, fcntl 72 25, prctl 157 167,
-    prlimit64 302 261, socketpair 53 199, sendto 44 206, seccomp 317 277, capset 126 91,
-    landlock_create_ruleset 444 444, landlock_add_rule 445 445, landlock_restrict_self 446 446"""
-
-
+ALLOWED = [  # (what for, numbers on x86-64, numbers on arm64)
+    ("read and write what is open", "0 1 3 8 17-20 32 33 292 436", "23 24 57 62-68 436"),
+    ("stat, list and enter folders", "4-6 21 79-81 89 137 138 217 262 267 269 332 439",
+     "17 43 44 48-50 61 78-80 291 439"),
+    ("memory", "10-12 25 27 28 324", "214-216 226 232 233 283"),
+    ("pipes, pairs of sockets", "22 45 47 48 51 52 55 290 293", "19 59 204 205 207 209 210 212"),
+    ("poll, select, epoll, timerfd", "7 23 232 233 270 271 281 283 286 291", "20-22 72 73 85 86"),
+    ("threads, exit, wait", "24 60 61 158 186 202 204 218 231 247 273 309 334", "93-96 98 99 123 124 168 178 260 293"),
+    ("signals to itself", "13-15 34 127 128 130 131 219", "128 132-137 139"),
+    ("time and timers", "35-38 96 201 228-230", "101-103 113-115 169"),
+    ("IDs, limits, uname, getrandom", "39 63 97-100 102 104 107 108 110 111 115 118 120 121 124 318",
+     "148 150 153 155 156 158 160 163 165 172-177 179 278"),
+]  # fmt: skip
+NAMED = {  # allowed if some arguments fit (see CHECKS), or used here before the filter is there
+    "open": (2, None), "openat": (257, 56), "mmap": (9, 222), "clone": (56, 220), "clone3": (435, 435),
+    "ioctl": (16, 29), "fcntl": (72, 25), "prctl": (157, 167), "prlimit64": (302, 261), "socketpair": (53, 199),
+    "sendto": (44, 206), "seccomp": (317, 277), "capset": (126, 91), "landlock_create_ruleset": (444, 444),
+    "landlock_add_rule": (445, 445), "landlock_restrict_self": (446, 446),
+}  # fmt: skip
 ARM = platform.machine() in ("aarch64", "arm64")
 SUPPORTED = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")
+NUMBERS = {name: numbers[ARM] for name, numbers in NAMED.items()}
 
 
-def _numbers(*tables):
-    """Returns {name: number on this machine}."""
-    rows = [entry.split() for table in tables for entry in table.split(",")]
-    return {row[0]: int(row[1 + ARM]) for row in rows if row[1 + ARM] != "-"}
+def allowed(column):
+    """Returns the numbers in a column of ALLOWED."""
+    ends = [part.split("-") for row in ALLOWED for part in row[column].split()]
+    return [number for first, *last in ends for number in range(int(first), int((last or [first])[0]) + 1)]
 
 
-NUMBERS = _numbers(*ALLOWED.values(), OTHERS)
 ALL_BITS = 0xFFFFFFFF
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 # clone's flags: CLONE_THREAD with SIGHAND, VM, FS, FILES; the mask leaves out those that say where numbers are stored.
@@ -185,24 +169,26 @@ def _call(name, *arguments):
     return result
 
 
-def _rule(call, checks, verdict=ALLOW):
-    """Returns the instructions that give the verdict on this call if all checks hold."""
+def _rule(number, checks, verdict):
+    """Returns the instructions that give the verdict on the call of this number if all checks hold."""
     body = [(RETURN, 0, 0, verdict)]
     for argument, mask, values in reversed(checks):
         last = len(values) - 1
         equals = [(EQUAL, last - i, 0 if i < last else len(body), value) for i, value in enumerate(values)]
         body = [(LOAD, 0, 0, int(ARGUMENTS + 8 * argument)), (MASK, 0, 0, mask), *equals, *body]
-    return [(LOAD, 0, 0, CALL), (EQUAL, 0, len(body), NUMBERS[call]), *body] if call in NUMBERS else []
+    return [(LOAD, 0, 0, CALL), (EQUAL, 0, len(body), number), *body] if number is not None else []
 
 
 def restrict_calls(key):
     """Deny every system call that is not listed. key: 64 bits, which make clone a fork where it has no argument."""
     own = [(0, ALL_BITS, [signal.SIGCHLD]), (5, ALL_BITS, [key & ALL_BITS]), (5.5, ALL_BITS, [key >> 32])]
     program = [(LOAD, 0, 0, ARCHITECTURE), (EQUAL, 1, 0, 0xC00000B7 if ARM else 0xC000003E), (RETURN, 0, 0, KILL)]
-    for call, checks in [*((call, []) for call in _numbers(*ALLOWED.values())), *CHECKS, ("clone", own)]:
-        program += _rule(call, checks)
+    for number in allowed(1 + ARM):
+        program += _rule(number, [], ALLOW)
+    for call, checks in [*CHECKS, ("clone", own)]:
+        program += _rule(NUMBERS[call], checks, ALLOW)
     # clone3 has its flags in memory, where a filter cannot check them. The C library falls back to clone.
-    program += [*_rule("clone3", [], NO_SUCH_CALL), (RETURN, 0, 0, DENY)]
+    program += [*_rule(NUMBERS["clone3"], [], NO_SUCH_CALL), (RETURN, 0, 0, DENY)]
     code = b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
     buffer = ctypes.create_string_buffer(code, len(code))
     _call("seccomp", 1, 0, struct.pack("=H6xQ", len(program), ctypes.addressof(buffer)))  # SECCOMP_SET_MODE_FILTER
@@ -225,10 +211,7 @@ def _fork(key):
     return child
 
 
-# ------------- Files, privileges, limits
-
-READ_FILE, READ_DIR = 4, 8
-RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}  # Landlock's version -> number of file access rights; 16 from version 5
+# ------------- Files and privileges
 
 
 def restrict_files(readable):
@@ -237,41 +220,17 @@ def restrict_files(readable):
     _call("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS: set-user-ID programs give none back
     _call("prctl", 4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: other processes of this user cannot look into this one
     version = _call("landlock_create_ruleset", None, 0, 1)  # LANDLOCK_CREATE_RULESET_VERSION
-    handled = (1 << RIGHTS.get(version, 16)) - 1
-    attribute = struct.pack("=QQQ", handled, 3, 3)  # files; TCP bind and connect; abstract Unix sockets and signals
+    rights = {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)  # to files, all that this version knows
+    attribute = struct.pack("=QQQ", (1 << rights) - 1, 3, 3)  # also TCP; abstract Unix sockets and signals
     attribute = attribute[: 8 if version < 4 else 16 if version < 6 else 24]
     ruleset = _call("landlock_create_ruleset", attribute, len(attribute), 0)
     for path in readable:
         descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        rule = struct.pack("=Qi", READ_FILE | READ_DIR if os.path.isdir(path) else READ_FILE, descriptor)
+        rule = struct.pack("=Qi", 12 if os.path.isdir(path) else 4, descriptor)  # 4: read files; 8: list folders
         _call("landlock_add_rule", ruleset, 1, rule, 0)  # 1: LANDLOCK_RULE_PATH_BENEATH
         os.close(descriptor)
     _call("landlock_restrict_self", ruleset, 0)
     os.close(ruleset)
-
-
-_limits = {}  # kind: (for foreign code, for reporting its errors)
-
-
-def set_limits(memory, cpu_seconds):
-    """memory: bytes that can be allocated from now on. cpu_seconds: of all threads together."""
-    with suppress(OSError), open("/proc/self/statm") as file:
-        memory += int(file.read().split()[0]) * resource.getpagesize()  # RLIMIT_AS limits the whole address space
-    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write("1000")  # if the machine runs out of memory, this process ends before the host with its model
-    _limits[resource.RLIMIT_AS] = (memory, memory + (64 << 20))
-    _limits[resource.RLIMIT_NOFILE] = (OPEN_FILES, OPEN_FILES + 64)
-    _limits[resource.RLIMIT_CPU] = (cpu_seconds, cpu_seconds)
-    _limits[resource.RLIMIT_FSIZE] = (OUTPUT_BYTES, OUTPUT_BYTES)
-    _limits[resource.RLIMIT_CORE] = _limits[resource.RLIMIT_MEMLOCK] = (0, 0)
-    lower_limits(False)
-
-
-def lower_limits(foreign):
-    """Set the limits for foreign code (True), or those for reporting its errors."""
-    for kind, (soft, hard) in _limits.items():
-        with suppress(ValueError, OSError):  # the hard limit is lower already; macOS has no RLIMIT_AS
-            resource.setrlimit(kind, (soft if foreign else hard, hard))
 
 
 # ------------- The processes
@@ -294,19 +253,26 @@ class Process:
     def __init__(self, readable):
         self.readable = readable
         self.channel = socket.socket(fileno=CHANNEL)
-        self.writing = threading.RLock()
         self.ends_group = True  # the warm interpreter and the first processes
-        self.memory_mb = 0
+        self.limits = {}  # kind: (for foreign code, what is added when its errors are reported)
         self.filter_key = None
+        self.host = None  # becomes readable when the host has ended, even if a fork of it still has the channels
+        with suppress(AttributeError, OSError):
+            self.host = os.pidfd_open(os.getppid())
         self.step = 0
-        self.final = False
+        self.numbers = itertools.count()  # of tool calls
+        self.renew()
+        self.main = sys.modules["__main__"] = types.ModuleType("__main__")
+        self.given = {"__builtins__": builtins, "final_answer": self.final_answer}
+
+    def renew(self):
+        """Locks and queues that no thread of the parent holds."""
+        self.writing = threading.RLock()
+        self.calls = threading.Semaphore(CALLS)
         self.reading = False  # a thread reads the channel; otherwise, the main thread does
         self.requests = SimpleQueue()  # of the host, from that thread
         self.forked = SimpleQueue()  # back to that thread: the main thread has done what was asked
         self.replies = {}  # number of a tool call -> queue for its reply
-        self.numbers = itertools.count()
-        self.main = sys.modules["__main__"] = types.ModuleType("__main__")
-        self.given = {"__builtins__": builtins, "final_answer": self.final_answer}
 
     def serve(self):
         """Answer the host until it closes the channel."""
@@ -327,20 +293,23 @@ class Process:
                 elif self.reading:
                     self.forked.put(None)
         except EOFError:
-            if self.ends_group:
-                os.killpg(0, signal.SIGKILL)
+            pass
         except BaseException:
             os.write(2, traceback.format_exc().encode("utf-8", "replace"))
         finally:
+            if self.ends_group:
+                os.killpg(0, signal.SIGKILL)
             os._exit(1)
 
     def receive(self):
         """Returns the host's next message and its descriptors. Raises EOFError if the channel is closed."""
+        if self.host and self.host in select.select([CHANNEL, self.host], [], [])[0]:
+            raise EOFError
         size, extra, _, _ = self.channel.recvmsg(4, socket.CMSG_SPACE(8))
         data = self.channel.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL) if len(size) == 4 else b""
         if not data:
             raise EOFError
-        return unpack(data), [number for *_, item in extra for number in struct.unpack("=2i", item)]
+        return json.loads(data), [number for *_, item in extra for number in struct.unpack("=2i", item)]
 
     def read(self):
         """Pass on replies to the calls that wait, and requests to the main thread. Runs in a thread of its own, so that
@@ -367,27 +336,35 @@ class Process:
 
     def begin(self, message):
         """In a fork: tell the host who this is, then do what it asks for, which can be nothing."""
-        self.writing = threading.RLock()
-        self.reading = False
-        self.requests, self.forked = SimpleQueue(), SimpleQueue()
+        self.renew()
         self.ends_group = "tools" in message
         hello = {"pid": os.getpid()}
         if self.ends_group:
             os.setpgid(0, 0)
             self.given |= {name: self.make_tool(name, doc) for name, doc in message["tools"].items()}
-            hello["missing"] = self.protect(message)
-        elif self.filter_key is not None:  # the first process has no filter, because it kills the others
-            restrict_calls(self.filter_key)
-            self.filter_key = None
+            hello["missing"] = self.protect(**message)
+        else:  # the first process has no filter, because it kills the others
+            if self.host:
+                os.close(self.host)
+            if self.filter_key is not None:
+                restrict_calls(self.filter_key)
+            self.host = self.filter_key = None
         self.write(pack(hello))
         if "code" in message:
             self.write(pack({"done": self.run_action(message["code"])}))
 
-    def protect(self, settings):
+    def protect(self, memory_mb, timeout, filter_key, contained, **_):
         """Set up every protection. Returns a list of what is missing."""
-        self.memory_mb = settings["memory_mb"]
-        set_limits(self.memory_mb << 20, math.ceil(settings["timeout"]) + 1)
-        if not SUPPORTED or not settings["contained"]:
+        self.memory_mb = memory_mb
+        with suppress(OSError), open("/proc/self/statm") as file:
+            used = int(file.read().split()[0]) * resource.getpagesize()  # RLIMIT_AS limits the whole address space
+            self.limits = {resource.RLIMIT_AS: (used + (memory_mb << 20), 64 << 20)}
+        self.limits |= {resource.RLIMIT_NOFILE: (OPEN_FILES, 64), resource.RLIMIT_FSIZE: (OUTPUT_BYTES, 0)}
+        self.limits |= {resource.RLIMIT_CPU: (math.ceil(timeout) + 1, 0), resource.RLIMIT_CORE: (0, 0)}
+        self.set_limits(foreign=False)
+        with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+            file.write("1000")  # if the machine runs out of memory, this process ends before the host with its model
+        if not SUPPORTED or not contained:
             return ["everything except time-outs and rlimits"]
         missing = []
         try:
@@ -396,24 +373,29 @@ class Process:
             missing.append(f"Landlock ({error.strerror})")
         try:
             _call("seccomp", 2, 0, struct.pack("=I", ALLOW))  # SECCOMP_GET_ACTION_AVAIL
-            self.filter_key = settings["filter_key"]
+            self.filter_key = filter_key
         except OSError as error:
             missing.append(f"seccomp ({error.strerror})")
         return missing
+
+    def set_limits(self, foreign):
+        """Limit what foreign code can use, or a little more, so that its errors can be reported."""
+        for kind, (limit, margin) in self.limits.items():
+            with suppress(ValueError, OSError):  # the hard limit is lower already
+                resource.setrlimit(kind, (limit if foreign else limit + margin, limit + margin))
 
     def run_action(self, code):
         """Run one action in this process. Returns its outcome."""
         process = os.getpid()
         self.step += 1
         self.final = False
-        self.replies = {}
         output = io.TextIOWrapper(_Output(1, "wb", closefd=False), "utf-8", "replace", "\n", write_through=True)
         sys.stdout = sys.stderr = sys.__stdout__ = sys.__stderr__ = output
         sys.stdin = io.StringIO()
         vars(self.main).update(self.given)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        lower_limits(True)
+        self.set_limits(foreign=True)
         outcome = self.execute(code)
         with suppress(BaseException):  # of a signal handler
             deadline = time.monotonic() + PATIENCE
@@ -421,7 +403,7 @@ class Process:
                 if not thread.daemon and thread is not threading.current_thread():
                     thread.join(max(0.0, deadline - time.monotonic()))
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        lower_limits(False)
+        self.set_limits(foreign=False)
         if os.getpid() != process:  # without containment the code can fork, and this is its child
             os._exit(0)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no process here waits for its children
@@ -442,9 +424,9 @@ class Process:
         try:
             exec(body, vars(self.main))
             value = eval(last, vars(self.main)) if last else None
-            return {} if value is None or self.final else {"result": _repr(value)}
+            return {} if value is None or self.final else {"result": cut(repr(value))}
         except BaseException as error:
-            lower_limits(False)  # the code may have used up its memory
+            self.set_limits(foreign=False)  # the code may have used up its memory
             if self.final:
                 return {}
             number, note = getattr(error, "errno", None), ""
@@ -459,9 +441,9 @@ class Process:
         if more:
             raise TypeError(f"final_answer() takes 1 argument but {1 + len(more)} were given")
         try:
-            message = pack({"final": _plain(answer, itertools.count())})
+            message = checked({"final": _plain(answer, itertools.count())})
         except Exception:  # too deep, too large, or an object that cannot be read
-            message = pack({"final": cut(str(answer), ANSWER_LIMIT)})
+            message = pack({"final": cut(str(answer))})
         with self.writing:
             if not self.final:
                 self.write(message)  # now, so that it stands even if the code catches the exception or is killed
@@ -473,23 +455,20 @@ class Process:
             number = next(self.numbers)
             replies = self.replies[number] = SimpleQueue()
             try:
-                message = pack({"tool": name, "number": number, "args": args, "kwargs": kwargs})
+                message = checked({"tool": name, "number": number, "args": args, "kwargs": kwargs})
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{name}() takes JSON values only: {error}") from None
-            with self.writing:
-                if not self.reading:
-                    start_new_thread(self.read, ())
-                    self.reading = True
-                self.write(message)
-            reply = replies.get()  # if a signal handler ends this, nobody waits for the reply
+            with self.calls:
+                with self.writing:
+                    if not self.reading:
+                        start_new_thread(self.read, ())
+                        self.reading = True
+                    self.write(message)
+                reply = replies.get()  # if a signal handler ends this, nobody waits for the reply
             if "error" not in reply:
                 return reply["value"]
-            kind = getattr(builtins, reply["error"], None)
-            # A MemoryError would be taken for one of the code. The others need more than a message.
-            others = (MemoryError, UnicodeError, ExceptionGroup)
-            if not (isinstance(kind, type) and issubclass(kind, Exception)) or issubclass(kind, others):
-                raise RuntimeError(f"{reply['error']}: {reply['message']}")
-            raise kind(reply["message"])
+            kind, text = reply["error"], reply["message"]
+            raise getattr(builtins, kind)(text) if kind in ERRORS else RuntimeError(f"{kind}: {text}")
 
         tool.__name__ = tool.__qualname__ = name
         tool.__doc__ = doc
@@ -499,39 +478,33 @@ class Process:
 # ------------- What the host is told: results, errors, final answers
 
 
-def _repr(value):
-    """Returns repr(value), cut. A text that fills the memory cannot be copied."""
-    if isinstance(value, str | bytes | bytearray) and len(value) > 10 * OUTPUT_BYTES:
-        return f"<{type(value).__name__} of length {len(value):,}>"
-    return cut(repr(value))
-
-
-def _describe(error, causes=3):
+def _describe(error):
     """Returns the error's type and text, the first and the last line of the code that led to it, and what caused it."""
     text, frames, places = type(error).__name__, [], []
-    with suppress(Exception):  # one that the code made itself can have odd arguments
+    with suppress(Exception):  # an error that the code made itself can have odd arguments
         if isinstance(error, SyntaxError) and error.lineno:
             text += f": {error.msg} (line {error.lineno}: {str(error.text or '').strip()})"
         else:
             text = "".join(traceback.format_exception_only(type(error), error)).strip()
             frames = [x for x in traceback.extract_tb(error.__traceback__) if x.filename.startswith("<step ")]
     for frame in frames[:1] + frames[1:][-1:]:
-        place = f"line {frame.lineno}: {frame.line}"
-        if frame.filename != frames[0].filename:  # a function that an earlier step defined
-            place = f"{frame.filename[1:-1]}, {place}"
-        places.append(place if frame.name == "<module>" else f"in {frame.name}, {place}")
+        name = "" if frame.name == "<module>" else f"in {frame.name}, "
+        step = "" if frame.filename == frames[0].filename else f"{frame.filename[1:-1]}, "  # an earlier one's function
+        places.append(f"{name}{step}line {frame.lineno}: {frame.line}")
     text += f" ({'; '.join(places)})" if places else ""
-    if causes and error.__cause__:
-        text += f", caused by {_describe(error.__cause__, causes - 1)}"
+    if error.__cause__:
+        text += f", caused by {_describe(error.__cause__)}"
     return cut(text)
 
 
 def _plain(value, count):
     """Returns the value as JSON, as a person would write it: numbers as numbers; fractions, complex numbers, intervals
     and formulas as text; tuples, sets and arrays as lists; the solution {x: 3} as "x = 3". count: of values so far."""
-    if next(count) > MESSAGE_VALUES or (isinstance(value, list | tuple | dict) and len(value) > MESSAGE_VALUES):
+    if next(count) > MESSAGE_VALUES:
         raise ValueError("too many values")
-    if value is None or isinstance(value, bool | str):
+    if isinstance(value, numpy.ndarray):
+        value = list(value) if value.ndim else value.item()
+    if isinstance(value, bool | str | None):
         return value
     if isinstance(value, numpy.bool_ | sympy.logic.boolalg.BooleanAtom):
         return bool(value)
@@ -545,18 +518,15 @@ def _plain(value, count):
     if isinstance(value, sympy.Interval | sympy.Union | sympy.core.relational.Relational):
         return sympy.latex(value).replace(r"\left", "").replace(r"\right", "")
     if isinstance(value, sympy.MatrixBase):
-        return _plain(value.tolist(), count)
-    if isinstance(value, numpy.ndarray):
-        return _plain(list(numpy.asarray(value)) if value.ndim else value.item(), count)
+        value = value.tolist()
     if isinstance(value, Set | sympy.FiniteSet):
-        try:
-            return _plain(sorted(value), count)
-        except TypeError:  # symbols, for example
-            return _plain(sorted(value, key=str), count)
+        value = sorted(value, key=str)
+        with suppress(TypeError):  # symbols, for example, have no order
+            value.sort()
     if isinstance(value, Mapping):
-        items = [(str(key), _plain(item, count)) for key, item in value.items()]
+        items = {str(key): _plain(item, count) for key, item in value.items()}
         solution = items and all(isinstance(key, sympy.Symbol) for key in value)
-        return ", ".join(f"{key} = {item}" for key, item in items) if solution else dict(items)
+        return ", ".join(f"{key} = {item}" for key, item in items.items()) if solution else items
     if isinstance(value, Sequence | ValuesView | sympy.Tuple) and not isinstance(value, bytes | bytearray | memoryview):
         items = [_plain(item, count) for item in value]
         solution = len(items) == 1 and isinstance(value[0], Mapping) and isinstance(items[0], str)
@@ -594,9 +564,8 @@ def main(descriptor, packages):
 
     warnings.simplefilter("ignore", SyntaxWarning)  # such as a wrong escape in a string of the model's code
     warnings.filterwarnings("ignore", ".*multi-threaded.*", DeprecationWarning)  # Python 3.12, at a fork
-    random.seed(0)
-    numpy.random.seed(0)
-    sympy.core.random.seed(0)
+    for generator in (random, numpy.random, sympy.core.random):
+        generator.seed(0)
     make = numpy.random.default_rng
     numpy.random.default_rng = lambda seed=None: make(numpy.random.randint(1 << 31) if seed is None else seed)
     sys.set_int_max_str_digits(0)

@@ -2,12 +2,11 @@
 """The sandbox against hostile and clumsy code: python -m pytest tests/test_sandbox.py
 
 Each attack answers "through" if it gets what it wanted; the tests judge this effect, not the type of an exception.
-test_attacks_work_without_containment runs the same attacks with isolation="off", where they must get through.
+test_attack_works_without_containment runs the same attacks with isolation="off", where they must get through.
 Bounds of time are wide enough for a busy machine; bench/sandbox.py measures.
 """
 
 import contextlib
-import dataclasses
 import gc
 import json
 import os
@@ -17,7 +16,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import textwrap
 import threading
 import time
 from pathlib import Path
@@ -35,19 +33,15 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the attacks are
 
 def children(pid):
     """Returns the PIDs of all descendants of a process, zombies included."""
-    found, parents = [], {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
-            except OSError:
-                continue
-            parents.setdefault(int(fields[1]), []).append(int(entry.name))
-    todo = [pid]
-    while todo:
-        found += (new := parents.get(todo.pop(), []))
-        todo += new
-    return found
+    parents = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = (entry / "stat").read_text().rsplit(")", 1)[1].split()[1]
+            parents.setdefault(int(parent), []).append(int(entry.name))
+    found = [pid]
+    for process in found:
+        found += parents.get(process, [])
+    return found[1:]
 
 
 def in_group(group):
@@ -278,35 +272,20 @@ def test_attack_fails(shared, world, name):
     assert shared.run("6 * 7").result == "42"
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_attacks_work_without_containment(tmp_path):
-    """With isolation="off", every attack that needs no special rights gets through. So each attack test can fail."""
-    script = tmp_path / "control.py"
-    script.write_text(
-        textwrap.dedent(f"""
-        import json, os, sys
-        sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-        import test_sandbox as tests
-        from sandbox import Sandbox
-        victims = tests.victims()
-        world = next(victims)
-        failed = []
-        for name, attack in tests.ATTACKS.items():
-            if isinstance(attack, str) and name not in ("execve_self", "chmod"):
-                with Sandbox(timeout=10, isolation="off") as sandbox:
-                    observation = tests.attack(sandbox, name, world)
-                if os.path.lexists("link"):
-                    os.unlink("link")
-                if observation.final_answer != "through":
-                    failed.append([name, repr(observation)])
-                if name in ("write_answers", "read_by_rename", "truncate_on_reading"):
-                    open(world["SECRET"], "w").write("the answer is 42\\n")
-        next(victims, None)
-        print(json.dumps(failed))
-    """)
-    )
-    result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    assert json.loads(result.stdout or "null") == [], result.stderr
+WEAK = [name for name, code in ATTACKS.items() if isinstance(code, str) and name not in ("execve_self", "chmod")]
+
+
+@pytest.mark.parametrize("name", WEAK)
+def test_attack_works_without_containment(world, tmp_path, name):
+    """Without it, every attack that needs no special rights gets through. So each test above can fail."""
+    with Sandbox(isolation="off") as sandbox:
+        sandbox.run(f"import os\nos.chdir({str(tmp_path)!r})")
+        assert attack(sandbox, name, world).final_answer == "through"
+    for path in Path(world["FOLDER"]).iterdir():
+        if path.name != "socket":
+            path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+    Path(world["SECRET"]).write_text("the answer is 42\n")
+    Path(world["SECRET"]).chmod(0o666)
 
 
 # Time-outs. run() returns within 0.2 s of the limit (later here, on a busy machine) and keeps output and state.
@@ -331,12 +310,14 @@ LOOPS = {
     "channel_flood": "import os\nwhile True: os.write(3, b'\\0\\0\\0\\x01' b'0')",
     "fork_and_setsid": "import os, time\ntry:\n  if os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0: time.sleep(60)\nexcept OSError: pass\ntime.sleep(60)",
     "sympy": "import sympy\nsympy.factorint(10**90 + 289)\nwhile True: pass",
+    "tool": "hang()",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_time_out(name):
-    with Sandbox(timeout=20) as sandbox:
+    done = threading.Event()
+    with Sandbox({"hang": lambda: done.wait(30)}, timeout=20) as sandbox:
         sandbox.run("kept = 41")
         sandbox.timeout = 1
         started = time.monotonic()
@@ -347,13 +328,8 @@ def test_time_out(name):
         assert elapsed < 4 and (elapsed >= 1 or name == "channel_flood")
         sandbox.timeout = 20
         assert sandbox.run("kept + 1").result == "42"
-        assert eventually(lambda: len(in_group(os.getpgid(sandbox.state.pid))) == 2)  # the first process and the state
-
-
-def test_a_candidates_time_out_leaves_the_others():
-    with Sandbox(timeout=0.8) as sandbox:
-        slow, quick = sandbox.run_candidates(["print(1)\nwhile True: pass", "6 * 7"])
-        assert (slow.error_kind, slow.stdout, quick.result, quick.error) == ("timeout", "1\n", "42", None)
+        assert eventually(lambda: len(in_group(sandbox.first.group)) == 2)  # the first process and the state
+    done.set()
 
 
 # Code can change everything in the process that holds the state, here the function that forks it.
@@ -364,17 +340,34 @@ TAKEOVERS = {
     "parent_ends": "os._exit(0)",
     "raises": "1 / 0",
     "urgent_byte": "(socket.socket(fileno=sys._getframe(1).f_locals['descriptors'][0]).send(b'x', socket.MSG_OOB), time.sleep(60))",
-    "slow": "time.sleep(2.2) or old(key)",
 }
 
 
+TAKE_OVER = """import os, socket, sys, time
+x = 1
+inside = final_answer.__func__.__globals__
+old = inside['_fork']
+inside['_fork'] = lambda key: {}"""
+
+
+def test_a_fork_that_takes_long_is_not_the_fault_of_the_code():
+    """The clock of a step starts when its process does."""
+    with Sandbox() as sandbox:
+        sandbox.run(TAKE_OVER.format("time.sleep(1.5) or old(key)"))
+        sandbox.timeout = 1
+        assert sandbox.run("x").result == "1"
+        started = time.monotonic()
+        assert sandbox.run("while True: pass").error_kind == "timeout"
+        assert 2.5 <= time.monotonic() - started < 6.5
+
+
 @pytest.mark.parametrize("name", TAKEOVERS)
-def test_a_state_that_does_not_fork_as_asked_is_given_up(name):
+def test_a_state_that_does_not_fork_as_asked_is_given_up(name, monkeypatch):
     """The next step fails in time, nothing of the old state survives, and the step after that works and says so."""
     with Sandbox(timeout=2) as sandbox:
         group = sandbox.first.group
-        change = f"inside = final_answer.__func__.__globals__\nold = inside['_fork']\ninside['_fork'] = lambda key: {TAKEOVERS[name]}"
-        assert sandbox.run(f"import os, socket, sys, time\nx = 1\n{change}").error is None
+        assert sandbox.run(TAKE_OVER.format(TAKEOVERS[name])).error is None
+        monkeypatch.setattr(module, "FORK_SECONDS", 0.5)
         started = time.monotonic()
         assert [o.error_kind for o in sandbox.run_candidates(["x = 2", "x"])] == ["killed", "killed"]
         assert time.monotonic() - started < 10
@@ -382,6 +375,20 @@ def test_a_state_that_does_not_fork_as_asked_is_given_up(name):
         assert after.result == "False" and "variables are gone" in after.stdout
         assert sandbox.run("1").stdout == ""
         assert eventually(lambda: not in_group(group))
+
+
+def test_a_state_that_does_not_read_a_reply_is_given_up(monkeypatch):
+    """The thread that sends the reply must not keep the host from going on."""
+    code = "import os, time\ndef send(data): os.write(3, len(data).to_bytes(4, 'big') + data)\n"
+    code += (
+        """send(b'{"tool": "large", "number": 0, "args": [], "kwargs": {}}')\nsend(b'{"done": {"threads": false}}')\n"""
+    )
+    with Sandbox({"large": lambda: "x" * 7_000_000}, timeout=2) as sandbox:
+        assert sandbox.run(code + "time.sleep(60)").error is None
+        assert eventually(sandbox.state.sending.locked)
+        monkeypatch.setattr(module, "FORK_SECONDS", 0.5)
+        assert sandbox.run("1").error_kind == "killed"
+        assert "variables are gone" in sandbox.run("1").stdout
 
 
 @pytest.mark.parametrize("victim", ["state", "first"])
@@ -396,13 +403,17 @@ def test_a_state_that_is_killed_between_steps_is_reported(victim):
         assert sandbox.run("1").stdout == ""
 
 
-def test_states_survive_the_warm_interpreter():
+@pytest.mark.parametrize("end", [lambda: module._warm[1].kill(), lambda: module._warm[0].kill()])
+def test_states_survive_the_warm_interpreter(end):
+    """It is replaced, and leaves no zombie."""
     with Sandbox() as one:
         one.run("x = 41")
-        module._warm[1].kill()
-        module._warm[1].wait()
+        pid = module._warm[1].pid
+        end()
+        assert eventually(module._warm[0].has_ended)
         with Sandbox() as other:
             assert (one.run("x + 1").result, other.run("1").result) == ("42", "1")
+        assert not Path(f"/proc/{pid}").exists()
 
 
 def test_many_forks_of_a_large_state_do_not_lose_it():
@@ -462,35 +473,22 @@ def test_threads_files_and_processor_time_are_bounded():
         assert sandbox.run("import resource\nresource.getrlimit(resource.RLIMIT_CPU)").result == "(21, 21)"
 
 
-def test_fork_bomb_is_none(sandbox):
-    bomb = "import os\nwhile True:\n  try: os.fork()\n  except OSError: break"
-    sandbox.run_candidates([bomb] * 4)
-    sandbox.run(bomb)
-    assert eventually(lambda: len(in_group(sandbox.first.group)) == 2)
-
-
-CLONES = [
-    0,
-    17,
-    0x1200011,
-    0x100011,
-    0x4111,
-    0x8011,
-    0x911,
-    0x10F00 | 0x8000,
-    0x20011,
-    0x4000011,
-    0x10000011,
-    0x20000011,
-    0x40000011,
-    1 << 32 | 17,
-]
+CLONES = [0, 17, 0x1200011, 0x100011, 0x4111, 0x8011, 0x911, 0x10F00 | 0x8000, 0x20011, 0x4000011, 0x10000011, 0x20000011,
+          0x40000011, 1 << 32 | 17]  # fmt: skip
 
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="the number of clone is that of x86-64")
 def test_clone_starts_no_process(sandbox):
     code = f"{PREPARE}\nfor flags in {CLONES}:\n  for rest in (0, 1, 2**63):\n    if call(56, flags, 0, 0, 0, 0, rest) >= 0: through()"
     assert sandbox.run(code) == Observation(seconds=pytest.approx(0, abs=10))
+
+
+def test_long_texts_are_cut_in_the_middle(sandbox):
+    for size in (10_000, 10_001, 123_456):
+        text = "".join(chr(97 + i % 26) for i in range(size))
+        short = f"{text[:5000]}\n[... {size - 10_000:,} characters not shown ...]\n{text[-5000:]}"
+        code = f"text = ''.join(chr(97 + i % 26) for i in range({size}))\nprint(text, end='')"
+        assert sandbox.run(code).stdout == (short if size > 10_000 else text)
 
 
 def test_printed_output_is_bounded(sandbox):
@@ -518,19 +516,6 @@ def test_final_answers_that_are_too_large_cost_the_host_no_memory():
         raw = "import os\nd = b'{\"final\": [' + b'{},' * 2_500_000 + b'{}]}'\nwhile True: os.write(3, len(d).to_bytes(4, 'big') + d)"
         assert "values" in sandbox.run(raw).error
         assert resident() - before < 60e6
-
-
-@pytest.mark.parametrize("size", [0, 1, 9_999, 10_000, 10_001, 123_456])
-def test_long_output_is_cut_in_the_middle(shared, size):
-    text = "".join(chr(97 + i % 26) for i in range(size))
-
-    def short(text):
-        missing = len(text) - 10_000
-        return text if missing <= 0 else f"{text[:5000]}\n[... {missing:,} characters not shown ...]\n{text[-5000:]}"
-
-    code = f"text = ''.join(chr(97 + i % 26) for i in range({size}))\nfor i in range(0, {size}, 999): print(text[i:i+999], end='')\ntext"
-    observation = shared.run(code)
-    assert observation.stdout == short(text) and observation.result == short(repr(text))
 
 
 # Messages that the code sends itself. They can change its own observation, and nothing else.
@@ -571,11 +556,8 @@ FORGERIES = {
 def test_forged_message(name):
     code = "import os, socket, time\ndef send(data): os.write(3, len(data).to_bytes(4, 'big') + data)\n"
     calls = []
-    tools = {
-        "add": lambda a, b: calls.append((a, b)),
-        "slow": lambda: time.sleep(0.2),
-        "large": lambda: "x" * 7_000_000,
-    }
+    add, slow, large = lambda a, b: calls.append((a, b)), lambda: time.sleep(0.2), lambda: "x" * 7_000_000
+    tools = {"add": add, "slow": slow, "large": large}
     with Sandbox(tools=tools, timeout=20) as sandbox:
         sandbox.run("x = 42")
         sandbox.timeout = 3
@@ -592,12 +574,6 @@ def test_forged_message(name):
         assert sandbox.run("x").result == "42"
         del forged, honest
         assert eventually(lambda: count() <= before)  # no descriptor and no thread is left
-
-
-def test_forging_an_observation_gains_only_that_observation(sandbox):
-    forged = 'import os, time\nd = b\'{"done": {"result": "forged"}}\'\nos.write(3, len(d).to_bytes(4, \'big\') + d)\ntime.sleep(1)'
-    first, second = sandbox.run_candidates([forged, "1 + 1"])
-    assert (first.result, second.result) == ("forged", "2")
 
 
 def test_candidates_do_not_see_each_other(sandbox):
@@ -665,9 +641,9 @@ PROGRAMS = {
     "old_stdout": (["import sys\nold = sys.stdout\nsys.stdout = None", "print('x')\nprint('y', file=old)"], ">x\ny\n"),
     "warning": (["import numpy\nnumpy.float64(1) / 0"], ">RuntimeWarning"),
     "no_warning": (["n = 1\nprint(n is 1, '\\d')"], ">True \\d\n"),
-    "builtins_replaced": (["import builtins\nbuiltins.open = builtins.len = None", "print('x')"], ">x\n"),
+    "builtins_replaced": (["import builtins\nbuiltins.open = builtins.input = None", "print(open)"], ">None\n"),
     "sockets_replaced": (["import socket, json\nsocket.socket = json.dumps = None", "calc(1)"], "[1]"),
-    "large_result": (["x = 'a' * 300_000_000\nx", "x"], "<str of length 300,000,000>"),
+    "large_result": (["x = 'a' * 600_000_000\nx", "len(x)"], "600000000"),
     # threads, pools, timers and signal handlers
     "thread_in_a_call": (["import threading\nthreading.Thread(target=lambda: slow(1)).start()\nx = 5", "x"], "5"),
     "thread_calls": (["import threading\nr = []\nt = threading.Thread(target=lambda: r.append(calc(1)))\nt.start(); t.join()\nr"], "[[1]]"),
@@ -729,19 +705,14 @@ def test_result_is_the_repr_of_a_last_expression(shared, code, result):
     ("code", "kind", "parts"),
     [("x = (1,", "syntax", ["SyntaxError", "line 1", "x = (1,"]),
      ("x = 1\nfor i in range(3)\n  pass", "syntax", ["line 2", "for i in range(3)", "expected ':'"]),
-     ("def f():\nreturn 1", "syntax", ["IndentationError", "line 2"]),
      ("x = 1\0", "syntax", ["null byte"]),
-     ("return 1", "syntax", ["'return' outside function"]),
      ("(" * 1000, "syntax", ["too many nested"]),
      ("x = 1\n1 / 0", "runtime", ["ZeroDivisionError: division by zero", "line 3: 1 / 0"]),
      ("def f(n):\n  return 1 / n\nf(0)", "runtime", ["line 4: f(0)", "in f, line 3: return 1 / n"]),
-     ("undefined", "runtime", ["NameError: name 'undefined' is not defined"]),
      ("import json\njson.loads('{')", "runtime", ["JSONDecodeError", "line 3"]),
      ("raise SystemExit(3)", "runtime", ["SystemExit: 3"]),
-     ("exit()", "runtime", ["SystemExit"]),
      ("raise KeyboardInterrupt", "runtime", ["KeyboardInterrupt"]),
      ("input()", "runtime", ["EOFError"]),
-     ("import no_such_module", "runtime", ["ModuleNotFoundError"]),
      ("def f(): f()\nf()", "runtime", ["RecursionError"]),
      ("class E(Exception):\n  def __str__(self): 1 / 0\nraise E", "runtime", ["E: <exception str() failed>"]),
      ("class R:\n  def __repr__(self): raise ValueError('no repr')\nR()", "runtime", ["ValueError: no repr"]),
@@ -750,7 +721,6 @@ def test_result_is_the_repr_of_a_last_expression(shared, code, result):
      ("import os\nos._exit(3)", "killed", ["process ended"]),
      ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "runtime", ["PermissionError"]),
      ("import ctypes\nctypes.string_at(1)", "killed", ["process ended"]),
-     ("import os\nos.abort()", "killed", ["process ended"]),
      ("x = 'a' * 10**12", "memory", ["MemoryError", "512 MB"]),
      *((f"import os\n{code}", "runtime", ["Error"]) for code in ("open('f', 'w')", "os.mkdir('d')", "open('/dev/null', 'w')",
        "__import__('tempfile').mkdtemp()", "__import__('sqlite3').connect('x.db').execute('create table t (a)')"))],
@@ -813,7 +783,6 @@ def test_final_answer(shared, expression, answer, gold):
      ("while True:\n  try: final_answer(1)\n  except BaseException: pass", ""),
      ("import contextlib, os\nwith contextlib.suppress(BaseException): final_answer(1)\nos._exit(1)", ""),
      ("class A:\n  def __del__(self): final_answer(1)\na = A()\ndel a", "Exception ignored"),
-     ("import threading\nt = threading.Thread(target=final_answer, args=(1,))\nt.start()\nt.join()\nx = 2", ""),
      ("import threading\nthreading.Thread(target=final_answer, args=(1,)).start()", ""),
      (ALARM.format("final_answer(1)") + "hang()", "")],
 )  # fmt: skip
@@ -822,8 +791,10 @@ def test_a_final_answer_ends_the_action_and_stands(code, printed):
     with Sandbox(tools={"hang": lambda: done.wait(30)}, timeout=2) as sandbox:
         observation = sandbox.run(code)
         assert observation.is_final and (observation.final_answer, observation.error) == (1, None)
-        assert observation.error_kind is None and (
-            printed in observation.stdout if printed else observation.stdout == ""
+        assert (
+            observation.error_kind is None
+            and printed in observation.stdout
+            and bool(printed) == bool(observation.stdout)
         )
         assert sandbox.run("final_answer = 5\n6 * 7").result == "42"
         assert sandbox.run("final_answer('again')").final_answer == "again"
@@ -880,36 +851,6 @@ def test_commit(sandbox):
     assert max(o.seconds for o in observations) < 4 and not any(o.error for o in observations)  # at the same time
 
 
-def random_program(rng):
-    lines = ["import random"]
-    for _ in range(rng.randint(1, 4)):
-        lines.append(rng.choice([
-            "v['n'] = v.get('n', 0) + {0}", "l.append({0})", "print(l, v)", "print(random.random())", "l = l[-{0}:]",
-            "1 / ({0} - 3)", "def g(): return {0}", "print(g())", "l[{0}]", "v = dict(v)", "random.seed({0})",
-            "(sum(l), v, random.getrandbits(9))", "x =", "final_answer(l)",
-        ]).format(rng.randint(0, 6)))  # fmt: skip
-    return "\n".join(lines)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_candidates_against_replay_in_fresh_sandboxes(seed):
-    """A fork gives the same observation as a new sandbox that runs the whole history again."""
-    rng = random.Random(seed)
-    history = ["l, v = [], {}\ndef g(): return 0"]
-    with Sandbox() as sandbox:
-        sandbox.run(history[0])
-        for _ in range(4):
-            codes = [random_program(rng) for _ in range(4)]
-            for code, observation in zip(codes, sandbox.run_candidates(codes), strict=True):
-                with Sandbox() as fresh:
-                    for earlier in history:
-                        fresh.run(earlier)
-                    assert dataclasses.replace(fresh.run(code), seconds=observation.seconds) == observation
-            chosen = rng.randrange(4)
-            sandbox.commit(chosen)
-            history.append(codes[chosen])
-
-
 # Tools.
 
 
@@ -922,13 +863,7 @@ def test_tools():
         raise ValueError(message)
 
     barrier = threading.Barrier(4, timeout=20)
-    tools = {
-        "search": search,
-        "fail": fail,
-        "odd": lambda: object(),
-        "quit": sys.exit,
-        "meet": lambda: barrier.wait() >= 0,
-    }
+    tools = {"search": search, "fail": fail, "odd": object, "quit": sys.exit, "meet": lambda: barrier.wait() >= 0}
     with Sandbox(tools=tools, timeout=30) as sandbox:
         assert sandbox.run("search('é', k=3)").result == "{'hits': ['é', 'é', 'é']}"
         assert sandbox.run("try: fail('no luck')\nexcept ValueError as e: print(e)").stdout == "no luck\n"
@@ -960,29 +895,18 @@ def test_an_input_error_of_a_tool_ends_the_run(seconds):
                 sandbox.run_candidates(["try: search(1)\nexcept BaseException: pass", "2"])
 
 
-def test_a_tool_that_hangs_does_not_hang_run():
-    done = threading.Event()
-    with Sandbox(tools={"hang": lambda: done.wait(30)}, timeout=0.8) as sandbox:
-        started = time.monotonic()
-        observation = sandbox.run("x = 1\nprint('before')\nhang()")
-        assert 0.8 <= time.monotonic() - started < 2.0
-        assert (observation.error_kind, observation.stdout) == ("timeout", "before\n")
-        assert sandbox.run("6 * 7").result == "42"
-    done.set()
-
-
 # The host.
 
 
 def test_many_sandboxes_in_many_threads_leave_nothing_behind():
     """Neither processes nor descriptors nor threads."""
     Sandbox().close()  # starts the warm interpreter
+    others = set(children(os.getpid())) - {module._warm[1].pid}  # of sandboxes that other tests use
     now = lambda: (len(os.listdir("/proc/self/fd")), threading.active_count())  # noqa: E731
-    before, failures, groups = now(), [], []
+    before, failures, warm = now(), [], module._warm[1].pid
 
     def work(number):
         with Sandbox(tools={"add": lambda a, b: a + b}, timeout=30) as sandbox:
-            groups.append(sandbox.first.group)
             sandbox.run(f"x = {number}")
             for step in range(5):
                 sandbox.run_candidates(["x += 100", "x = add(x, 1)", "import os\nos._exit(1)"])
@@ -997,26 +921,50 @@ def test_many_sandboxes_in_many_threads_leave_nothing_behind():
         thread.join(120)
     assert failures == []
     assert eventually(lambda: now() <= before), (before, now())
-    assert eventually(lambda: not any(in_group(group) for group in groups))
+    assert eventually(lambda: set(children(os.getpid())) <= others | {warm}), (warm, children(os.getpid()))
+
+
+def test_sandboxes_that_start_at_the_same_time_share_a_warm_interpreter(monkeypatch):
+    """Even if one thread is held up while it sends its request."""
+    Sandbox().close()
+    warm, send = module._warm[1].pid, socket.send_fds
+    monkeypatch.setattr(module, "FORK_SECONDS", 0.5)
+    monkeypatch.setattr(socket, "send_fds", lambda *arguments: time.sleep(0.3) or send(*arguments))
+    threads = [threading.Thread(target=lambda: Sandbox(timeout=0.5).close()) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.1)
+    for thread in threads:
+        thread.join(60)
+    assert module._warm[1].pid == warm
 
 
 def test_everything_dies_with_the_host():
     script = (
-        "import threading, time\nfrom sandbox import Sandbox\none, two = Sandbox(), Sandbox(timeout=60)\n"
+        "import os, threading, time\nfrom sandbox import Sandbox\none, two = Sandbox(), Sandbox(timeout=60)\n"
         "threading.Thread(target=two.run, args=('import time\\nwhile True: time.sleep(1)',)).start()\n"
-        "one.run('1')\none.run_candidates(['1'] * 3); time.sleep(1); print('ready', flush=True); time.sleep(60)"
+        "one.run('1')\none.run_candidates(['1'] * 3); time.sleep(1)\n"
+        # A fork of the host, which outlives it.
+        "fork = os.fork()\nif fork: print(fork, flush=True)\ntime.sleep(60)"
     )
     for number in (signal.SIGKILL, signal.SIGTERM):
         host = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=ROOT)
-        assert host.stdout.readline() == b"ready\n"
-        descendants = children(host.pid)
-        assert (
-            len(descendants) >= 8
-        )  # the warm interpreter, two first processes, a state, three candidates, one running
+        fork = int(host.stdout.readline())
+        descendants = set(children(host.pid)) - {fork}
+        # The warm interpreter, two first processes, a state, three candidates, one that runs.
+        assert len(descendants) >= 8
         host.send_signal(number)
         host.wait()
         assert eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in descendants))  # noqa: B023
+        os.kill(fork, signal.SIGKILL)
         host.stdout.close()
+
+
+def test_a_first_process_that_fails_ends_the_others(sandbox):
+    sandbox.run("1")
+    sandbox.first.send(b"\0\0\0\1x")
+    assert eventually(lambda: not in_group(sandbox.first.group))
+    assert "variables are gone" in sandbox.run("1").stdout
 
 
 def test_a_fork_of_the_host_makes_its_own_sandboxes():
@@ -1131,13 +1079,17 @@ def test_a_machine_that_offers_less(tmp_path, refused, missing, kinds):
     assert result.stdout == f"['{missing}']\nrefused\n{kinds}\ntimeout 42\n", result.stderr
 
 
-def test_the_tables_of_system_calls():
-    """Both architectures have numbers for the same calls, each number once."""
-    rows = [
-        entry.split() for table in (*module.inside.ALLOWED.values(), module.inside.OTHERS) for entry in table.split(",")
-    ]
-    for column in (1, 2):
-        numbers = [int(row[column]) for row in rows if row[column] != "-"]
-        assert len(numbers) == len(set(numbers)) and all(0 <= number < 512 for number in numbers)
-    assert {name for name, _, arm in rows if arm == "-"} <= {"open", "stat", "lstat", "access", "pipe", "poll", "select", "dup2",
-        "pause", "alarm", "getdents", "readlink", "getpgrp", "arch_prctl", "time", "epoll_create", "epoll_wait"}  # fmt: skip
+# socket, connect, sendmsg, bind, execve, kill, tkill, tgkill, ptrace, setsid, setpgid, unlinkat, renameat, linkat, symlinkat,
+# truncate, ftruncate, mount, bpf, io_uring_setup, memfd_create, pidfd_open, openat2
+FORBIDDEN = {
+    1: {41, 42, 46, 49, 59, 62, 200, 234, 101, 112, 109, 263, 264, 265, 266, 76, 77, 165, 321, 425, 319, 434, 437},
+    2: {198, 203, 211, 200, 221, 129, 130, 131, 117, 157, 154, 35, 38, 37, 36, 45, 46, 40, 280, 425, 279, 434, 437},
+}
+
+
+@pytest.mark.parametrize("column", FORBIDDEN)
+def test_the_tables_of_system_calls(column):
+    """Each number once, and none that harms, also for arm64, where the attacks do not run."""
+    named = [numbers[column - 1] for numbers in module.inside.NAMED.values()]
+    numbers = module.inside.allowed(column) + [number for number in named if number is not None]
+    assert len(numbers) == len(set(numbers)) and not FORBIDDEN[column] & set(numbers)
