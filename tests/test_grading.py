@@ -130,7 +130,8 @@ NOT_RECOGNISED = r"""
 2\frac{3}{2}  ==  3  |  20 million  ==  20,\!000,\!000  |  0.67  ==  \$\dfrac23 \approx \$0.67
 \mathbb{R} \setminus \{2\}  ==  (-\infty,2) \cup (2,\infty)  |  (0,1) \cup [1,2)  ==  (0,2)
 The answer is 42.  ==  42  |  x >= 2 and x <= 5  ==  [2,5]  |  \sqrt[3]{-8}  ==  -2  |  1/ab  ==  \frac{1}{ab}
-x = 10/4 = 5/2  ==  5/2  |  0.\overline{3}  ==  \frac13  |  52 (base 8)  ==  52_8  |  [1 2]  ==  1,2  |  (B) 16  ==  \text{(B)}
+x = 10/4 = 5/2  ==  5/2  |  0.\overline{3}  ==  \frac13  |  52 (base 8)  ==  52_8  |  [1 2]  ==  1,2
+(B) 16  ==  \text{(B)}
 \sin x/2  ==  \frac{\sin x}{2}  |  (n+1)!  ==  (n+1) \cdot n!  |  5 m  ==  5\text{ m}  |  6:10  ==  3:5  |  5!!  ==  15
 """
 
