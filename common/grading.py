@@ -19,8 +19,8 @@ variables, and their case counts; AB and words of four letters are names.
 Not read, and right only as the same text: chains (x = 10/4 = 5/2), inequalities in two variables, x > 2 and x < 5 in
 words, x \ne 2; set-builder notation, unions that touch, set differences; ratios in other terms; repeating decimals;
 [1 2]; products without a sign after a division (1/ab), or after a function without brackets (\sin x/2); odd roots of
-negative numbers; factorials of variables; \max, \sum, vectors with arrows; number words (20 million); single letters as units in
-plain text (5 m); sentences around an answer; a choice with its value, (B) 16, for the letter.
+negative numbers; factorials of variables; \max, \sum, vectors with arrows; number words (20 million); single letters as
+units in plain text (5 m); sentences around an answer; a choice with its value, (B) 16, for the letter.
 """
 
 import ast
