@@ -1,6 +1,6 @@
 # Agent distillation, the whole pipeline. `make help` lists the targets.
 #
-#   make reproduce                                        the miniature: under an hour on 2 CPU cores (see README.md)
+#   make reproduce                                        the miniature, on 2 CPU cores; its time: see README.md
 #   make reproduce STUDENT=Qwen/Qwen2.5-0.5B-Instruct     another student, on the same questions (one GPU)
 #   make reproduce TEACHER_URL=http://... TEACHER_MODEL=...  a real teacher instead of the scripted one
 #   make test                                             the tests
@@ -37,7 +37,7 @@ READY := $(VENV)/.ready
 endif
 export TOKENIZERS_PARALLELISM := false
 export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
-# A thread that waits for the others gives way early. On idle cores this changes nothing; beside another busy process,
+# Idle threads stop spinning early. On idle cores this changes nothing; beside another busy process,
 # SC-action ran at 98 tokens per second instead of 44.
 export GOMP_SPINCOUNT ?= 3000
 

@@ -5,7 +5,7 @@
     python agent_distill.py collect train.jsonl --url $URL --out plain.jsonl --search index
     python agent_distill.py collect train.jsonl --url $URL --out agent.jsonl --search index --first-thought cot.jsonl
     python agent_distill.py filter agent.jsonl --out agent.train.jsonl
-    python evaluate.py compare plain.jsonl agent.jsonl      # what the first-thought prefix brings to the teacher
+    python evaluate.py compare plain.jsonl agent.jsonl      # the teacher without and with the first-thought prefix
 
 Read `agent_episode` first: it is the paper's loop. An episode is a generator. It yields what a model is asked, and
 receives candidate texts. The same episode runs with a teacher over HTTP (here) and with a student (evaluate.py).
@@ -35,7 +35,7 @@ from sandbox import Observation, Sandbox
 
 # ------------- Prompts and tools: what an episode is given
 
-SHOWN = {  # by the episodes of each method, beside the system prompt
+SHOWN = {  # method: the prompts that its episodes show, besides the system prompt
     "agent": ["question", "observation", "error", "no_code", "search_result"],
     "cot": [],
     "cot-rag": ["cot_rag_question", "search_result"],
@@ -80,9 +80,9 @@ class Prompts:
 
 
 def check_options(config, prompts, kinds=()):
-    """Check what the options name, before anything is loaded. kinds: of the tasks.
+    """Check what the options name, before anything is loaded. kinds: those of the tasks.
 
-    Returns what results depend on beside the options, for common.keep_config: hashes of prompts and of source code.
+    Returns what results depend on besides the options, for common.keep_config: hashes of prompts and of source code.
     """
     if not config.search and (config.method == "cot-rag" or (config.method == "agent" and "fact" in kinds)):
         raise InputError(f"--method {config.method} needs passages: name an index or a /retrieve URL with --search")
@@ -188,7 +188,7 @@ def parse_action(text, opening=""):
     """Read the thinking, the thought and the code from `opening` and the text that continues it. Returns an Action.
 
     The code is what a reader would run: all fences marked as Python (py, Python, python3, tool_code), joined as in
-    smolagents; without one, the first fence that names no language; without a fence, what follows `Code:` or stands in
+    smolagents; without one, the first fence that names no language; without a fence, what follows `Code:` or is in
     <code> tags, which is then given a fence. A fence may be indented, on one line, or never closed. The text ends at
     <end_code>, or where the model starts to write an observation of its own outside the code.
     """
@@ -253,7 +253,7 @@ class Episode:
 
 
 def merge_equal(answers, same):
-    """Equal answers, each written as the first of them, so that a vote can compare them."""
+    """Returns the answers, each replaced by the first one that is the same, so that a vote can compare them."""
     merged = []
     for answer in answers:
         merged.append(next((other for other in merged if same(answer, other)), answer))
@@ -261,7 +261,7 @@ def merge_equal(answers, same):
 
 
 def votes_of(observations):
-    """The vote of each candidate: equal numbers mean equal observations. None: it failed to parse or to run."""
+    """Returns a number for each candidate: equal for equal observations, None if it failed to parse or to run."""
     numbers, votes = {}, []
     for o in observations:
         # Candidates that end the episode agree if they give the same answer, others if they observe the same.
@@ -374,7 +374,7 @@ def first_step(cot):
 
 
 class Running:
-    """An episode under way. turn: what it asks for now, None after its end. result: the Episode, None until then."""
+    """An episode that has started. turn: the Turn that it waits for, None at its end. result: the Episode, then."""
 
     def __init__(self, episode):
         self.episode = episode
@@ -413,7 +413,7 @@ class EpisodeConfig:
     max_tokens: int = option(1024, "new tokens per step (paper: 1,024)", above=0)
     timeout: float = option(10.0, "seconds for one code action", above=0)
     isolation: Literal["auto", "require", "off"] = option(
-        "auto", "where the kernel cannot contain the code fully: warn (auto), refuse (require), or do not ask (off)"
+        "auto", "if the kernel lacks a protection: warn (auto) or refuse (require); off: only time-outs and rlimits"
     )
     tools: str | None = option(None, "MODULE.FUNCTION that returns further tools, {name: function}")
     episode: str | None = option(None, "another loop than agent_episode, as MODULE.FUNCTION")
@@ -437,12 +437,12 @@ def open_episode(config, question, prompts, tools, *, system, kind=None, first_t
 
 
 def task_key(row):
-    """What tells questions apart in tasks and in rows, also where two files use the same ids."""
+    """Returns a key that identifies a question in tasks and in rows, even if two files use the same ids."""
     return row["task"], row["id"], row["question"], json.dumps(row["answer"])
 
 
 def trajectory_row(task, method, episode, usage):
-    """A finished episode as the row that is stored: the task, what happened, the cost, the grade and its reason."""
+    """Returns the row that is stored for a finished episode: task, steps, cost, grade and the grade's reason."""
     fields = ("id", "task", "kind", "domain", "question", "answer", "aliases")
     row = {name: task[name] for name in fields if name in task}
     row |= {"method": method, **dataclasses.asdict(episode)}
@@ -482,8 +482,8 @@ class CollectConfig(EpisodeConfig):
 def collect(config):
     """Ask a teacher for one trajectory per question, over HTTP, and append each to a file.
 
-    The same command continues after an interruption: what is finished is not asked again, what ended in an error is.
-    Returns 1, as exit status, if all ended in an error.
+    The same command continues after an interruption: finished questions are not asked again, failed ones are.
+    Returns exit status 1 if all ended in an error.
     """
     if config.samples > 1 and config.temperature == 0:
         raise InputError("--samples above 1 repeats the same greedy answer: give a --temperature")
@@ -505,7 +505,7 @@ def collect(config):
         common.keep_config(f"{config.out}.run.json", config, binding=bool(done), **facts)
         if todo:
             client = Client(config.url, config.model, config.api_key_env)
-            facts["model"] = client.model  # is it still the same one that the server has?
+            facts["model"] = client.model  # refused if the server has another model now
             common.keep_config(f"{config.out}.run.json", config, binding=bool(done), **facts)
             ask = teacher(config, prompts, system, prefixes, client)
             journal.drop(lambda row: row["stop"] == "error")
@@ -520,14 +520,14 @@ def collect(config):
 
 
 def question_key(text):
-    """Questions that differ in case and white space alone are one question."""
+    """Returns the question without differences in case and white space."""
     return " ".join(text.casefold().split())
 
 
 def first_thoughts(path, tasks):
     """{question_key: the first step of its chain of thought} (Eq. 5), from a file of `collect --method cot`.
 
-    Without one, the teacher opens its first thought itself: says for how many of the tasks.
+    Prints for how many of the tasks there is none; the teacher begins their first thoughts itself.
     """
     prefixes = {}
     for row in sorted(read_trajectories(path), key=lambda row: row.get("sample", 0)):
@@ -589,7 +589,7 @@ class FilterConfig:
 
 
 def drop_reason(row):
-    """Why a trajectory is not learned from, or None. Run-time errors that the teacher then repaired are kept."""
+    """Returns why a trajectory is not used in training, or None. Run-time errors that were repaired are allowed."""
     if row["stop"] == "error":
         return "error"
     if row["stop"] != "final_answer":

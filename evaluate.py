@@ -29,7 +29,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-# Read when PyTorch is imported: its idle threads sleep early, so that a busy neighbour does not halve the speed.
+# Read when PyTorch is imported: idle threads stop spinning early. Spinning halves the speed beside a busy process.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import torch
@@ -136,7 +136,7 @@ class Student:
         self.seed = seed
         self.on_tokens = on_tokens or (lambda tokens: None)
         self.processors = [SampleNucleus(temperature, top_p)] if temperature > 0 else []
-        # Tokens per generate call. After each, the rows that have ended leave the batch: on a CPU, SC-action was 1.2
+        # Tokens per generate call. After each, finished rows are removed from the batch: on a CPU, SC-action was 1.2
         # times as fast with 4 as with 16. On a GPU, where rows cost little, longer segments are faster.
         self.segment = 4 if model.device.type == "cpu" else 16
         self.ends = end_tokens(model, tokenizer)
@@ -167,7 +167,7 @@ class Student:
             chunk, groups = todo[: 1 if self.one_by_one else self.batch], None
             with contextlib.suppress(torch.OutOfMemoryError):
                 groups = self.write([prompts[i] for i in chunk], stop)
-            if groups is None:  # the tensors of the attempt are freed only now
+            if groups is None:  # the failed attempt's tensors are freed only after the with block
                 if len(chunk) == 1:
                     tokens = f"{len(prompts[chunk[0]]):,} + {self.max_tokens:,} tokens, {self.n} times"
                     raise InputError(f"{tokens}, do not fit into the memory of {self.model.device}")
@@ -204,7 +204,7 @@ class Student:
                 input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=segment, do_sample=False,
                 logits_processor=self.processors, return_dict_in_generate=True,
             )  # fmt: skip
-            ids, cache = out.sequences, out.past_key_values  # another cache where longrope has changed its factors
+            ids, cache = out.sequences, out.past_key_values  # with longrope, generate may return a new cache
             new = ids[:, mask.shape[1] :]
             mask = torch.cat([mask, torch.ones_like(new)], 1)
             for sample, tokens in zip(going, new.tolist(), strict=True):
@@ -219,7 +219,7 @@ class Student:
         return [samples[i : i + self.n] for i in range(0, len(samples), self.n)]
 
     def _read(self, prompt):
-        """Returns the cache of a prompt without its last token. It is read alone: nothing depends on its neighbours."""
+        """Returns the cache of a prompt without its last token. Other prompts cannot change it: it is read alone."""
         cache = transformers.Cache(layers=[DynamicLayer() for _ in range(self.layers)])
         ids = torch.tensor([prompt[:-1]], device=self.model.device)
         self.model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
@@ -239,7 +239,7 @@ class Student:
         return joined
 
     def _extend(self, sample, tokens, stop):
-        """Add new tokens to a sample, and see whether they end it."""
+        """Add new tokens to a sample, and check whether they end it."""
         end = next((i for i, token in enumerate(tokens) if token in self.ends), None)
         text = sample.thinks + self.tokenizer.decode(sample.ids + tokens[:end], skip_special_tokens=True)
         sample.ids += tokens if end is None else tokens[: end + 1]
@@ -341,7 +341,7 @@ class SolverConfig(agent_distill.EpisodeConfig):
 
 
 def check(config, kinds=()):
-    """Check the options, and what they name, before anything is loaded. kinds: of the tasks.
+    """Check the options, and what they name, before anything is loaded. kinds: those of the tasks.
 
     Returns (prompts, the system prompt, facts): what results depend on besides the options, for common.keep_config.
     """
@@ -397,7 +397,7 @@ class Solver:
         self.system = system
         self.stop = STOP if config.method == "agent" else []
         device = models.choose_device(config.device)
-        self.tools = agent_distill.open_tools(config, prompts, device)  # before the student takes the memory
+        self.tools = agent_distill.open_tools(config, prompts, device)  # first, while there is free memory
         record = models.training_record(config.model) if config.model else {}
         self.about = {"model": config.model, "parameters": None, "training": record.get("training") or "none"}
         sampled = config.sc > 1 or config.sample
@@ -465,7 +465,7 @@ class RunConfig(JudgeConfig, SolverConfig):
 def run(config):
     """Answer every question of the task files, grade the answers, write transcripts and results.json.
 
-    Questions that ended in an error are asked again by the next run. The status is 1 if there is nothing but errors.
+    Questions that ended in an error are asked again by the next run. Returns exit status 1 if all ended in an error.
     """
     if not (config.name or "").isprintable():
         raise InputError(f"--name {config.name!r}: one line of text was expected")
@@ -486,20 +486,20 @@ def run(config):
             facts["model"] = client.model if client else known
         notes = {"questions": collections.Counter(task["task"] for task in tasks)}
         common.keep_config(out / "run.json", config, binding=bool(done), notes=notes, **facts)
-        if todo and config.judge_url:  # a judge that does not answer is noticed before the generation
+        if todo and config.judge_url:  # fails before the generation if the judge does not answer
             Client(config.judge_url, config.judge_model, config.judge_key_env).probe(temperature=0.0)
         if todo:
             _answer_all(config, (prompts, system, client), todo, len(mine), journal)
     current = {key[:2]: key for key in map(task_key, tasks)}
-    with open_judge(config, out, rank) as judge:  # asked at the end: it must not hold up the generation
+    with open_judge(config, out, rank) as judge:  # asked at the end, so that the generation does not wait
         for path in report.transcript_files(out):
-            if int(path.name.split(".")[1]) % size == rank:  # those of processes that no longer run, too
+            if int(path.name.split(".")[1]) % size == rank:  # also files of an earlier run with more processes
                 regrade_file(path, judge, config.quiet, current)
     return summarise(out)
 
 
 def summarise(folder):
-    """Write results.json and print a line about the run. Returns the exit status: 1 if there is nothing but errors."""
+    """Write results.json and print a line about the run. Returns the exit status: 1 if all ended in an error."""
     print(f"{folder}: {report.summarise(folder)}")
     rows = report.transcripts(folder)
     errors = collections.Counter(row["error"] for row in rows if row["stop"] == "error")
@@ -602,7 +602,7 @@ class CompareConfig:
 
 
 def compare(config):
-    """Two runs question by question: what only one of them got right, and McNemar's test of the difference."""
+    """Compare two runs question by question: what only one of them got right, and McNemar's test of the difference."""
     sides, paths = [], [config.first, config.second]
     for path in paths:
         rows = report.transcripts(path, {"task": str, "id": str, "question": str, "correct": bool})
@@ -630,7 +630,7 @@ def ask(config):
 
 
 def _ask_one(solver, question):
-    printed = 2  # not the system prompt and the question
+    printed = 2  # the system prompt and the question are not shown
 
     def show(messages):
         nonlocal printed

@@ -1,6 +1,6 @@
 """Search over passages: exact TF-IDF, BM25 and dense retrieval, from a thousand passages to all of Wikipedia.
 
-    python retriever.py build passages.jsonl runs/index                   # BM25; killed? the same command continues
+    python retriever.py build passages.jsonl runs/index                   # BM25; if killed, run it again to continue
     python retriever.py build passages.jsonl runs/e5 --kind dense         # intfloat/e5-base-v2, the paper's retriever
     python retriever.py search runs/index "Who founded the company that makes the Walkman?"
     python retriever.py serve runs/index --port 8000                      # POST /retrieve, as in Search-R1
@@ -334,7 +334,7 @@ class SparseIndex(Index):
     def _best(self, repeats, k):
         terms = np.array(list(repeats), TERM)
         weights = np.array(list(repeats.values()), np.float32)
-        # The postings of an unknown term start where they stop.
+        # An unknown term has an empty range of postings.
         starts, stops = (self.starts[np.searchsorted(self.terms, terms, side)] for side in ("left", "right"))
         norm = 1
         if self.manifest["kind"] == "tfidf":
@@ -370,7 +370,7 @@ class Encoder:
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(name)
             self.model = transformers.AutoModel.from_pretrained(name, dtype=torch.float32).eval()
-        except Exception as error:  # whatever is wrong with its files
+        except Exception as error:  # its files may be wrong in many ways
             raise InputError(f"{name}: no encoder could be loaded: {error!r:.300}") from None
         self.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.device = self.model.device  # with the GPU's number: in another thread, the current GPU would be GPU 0
@@ -517,7 +517,7 @@ class RemoteIndex(Connection):
 
         try:
             return self.request("/retrieve", {"queries": queries, "topk": k, "return_scores": True}, read)[0]
-        except BadRequest as error:  # a caller would take it for one of the model's server
+        except BadRequest as error:  # callers expect a BadRequest only from the model's server
             raise InputError(f"{self.url}: {error}") from None
 
 

@@ -5,8 +5,8 @@
         observations = sandbox.run_candidates(["x + 1", "x / 0"])    # each from the same state, at the same time
         sandbox.commit(0)                                            # this candidate's state becomes the state
 
-A state is a process, and a candidate is its fork. This file is the host, which trusts nothing that comes from inside.
-common/inside.py is the inside, and what contains it.
+A state is a process, and a candidate is its fork. This file is the host, which checks every message of these processes.
+common/inside.py is what they run, and how they are contained.
 """
 
 import dataclasses
@@ -27,8 +27,8 @@ from contextlib import AbstractContextManager, suppress
 
 from common import InputError, inside
 
-STEP_BYTES = 64 << 20  # that one action can send to the host
-CALLS = 64  # tool calls of one action that run at the same time; the inside keeps honest code below that
+STEP_BYTES = 64 << 20  # bytes that one action can send to the host
+CALLS = 64  # tool calls of one action that run at the same time; common/inside.py allows honest code 8
 STARTS = 3  # attempts to start a sandbox
 START_SECONDS = 60.0  # for the import of numpy and sympy
 FORK_SECONDS = 5.0  # on a busy machine, and for a state of many GB; the time-out of the step is added
@@ -83,7 +83,7 @@ class _Process:
 
     def receive(self):
         """Read what has arrived. Yields the messages that are complete. Raises EOFError or OSError if the process has
-        ended, and ValueError if that is not a message, or too much."""
+        ended, and ValueError if it sent something else, or too much."""
         data = self.channel.recv(1 << 20, socket.MSG_DONTWAIT)
         self.buffer += data
         self.received += len(data)
@@ -100,7 +100,7 @@ class _Process:
             yield message
 
     def fork(self, process, message, deadline):
-        """Have this process fork: the new one has the other side of the handle `process`, and does what the message
+        """Make this process fork. The fork gets the other end of the channel of `process`, and does what the message
         says. Raises OSError."""
         data = inside.pack(message)
         with process.remote:
@@ -112,7 +112,7 @@ class _Process:
                 sent = socket.send_fds(self.channel, [data], [process.remote.fileno(), process.output.fileno()])
                 self.channel.sendall(data[sent:])
             except TimeoutError:
-                self.kill()  # it may have half a message, and would take the next for the other half
+                self.kill()  # it may have read half of the message, and would read the next as the rest
                 raise
             finally:
                 self.channel.settimeout(None)
@@ -121,7 +121,7 @@ class _Process:
     def has_ended(self):
         poll = select.poll()
         poll.register(self.channel, 0)
-        return bool(poll.poll(0))  # hung up. To receive would wait while another thread has set a time-out for `fork`.
+        return bool(poll.poll(0))  # POLLHUP. recv could wait while `fork` in another thread has set a time-out.
 
     def printed(self):
         return os.pread(self.output.fileno(), inside.OUTPUT_BYTES, 0).decode("utf-8", "replace")
@@ -137,7 +137,7 @@ class _Process:
         with suppress(OSError):
             self.channel.shutdown(socket.SHUT_RDWR)
         with suppress(OSError):
-            # In this group there is no process of anybody else, even if the PID is used again.
+            # Only processes of this sandbox are in its group: a process that got the same PID later is not killed.
             if self.pid and self.pid != self.group == os.getpgid(self.pid):
                 os.kill(self.pid, signal.SIGKILL)
 
@@ -329,7 +329,7 @@ class Sandbox(AbstractContextManager):
     def _commit(self, chosen):
         """Make this candidate the state, if it can be, and kill the others."""
         if chosen and chosen.status == "waiting":
-            if chosen.threads:  # they are not in a fork
+            if chosen.threads:  # a fork does not have them
                 [fork] = self._fork(chosen, [{"key": self.key}])
                 chosen = fork if fork.status == "waiting" else chosen
             self.candidates.append(self.state)
@@ -340,8 +340,8 @@ class Sandbox(AbstractContextManager):
         self.candidates = []
 
     def _fork(self, parent, messages):
-        """Have the parent fork once for each message. Returns the processes when each has done what it should, or has
-        been stopped: it has FORK_SECONDS and a time-out to start, and from then on a time-out for the action."""
+        """Make the parent fork once for each message. Returns the processes when each has finished, or has been
+        stopped: it has FORK_SECONDS and a time-out to start, and from then on a time-out for the action."""
         seconds = FORK_SECONDS + self.timeout
         deadline = time.monotonic() + seconds
         processes = [_Process(self.first and self.first.group) for _ in messages]
@@ -370,7 +370,7 @@ class Sandbox(AbstractContextManager):
         return processes
 
     def _serve(self, process, runs_code):
-        """Read and do what a process has sent."""
+        """Read and handle what a process has sent."""
         observation = process.observation
         try:
             for message in process.receive():
@@ -407,7 +407,7 @@ class Sandbox(AbstractContextManager):
             process.stop("killed", text)
 
     def _start_call(self, process, tool, number, args, kwargs):
-        """Run a tool in a thread, which is left behind if it hangs. Raises an exception if there is no such call."""
+        """Run a tool in a thread, for which nothing waits. Raises an exception if the call is not valid."""
         function, args, kwargs = self.tools[tool], [*args], {**kwargs}
         if not process.calls.acquire(blocking=False):
             raise ValueError("too many calls at the same time")

@@ -27,7 +27,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
-# Read when PyTorch is imported: its idle threads sleep early, so that a busy neighbour does not halve the speed.
+# Read when PyTorch is imported: idle threads stop spinning early. Spinning halves the speed beside a busy process.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import torch
@@ -347,7 +347,7 @@ class Trainer:
         return loss, None
 
     def use_less_memory(self, failed):
-        """Prepare another attempt, from now on, after a micro-batch that did not fit; InputError if nothing is left."""
+        """Use less memory from now on, after a micro-batch that did not fit; InputError if that is impossible."""
         tokens = len(failed) * len(failed[0].ids)
         if len(failed) > 1:
             self.micro_tokens = tokens // 2
@@ -400,7 +400,7 @@ def start():
         return device, 0, 1
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        dist.all_reduce(torch.zeros(1, device=device))  # NCCL takes its memory now, before the model takes the rest
+        dist.all_reduce(torch.zeros(1, device=device))  # NCCL allocates its memory now, before the model does
     return device, dist.get_rank(), dist.get_world_size()
 
 

@@ -1,4 +1,4 @@
-"""What every script shares: command-line options, one-line errors, files that a crash cannot harm, HTTP."""
+"""What every script shares: command-line options, one-line errors, files that survive a crash, HTTP."""
 
 import argparse
 import contextlib
@@ -112,7 +112,7 @@ def resolve(dotted, like=None, name="a function"):
 
 
 def source_hash(function):
-    """A hash of the source of a function's module: an edited function must not continue an earlier one's results."""
+    """Returns a hash of the source of a function's module, to refuse a restart with an edited function."""
     try:
         return hashlib.sha256(inspect.getsource(inspect.getmodule(function)).encode()).hexdigest()
     except (TypeError, OSError):  # a builtin
@@ -150,7 +150,7 @@ def run_command_line(description, commands, default=None, argv=None):
     except KeyboardInterrupt:
         print("interrupted; the same command continues from here", file=sys.stderr)
         status = 130
-    except BrokenPipeError:  # `... | head` closed our output: not an error of ours
+    except BrokenPipeError:  # `... | head` closed our output, which is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
     except Exception as error:
@@ -314,7 +314,7 @@ class Journal(contextlib.AbstractContextManager):
         rows = [parse_object(line, f"{self.path}:{n}") for n, line in lines]
         try:
             checked = [*rows, json.loads(last)] if last else rows
-        except ValueError:  # a line that a kill cut, or the only line of another file?
+        except ValueError:  # an incomplete last line; if it does not begin like a row, the file is not ours
             checked = rows if last.startswith(b'{"') else [last]
         if not all(isinstance(row, dict) and set(fields) <= set(row) for row in checked):
             raise InputError(f"{self.path}: not a file that this command wrote: name another")
@@ -327,7 +327,7 @@ class Journal(contextlib.AbstractContextManager):
             try:
                 while line:
                     line = line[self._file.write(line) :]
-            except OSError as error:  # a full disk took half a line
+            except OSError as error:  # the disk is full, perhaps after half of the line
                 self._file.truncate(length)
                 raise InputError(f"{self.path}: cannot write ({error.strerror}); earlier rows are intact") from None
             self.rows.append(row)
@@ -338,7 +338,7 @@ class Journal(contextlib.AbstractContextManager):
         if len(rows) < len(self.rows):
             write_jsonl(self.path, rows)
             self.rows = rows
-            self._replaced = self._file  # stays open and locked: who opened it before must not write to it
+            self._replaced = self._file  # stays open and locked, so that no process that opened it can write to it
             self._file = open(self.path, "ab", buffering=0)
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 

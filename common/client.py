@@ -21,7 +21,7 @@ import urllib3
 
 from common import InputError, read_jsonl
 
-BACKOFF = 0.5  # seconds. The waits before the retries are 0, 2, 4, 8, ... times as long, at most 30 s.
+BACKOFF = 0.5  # seconds; the waits before the retries are 0, 1, 2, 4, ... up to 30 s
 LOST = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
 # What an answer raises that is not JSON, lacks a field, or has a field of another type.
 UNREADABLE = (LookupError, TypeError, AttributeError, ValueError, RecursionError)
@@ -34,7 +34,7 @@ class ServerError(InputError):
 
 
 class BadRequest(InputError):
-    """The server refused this very request (400, 413, 422), as when the context is too long."""
+    """The server refused this request (400, 413, 422), as when the context is too long."""
 
 
 class Connection:
@@ -46,8 +46,11 @@ class Connection:
     """
 
     def __init__(self, url, api_key_env="", timeout=600.0, retries=8):
-        self.url, self.timeout, self.retries = url.rstrip("/"), timeout, retries
-        self.api_key_env, self.key = api_key_env, os.environ.get(api_key_env, "")
+        self.url = url.rstrip("/")
+        self.timeout = timeout
+        self.retries = retries
+        self.api_key_env = api_key_env
+        self.key = os.environ.get(api_key_env, "")
         self.reached = False  # whether the server has ever answered
         if not re.match(r"https?://[^/@]+(/|$)", url):
             raise InputError(f"--url {url.split('@')[-1]}: an address such as http://127.0.0.1:8000/v1 was expected")
@@ -121,7 +124,8 @@ class Client(Connection):
 
     def __init__(self, url, model=None, api_key_env="OPENAI_API_KEY", timeout=600.0, retries=8):
         super().__init__(url, api_key_env, timeout, retries)
-        self.model, self.refused = model, collections.defaultdict(set)  # path -> names of fields; see probe
+        self.model = model
+        self.refused = collections.defaultdict(set)  # path -> names of fields; see probe
         if model is None:
             try:
                 self.model, _ = self.request("/models", read=lambda answer: answer["data"][0]["id"])
@@ -131,7 +135,7 @@ class Client(Connection):
     def chat(self, messages, n=1, **fields):
         """n replies to a chat: (texts, usage). fields: temperature, max_tokens, ...; those that are None are not sent.
 
-        texts: thinking stands before the reply as <think>...</think>; the reply ends before the first stop string.
+        texts: thinking comes before the reply as <think>...</think>; the reply ends before the first stop string.
         usage: prompt_tokens, completion_tokens, retries, and truncated, the number of texts cut at the token limit.
         """
         return self._ask("/chat/completions", n, messages=messages, **fields)
@@ -144,7 +148,7 @@ class Client(Connection):
         """Ask a short question with the fields that will be sent, and find those that the server refuses.
 
         They are named in one line on stderr, and not sent from then on. Raises InputError if one of them is in
-        `needed`, or if the server refuses even the bare question.
+        `needed`, or if the server refuses even the question alone.
         """
         question = {"messages": _HELLO} if path == "/chat/completions" else {"prompt": "Hello"}
         todo, kept, notes, refused = {"max_tokens": max_tokens} | fields, question, [], self.refused[path]
@@ -211,7 +215,7 @@ def _read_choices(answer):
     """Returns ([(text, finish reason)], token counts). Raises one of UNREADABLE if fields are missing."""
     choices, usage = [], answer.get("usage") or {}
     for choice in answer["choices"]:
-        if choice.get("finish_reason") == "error":  # a gateway lost the server behind it
+        if choice.get("finish_reason") == "error":  # a gateway reports that the server behind it failed
             raise ValueError
         text = _plain(choice["text"]) if "text" in choice else _reply(choice["message"])
         if "</think>" in text and "<think>" not in text:
@@ -224,7 +228,7 @@ def _read_choices(answer):
 
 
 def _reply(message):
-    """The text of a message after its thinking as <think>...</think>, which does not close where no text follows."""
+    """Returns a message's thinking as <think>...</think>, then its text. Without a text, the tag is not closed."""
     text, thinking = _plain(message.get("content")), message.get("reasoning_content") or message.get("reasoning")
     if isinstance(thinking, str) and not text.lstrip().startswith("<think>"):
         text = f"<think>{thinking}</think>{text}" if text else f"<think>{thinking}"
@@ -267,13 +271,16 @@ class Served:
     """
 
     def __init__(self, client, mode="continue", tokenizer=None, template_options=None, **sampling):
-        self.client, self.mode, self.tokenizer = client, mode, tokenizer
-        self.template_options, self.sampling = template_options, _NO_DEFAULTS | sampling
+        self.client = client
+        self.mode = mode
+        self.tokenizer = tokenizer
+        self.template_options = template_options
+        self.sampling = _NO_DEFAULTS | sampling
         self.continuing = {} if mode == "completions" else _CONTINUE
 
     def answer(self, turn, usage, n=1, seed=None):
         """n candidate texts for a turn. Token counts are added to the Counter `usage`."""
-        opening = turn.opening.rstrip()  # many tokens begin with a space: after one, models continue badly
+        opening = turn.opening.rstrip()  # many tokens begin with a space, so models continue badly after one
         fields = self.sampling | {"n": n, "seed": seed} | (self.continuing if opening else {})
         messages = [*turn.messages, {"role": "assistant", "content": opening}] if opening else turn.messages
         if opening and self.mode == "completions":
@@ -301,7 +308,7 @@ class Served:
     def _probe_continuing(self):
         """Find out how the server continues a message, by the length of its prompt.
 
-        A server that does not would close the assistant's turn and open another: the prompt would be longer than if
+        If it does not, it closes the assistant's turn and opens another, so that the prompt is longer than if
         the user had said the same words.
         """
 
@@ -339,14 +346,14 @@ class Served:
 
 _OPENED = [*_HELLO, {"role": "assistant", "content": "Hello"}]
 _CONTINUE = {"continue_final_message": True, "add_generation_prompt": False}
-# Else vLLM uses what the checkpoint's generation_config.json says, and llama.cpp top_k 40 and min_p 0.05.
+# Without these, vLLM uses the checkpoint's generation_config.json, and llama.cpp top_k 40 and min_p 0.05.
 _NO_DEFAULTS = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
 def in_parallel(function, items, workers):
     """Yield function(item) for each item as it finishes.
 
-    After an exception no further item is begun; those under way are finished and yielded, and then it is raised.
+    After an exception no further item is started. The running ones finish and are yielded; then it is raised.
     """
     pool, errors = ThreadPoolExecutor(workers), []
 
@@ -367,28 +374,33 @@ def in_parallel(function, items, workers):
 
 
 class Judge:
-    """Asks an LLM whether an answer says what one of the gold answers says.
+    """Asks an LLM whether an answer means the same as one of the gold answers.
 
     Called with (question, gold answers, prediction), as grading.grade does; returns True, False, or None if no attempt
     brought a clear verdict: `undecided` has a key for each such answer. journal: a Journal that keeps verdicts by the
     hash of model and prompt. The files `caches` are read too: nothing is asked twice. Threads may share a judge.
-    Raises what Client.probe and Client.chat raise, but not BadRequest for a single answer: that is no verdict.
+    Raises what Client.probe and Client.chat raise, except BadRequest for a single answer, which then has no verdict.
     """
 
-    ATTEMPTS, CHARACTERS = 3, 2000  # the answer to a factual question is a phrase: a longer one is cut
+    ATTEMPTS = 3
+    CHARACTERS = 2000  # of an answer; the answer to a factual question is a phrase, so a longer one is cut
     MAX_TOKENS = 1024  # some judges think first
 
     def __init__(self, client, prompts, journal, caches=()):
-        self.client, self.prompts, self.journal, self.undecided = client, prompts, journal, set()
+        self.client = client
+        self.prompts = prompts
+        self.journal = journal
+        self.undecided = set()
         rows = list(journal.rows)
         for path in caches:
             with contextlib.suppress(InputError):  # another process may be writing its last line
                 rows.extend(row for _, row in read_jsonl(path))
         self.verdicts = {row["key"]: row["verdict"] for row in rows}
-        self.lock, self.probed = threading.Lock(), False
+        self.lock = threading.Lock()
+        self.probed = False
 
     def probe(self):
-        """Ask a short question before the first of all; see Client.probe."""
+        """Ask a short question once, before the first verdict; see Client.probe."""
         with self.lock:
             if not self.probed:
                 self.client.probe(temperature=0.0, max_tokens=self.MAX_TOKENS, seed=0)
@@ -417,7 +429,7 @@ class Judge:
 
 
 def read_verdict(reply):
-    """The verdict in a reply: that of the JSON object asked for, whatever stands around it, or the one word alone.
+    """Returns the verdict of the JSON object in a reply, with any text around it, or of a reply that is one word.
 
     None for a reply without a verdict, or with two different ones.
     """

@@ -3,11 +3,11 @@ r"""Mathematical answers in LaTeX, plain text or Python's notation: one spelling
     read(r"6\frac{1}{6}\text{ feet}")     # Value(tree of (6+1/6), unit="ft")
     read("x = (1, 2]")                    # Group("=", ("x", Group("(]", (Value(...), Value(...)))))
 
-Nothing is passed to eval: ast.parse reads the text, and evaluate() knows a white list of operations. Rational values
-are exact (Fraction), others have 150 digits (mpmath). Expressions with variables are compared at six random rational
-points: two different polynomials of degree d agree at one with a probability below d / 10^6 (Schwartz 1980, Zippel
-1979). They are real functions: a point where neither has a real value does not count, so sqrt(1/n) is 1/sqrt(n), but
-sqrt(n^2) is not n. Lengths and powers are bounded: what exceeds a bound is Unreadable, and never right.
+Nothing is passed to eval: ast.parse reads the text, and evaluate() allows only the operations listed here. Rational
+values are exact (Fraction), others have 150 digits (mpmath). Expressions with variables are compared at six random
+rational points: two different polynomials of degree d agree at one with a probability below d / 10^6 (Schwartz 1980,
+Zippel 1979). They are real functions: a point where neither has a real value does not count, so sqrt(1/n) is 1/sqrt(n),
+but sqrt(n^2) is not n. Lengths and powers are bounded: an answer beyond the bounds is Unreadable, and never right.
 """
 
 import ast
@@ -25,14 +25,14 @@ import mpmath
 MAX_NODES = 1500  # of one answer: operations, numbers and names
 MAX_BITS = 20_000  # of an exact numerator or denominator; 2^{4181} is a gold answer of MATH
 MAX_FACTORIAL = 1000
-mp = mpmath.MPContext()  # a context of its own: the precision that others chose for mpmath stays as it is
+mp = mpmath.MPContext()  # a separate context, so that mpmath's global precision is not changed
 mp.dps = 150
 LARGEST = mp.mpf(10) ** 40  # of inexact numbers: beyond it and 1 / LARGEST, 150 digits might not tell two sums apart
 ROUNDING = mp.mpf(10) ** -90  # smaller differences are errors of the 150-digit arithmetic
 
 
 class Unreadable(ValueError):
-    """The text is no answer that can be read, or its value is out of range."""
+    """The text cannot be read as an answer, or its value is out of range."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ def power(a, b):
 
 
 def natural(number):
-    """The number as int; refuses what has no factorial here."""
+    """Returns the number as an int. Raises Unreadable if it is no integer from 0 to MAX_FACTORIAL."""
     if not isinstance(number, Fraction) or number.denominator > 1 or not 0 <= number <= MAX_FACTORIAL:
         raise Unreadable("a factorial of such a number")
     return int(number)
@@ -87,14 +87,14 @@ CALLS = [name for name in OPERATIONS if isinstance(name, str)]
 CONSTANTS = {"pi": +mp.pi, "e": +mp.e, "E": +mp.e, "i": mp.mpc(0, 1), "I": mp.mpc(0, 1), "infty": mp.inf}
 MARKS = {"percent": Fraction(1, 100), "degree": mp.pi / 180}
 GREEK = "alpha beta gamma delta epsilon theta lambda mu phi varphi omega rho sigma tau".split()
-# How sympy and numpy write sets and rows: the brackets that they stand for
+# Names that sympy and numpy give to sets and rows: the kind of Group
 CONTAINERS = {"Interval": "[]", "Interval.open": "()", "Interval.Lopen": "(]", "Interval.Ropen": "[)"}
 CONTAINERS |= {"Eq": "=", "Union": "∪", "FiniteSet": "{}", "Tuple": "()", "Point2D": "()"}
 CONTAINERS |= dict.fromkeys(["array", "Matrix", "ImmutableDenseMatrix", "list", "tuple", "set", "frozenset"], "json")
 
 # ------------- One spelling for each thing
 
-SPELLINGS = {  # ours: what others write; a spelling that ends in a letter ends a word
+SPELLINGS = {  # our spelling: other spellings; one that ends in a letter matches only at the end of a word
     **{"*": r"\cdot \times × · ⋅", "/": r"\div ÷", "-": "− –", "^": "**", "^2": "²", "^3": "³", "=": "==", "∈": r"\in"},
     **{"≤": r"\le \leq \leqslant <=", "≥": r"\ge \geq \geqslant >=", "<": r"\lt", ">": r"\gt"},
     **{"≈": r"\approx", "| ": r"\cup ∪", "±": r"\pm", " or ": r"\lor \vee ∨", "|": r"\vert \lvert \rvert \mid"},
@@ -162,7 +162,7 @@ def clean(text):
 
 # ------------- Python's syntax
 
-NESTED = "[^()]*+"  # what may stand between two brackets
+NESTED = "[^()]*+"  # the text between two brackets
 for _ in range(5):
     NESTED = rf"(?:[^()]++|\({NESTED}\))*+"
 FUNCTION = r"(?:\\|(?<![a-zA-Z\\]))(" + "|".join(sorted(FUNCTIONS, key=len, reverse=True)) + r")(?![a-zA-Z])"
@@ -183,13 +183,13 @@ REWRITES = [  # (pattern, replacement, example, what becomes of it); repeated, f
     (rf"((?<![\d.])\d+|(?<![a-zA-Z])[a-zA-Z]|\({NESTED}\))!(?!=)", r" factorial(\1)", "5!", " factorial(5)"),
     (rf"\\?log_(\w+)\s*\(({NESTED})\)", r" log(\2,\1)", r"\log_2(8)", " log(8,2)"),
 ]
-LABEL = re.compile(  # what may stand before "=" besides a name, and be left out
+LABEL = re.compile(  # what may precede "=" besides a name, and be left out
     r"(?:^|(?<=[,{(\[])|(?<=, )|(?<=or )|(?<=and ))("
     r"\([a-z]\w*(?:, ?[a-z]\w*)+\)|[a-z](?:\^\(-1\))?\([a-z]\)|"  # (x, y), f(x)
     r"[A-Z]+\([^()=]*(?:=[^()]*)?\)|[A-Z][A-Za-z]+|\\text ?\{[^{}]*\}|"  # P(A), AB, Area
     r"(?:m ?)?\\(?:angle|overline) ?\{?[A-Z]+\}?)(?= ?[=∈])"
 )
-TOKEN = re.compile(  # a unit stands after a space: \text{ cm}^2, inches, km/h
+TOKEN = re.compile(  # a unit follows a space: \text{ cm}^2, inches, km/h
     r"""(?x) (?P<unit> (?: \s*\\text\s*\{[^{}]*\}
       | \s+(?!degree|percent|sin|cos|tan|log|sqrt)(?:[a-zA-Z]{4,}|cm|mm|km|kg|in|ft|mph|sq|USD|(?i:[ap]\.?m))
         \b(?![\w.]*\()\.?(?:/[a-z]+)? ) (?:\s*\^\s*\(?\d\)?)? )
@@ -211,7 +211,7 @@ HALF_OPEN = {"(]": "Interval.Lopen(", "[)": "Interval.Ropen("}
 
 
 def to_python(text):
-    r"""A cleaned text in Python's syntax: \frac{1}{2}x^2 is ((1)/(2))*x**2. What may mean two things is Unreadable."""
+    r"""Returns a cleaned text in Python's syntax: \frac{1}{2}x^2 is ((1)/(2))*x**2. An ambiguous text is Unreadable."""
     before = None
     while text != before:
         before = text
@@ -252,7 +252,7 @@ def to_python(text):
 
 
 def python_token(kind, token, last):
-    """The kind and the Python text of a token; xy is a product of two names, AB is a name."""
+    """Returns the kind and the Python text of a token; xy is a product of two names, AB is a name."""
     name = token.lstrip("\\")
     if kind == "number":
         return kind, str(int(token)) if token.isdigit() else f"Decimal('{token}')"
@@ -283,7 +283,7 @@ UNITS |= {"inche": "in", "inch": "in", "feet": "ft", "foot": "ft", "usd": "dolla
 
 
 def unit(words):
-    r"""One spelling of the words after a value: \text{ square inches} is in^2."""
+    r"""Returns one spelling of the words after a value: \text{ square inches} is in^2."""
     words = re.sub(r"\^\s*[({]?(\d)", r"^\1", words.lower())
     if NOT_UNITS.search(words):
         raise Unreadable(f"{words!r} after a value")
@@ -361,7 +361,7 @@ def value_of(tree):
 
 
 def name_of(tree):
-    """x of x = 5, f(x) of f(x) = 5; another left side stays a tree."""
+    """Returns the left side of an equation as text if it is a name, such as x or f(x), otherwise its tree."""
     match tree:
         case ast.Name(id=name) | ast.Constant(value=str(name)):
             return name
@@ -386,7 +386,7 @@ def relation(sides, signs):
 
 
 def group(kind, items):
-    """A Group. A single item stands for itself, unless it is a row or an interval; an item with ± is two."""
+    """Returns a Group, or a single item alone unless it is a row or an interval. An item with ± becomes two."""
     items = list(items)
     if len(items) > 1 or not kind:
         items = [signed for item in items for signed in both_signs(item)]
@@ -409,7 +409,7 @@ def is_group(node, *kinds):
 
 
 def both_signs(item):
-    """The nodes that a node with ± stands for."""
+    """Returns the two nodes that a node with ± means; for another node, itself."""
     if is_group(item, "="):
         return [Group("=", (item.items[0], value)) for value in both_signs(item.items[1])]
     if not isinstance(item, Value) or "plus_minus" not in variables(item.tree):
@@ -422,9 +422,9 @@ def both_signs(item):
 
 
 def evaluate(tree, names):
-    """The number that a tree stands for, a Fraction or an mpmath number; names: the values of the names.
+    """Returns the value of a tree, a Fraction or an mpmath number. names: the values of the names.
 
-    Raises ValueError or ArithmeticError where there is none, or where it is out of range.
+    Raises ValueError or ArithmeticError if it has none, or if it is out of range.
     """
     match tree:
         case ast.Constant(value=int(value)):
@@ -467,7 +467,7 @@ def evaluate(tree, names):
 
 
 def variables(tree):
-    """The names in a tree that are no constants, marks included."""
+    """Returns the names in a tree that are not constants; marks are included."""
     names = {part.id for part in ast.walk(tree) if isinstance(part, ast.Name)}
     return names - {*CONSTANTS, *CALLS, "unit", "Decimal"}
 
@@ -501,7 +501,7 @@ def same_value(prediction, gold, question):
 
 
 def without_mark(tree):
-    """The tree of 90 for that of 90°; a mark inside a function stays."""
+    """Returns the tree of 90 for that of 90°; a mark inside a function is kept."""
     match tree:
         case ast.BinOp(left=number, op=ast.Mult(), right=ast.Name(id="percent" | "degree")):
             return number
@@ -518,9 +518,9 @@ def same_number(prediction, gold, constants):
 
 
 def tolerance(a, b, step, gold_step):
-    """How far apart two numbers may be if one is a decimal, with `step` in its last place; 0: it is none.
+    """Returns how far apart two numbers may be if one is a decimal. step: one unit in its last place; 0: no decimal.
 
-    A decimal stands for what rounds to it if it has six decimal places (as in Math-Verify) or seven digits.
+    A decimal equals the numbers that round to it if it has six decimal places (as in Math-Verify) or seven digits.
     """
     if not step:
         return 0

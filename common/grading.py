@@ -9,7 +9,7 @@ teacher trajectory it trains the student on an error. A text that cannot be read
 
 Math: common/expressions.py reads an answer (LaTeX, plain text, Python's or sympy's notation, a JSON value). Words after
 a value may be left out, but two different units never agree. 50% is 0.5, and 50 if the gold answer has the sign or the
-question asks for percent. A decimal stands for the numbers that round to it if it has six decimal places, as in
+question asks for percent. A decimal equals the numbers that round to it if it has six decimal places, as in
 Math-Verify, or seven digits: 3.141593 is pi, 3.14159 is not. From other numbers it may differ by 10^-14 (doubles are
 rounded). "x =" before an answer may be left out; two equations are equal if their differences are proportional. x < 2
 is (-oo, 2). "1, 2" is unordered; tuples and vectors are ordered; (a, b] is not [a, b]. [2, 5] may be the list 2, 5, but
@@ -118,7 +118,7 @@ def without_latex(text):
     return unicodedata.normalize("NFC", text)
 
 
-# The sign and the decimal point of a number, and what else stands between two digits, are no punctuation; "1,000" is.
+# A number's sign, its decimal point and other signs between two digits are not punctuation; the comma of 1,000 is.
 IN_NUMBERS = r"(?<![^\s(])-(?=\$?\.?\d)|(?<!\w)\.(?=\d)|(?<=\d)(?:[^\w\s,]|,(?!\d{3}(?!\d)))(?=\d)"
 PUNCTUATION = re.compile(f"({IN_NUMBERS})|[{re.escape(string.punctuation)}]")
 QUOTES = str.maketrans("‘’´“”–—−", "\u0027\u0027\u0027" + '""---')
@@ -127,7 +127,7 @@ QUOTES = str.maketrans("‘’´“”–—−", "\u0027\u0027\u0027" + '""---'
 def normalise_fact(value):
     """Lower case, no punctuation, no articles, single spaces (SQuAD 1.1), but 3.5 is not 35 and -5 is not 5.
 
-    Where nothing is left ("A", "!!!"), articles and then punctuation stay.
+    Where nothing is left ("A", "!!!"), articles and then punctuation are kept.
     """
     original = fact_text(value).translate(QUOTES).lower().strip()
     text = PUNCTUATION.sub(r"\1", original)
@@ -178,7 +178,7 @@ STATED = re.compile(
     )
     (?:[\s:=*] | (?:\$\$|\\\[)\s*\n)* (.*\w.*)"""
 )
-# An abbreviation's point ends no sentence, unless a word follows that can only begin one.
+# The point of an abbreviation does not end a sentence, unless the next word can only begin one.
 SENTENCE_END = re.compile(
     r"(?<!\b[A-Z])(?<!\b(?:St|Mt|Ft|Dr|Mr|Ms|Jr|Sr|Lt|No|vs|Co))(?<!\b(?:Mrs|Inc|Ltd|Gen|Col|Rev|Sgt|Gov|Sen|Rep))\.\s+[A-Z]"
     r"|[.!?]\s+(?:It|This|That|These|He|She|They|We|I|The|There|Therefore|So|Because|Since|Note)\b"
@@ -204,7 +204,7 @@ CHOICE = re.compile(r"^(?:\\text\s*\{)?\([A-Z]\)\s*\}?\s+(?!.*[A-Z])")  # of \te
 
 
 def compare(prediction, answer, question=""):
-    """The Verdict on a prediction (JSON value or text) for a gold answer (text or number).
+    """Returns the Verdict on a prediction (JSON value or text) for a gold answer (text or number).
 
     why: exact (the same text), text (the same words) or equal (in value); different or unreadable.
     """
@@ -231,7 +231,7 @@ def compare(prediction, answer, question=""):
 
 
 def exact_part(answer):
-    r"""Without what follows the value in x = 2\sqrt{3} \approx 3.46; `x \approx 3.46` has no other value."""
+    r"""Returns x = 2\sqrt{3} for x = 2\sqrt{3} \approx 3.46, and 3.46 for x \approx 3.46."""
     if not isinstance(answer, str):
         return answer
     pieces = [piece for piece in re.split(r"\\approx|≈", answer) if not re.fullmatch(r"[a-zA-Z]?\s*", clean(piece))]
@@ -275,7 +275,7 @@ def same_equation(prediction, gold):
     return any(not isinstance(node.items[0], str) for node in (prediction, gold)) and proportional(*differences)
 
 
-# Which brackets of a prediction may stand for which of a gold answer. A Python list cannot say that an end is open.
+# The brackets of a gold answer: others that a prediction may have. A Python list cannot say that an end is open.
 LISTS = {"": ("json", "[]", "{}", "()"), "{}": ("json", ""), "()": ("json",), "[]": ("json",)}
 LISTS |= {"json": ("[]", "()", "{}", "")}
 

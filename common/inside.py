@@ -1,13 +1,13 @@
-"""The inside of the sandbox: the processes that run code of a language model, and what contains them.
+"""The inside of the sandbox: the processes that run a language model's code, and their containment.
 
     warm interpreter        one per host process: has imported numpy and sympy
       first process         one per sandbox: sets up limits, Landlock and seccomp; runs no foreign code
         candidate           runs one action; if the host keeps it, it is the state, and forks the next candidates
 
-Each is a `Process` that serves its channel. A message with two descriptors (a channel, and a file to print into) asks
-it to fork, and the fork does what the message says; one without is a tool's reply. A channel that is closed ends the
-process; the first processes also watch the host itself, because a fork of the host has its channels, too. Foreign code
-can change everything in its own process. sandbox.py, the host, starts this file as a program.
+Each is a `Process` that serves its channel. A message with two descriptors (a channel, and a file for the output) is a
+request to fork: the fork does what the message says. A message without descriptors is a tool's reply. A process ends
+when its channel is closed. The first processes also watch the host's process, because a fork of the host keeps the
+channels open. Foreign code can change everything in its own process. sandbox.py, the host, runs this file.
 
 Sources: the manual pages landlock(7), seccomp(2), capset(2), clone(2), prctl(2); linux/filter.h for the BPF program.
 """
@@ -46,13 +46,14 @@ from contextlib import suppress
 from decimal import Decimal
 from queue import SimpleQueue
 
-__builtins__ = dict(vars(builtins))  # of this file: the code may replace builtins.open or builtins.print
+__builtins__ = dict(vars(builtins))  # a copy for this file: foreign code may replace builtins.open
 
-TEXT_LIMIT = 10_000  # characters kept of what is printed, a result, an error, an answer that JSON cannot hold
+TEXT_LIMIT = 10_000  # characters kept of the output, a result, an error, or an answer that JSON cannot hold
 OUTPUT_BYTES = 1 << 20  # bytes that a step can print; writing more raises OSError in the code
 OPEN_FILES = 64  # descriptors that the code can have open
 CALLS = 8  # tool calls at the same time
-ERRORS = ("ValueError", "TypeError", "KeyError", "IndexError", "OSError", "ConnectionError", "TimeoutError")  # of tools
+# Types of a tool's exception that the code sees; others become a RuntimeError.
+ERRORS = ("ValueError", "TypeError", "KeyError", "IndexError", "OSError", "ConnectionError", "TimeoutError")
 PATIENCE = 0.3  # seconds that a step waits for threads that its code started and did not join
 CHANNEL = 3  # the descriptor of a process's channel to the host
 
@@ -102,10 +103,10 @@ def cut(text, limit=TEXT_LIMIT):
     return f"{text[:half]}\n[... {len(text) - 2 * half:,} characters not shown ...]\n{text[-half:]}"
 
 
-# ------------- System calls: what is not listed is denied. Not listed are sockets, programs, signals to others, ptrace,
-# mount, bpf, io_uring, every new call, and all that creates, changes or removes a file.
+# ------------- System calls. Those that are not listed are denied: network sockets, programs, signals to others,
+# ptrace, mount, bpf, io_uring, all new system calls, and those that create, change or remove a file.
 
-ALLOWED = [  # (what for, numbers on x86-64, numbers on arm64)
+ALLOWED = [  # (purpose, numbers on x86-64, numbers on arm64)
     ("read and write what is open", "0 1 3 8 17-20 32 33 292 436", "23 24 57 62-68 436"),
     ("stat, list and enter folders", "4-6 21 79-81 89 137 138 217 262 267 269 332 439",
      "17 43 44 48-50 61 78-80 291 439"),
@@ -118,7 +119,7 @@ ALLOWED = [  # (what for, numbers on x86-64, numbers on arm64)
     ("IDs, limits, uname, getrandom", "39 63 97-100 102 104 107 108 110 111 115 118 120 121 124 318",
      "148 150 153 155 156 158 160 163 165 172-177 179 278"),
 ]  # fmt: skip
-NAMED = {  # allowed if some arguments fit (see CHECKS), or used here before the filter is there
+NAMED = {  # allowed with some arguments (see CHECKS), or called here before the filter is set
     "open": (2, None), "openat": (257, 56), "mmap": (9, 222), "clone": (56, 220), "clone3": (435, 435),
     "ioctl": (16, 29), "fcntl": (72, 25), "prctl": (157, 167), "prlimit64": (302, 261), "socketpair": (53, 199),
     "sendto": (44, 206), "seccomp": (317, 277), "capset": (126, 91), "landlock_create_ruleset": (444, 444),
@@ -137,13 +138,13 @@ def allowed(column):
 
 ALL_BITS = 0xFFFFFFFF
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
-# clone's flags: CLONE_THREAD with SIGHAND, VM, FS, FILES; the mask leaves out those that say where numbers are stored.
+# clone's flags: CLONE_THREAD with SIGHAND, VM, FS, FILES; the mask ignores flags such as SETTLS and CHILD_SETTID.
 THREAD, THREAD_MASK = 0x10F00, 0x7E03FFFF
 # (call, [(argument, mask, values)]): each of these arguments must, under its mask, be one of its values.
 CHECKS = [
     ("open", [(1, WRITING, [0])]),
     ("openat", [(2, WRITING, [0])]),
-    ("mmap", [(3, 1, [0])]),  # no MAP_SHARED: candidates would share what their state has mapped
+    ("mmap", [(3, 1, [0])]),  # no MAP_SHARED: candidates would share the mapping
     ("clone", [(0, THREAD_MASK, [THREAD])]),
     ("ioctl", [(1, ALL_BITS, [0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451])]),  # isatty, sizes, FIONBIO, FIOCLEX
     ("fcntl", [(1, ALL_BITS, [0, 1, 2, 3, 4, 1030])]),  # duplicates, F_GETFD, F_SETFD, F_GETFL, F_SETFL
@@ -180,7 +181,7 @@ def _rule(number, checks, verdict):
 
 
 def restrict_calls(key):
-    """Deny every system call that is not listed. key: 64 bits, which make clone a fork where it has no argument."""
+    """Deny every system call that is not listed. clone may fork if its unused sixth argument is the key (64 bits)."""
     own = [(0, ALL_BITS, [signal.SIGCHLD]), (5, ALL_BITS, [key & ALL_BITS]), (5.5, ALL_BITS, [key >> 32])]
     program = [(LOAD, 0, 0, ARCHITECTURE), (EQUAL, 1, 0, 0xC00000B7 if ARM else 0xC000003E), (RETURN, 0, 0, KILL)]
     for number in allowed(1 + ARM):
@@ -195,7 +196,10 @@ def restrict_calls(key):
 
 
 def _fork(key):
-    """A fork by a call that the filter knows, and with the parent's random numbers: Python would seed them again."""
+    """Fork with the key that the filter asks for. Returns the PID, or 0 in the child.
+
+    The child continues the parent's random numbers, which Python would seed again.
+    """
     drawn = random.getstate()
     if SUPPORTED:
         ctypes.pythonapi.PyOS_BeforeFork()
@@ -217,10 +221,10 @@ def _fork(key):
 def restrict_files(readable):
     """Drop all privileges, and deny every file access except reading below the paths `readable`. stat stays allowed."""
     _call("capset", struct.pack("=Ii", 0x20080522, 0), bytes(24))
-    _call("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS: set-user-ID programs give none back
+    _call("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS: set-user-ID programs give no privileges back
     _call("prctl", 4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: other processes of this user cannot look into this one
     version = _call("landlock_create_ruleset", None, 0, 1)  # LANDLOCK_CREATE_RULESET_VERSION
-    rights = {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)  # to files, all that this version knows
+    rights = {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)  # rights to files: all that this version knows
     attribute = struct.pack("=QQQ", (1 << rights) - 1, 3, 3)  # also TCP; abstract Unix sockets and signals
     attribute = attribute[: 8 if version < 4 else 16 if version < 6 else 24]
     ruleset = _call("landlock_create_ruleset", attribute, len(attribute), 0)
@@ -248,13 +252,13 @@ class _Output(io.FileIO):
 
 
 class Process:
-    """This process. What it is changes with each fork."""
+    """The current process: the warm interpreter, after a fork a first process, after another a candidate."""
 
     def __init__(self, readable):
         self.readable = readable
         self.channel = socket.socket(fileno=CHANNEL)
         self.ends_group = True  # the warm interpreter and the first processes
-        self.limits = {}  # kind: (for foreign code, what is added when its errors are reported)
+        self.limits = {}  # kind: (limit of foreign code, what is added while its errors are reported)
         self.filter_key = None
         self.host = None  # becomes readable when the host has ended, even if a fork of it still has the channels
         with suppress(AttributeError, OSError):
@@ -266,12 +270,12 @@ class Process:
         self.given = {"__builtins__": builtins, "final_answer": self.final_answer}
 
     def renew(self):
-        """Locks and queues that no thread of the parent holds."""
+        """Make new locks and queues: in a fork, the old ones may be held by a thread that only the parent has."""
         self.writing = threading.RLock()
         self.calls = threading.Semaphore(CALLS)
         self.reading = False  # a thread reads the channel; otherwise, the main thread does
         self.requests = SimpleQueue()  # of the host, from that thread
-        self.forked = SimpleQueue()  # back to that thread: the main thread has done what was asked
+        self.forked = SimpleQueue()  # tells that thread that the main thread has forked
         self.replies = {}  # number of a tool call -> queue for its reply
 
     def serve(self):
@@ -312,20 +316,20 @@ class Process:
         return json.loads(data), [number for *_, item in extra for number in struct.unpack("=2i", item)]
 
     def read(self):
-        """Pass on replies to the calls that wait, and requests to the main thread. Runs in a thread of its own, so that
-        no signal handler of the code stops it halfway."""
+        """Pass replies to the calls that wait, and requests to the main thread. Runs in a separate thread, because
+        signal handlers of the code interrupt the main thread."""
         with suppress(EOFError):
             while True:
                 message, descriptors = self.receive()
                 if descriptors:
                     self.requests.put((message, descriptors))
-                    self.forked.get()  # until then it must not receive the next, which the fork would have, too
+                    self.forked.get()  # before that, no further message is received: the fork would have it, too
                 else:
                     self.replies[message["reply"]].put(message)
         os._exit(1)
 
     def write(self, message):
-        """Send what `pack` returned. Neither another thread nor a signal handler can cut it in two."""
+        """Send what `pack` returned. No other thread and no signal handler can write in the middle of it."""
         with self.writing:
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
             try:
@@ -335,7 +339,7 @@ class Process:
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def begin(self, message):
-        """In a fork: tell the host who this is, then do what it asks for, which can be nothing."""
+        """In a fork: send the PID to the host, then run the action of its message, if there is one."""
         self.renew()
         self.ends_group = "tools" in message
         hello = {"pid": os.getpid()}
@@ -379,7 +383,7 @@ class Process:
         return missing
 
     def set_limits(self, foreign):
-        """Limit what foreign code can use, or a little more, so that its errors can be reported."""
+        """Set the limits of foreign code, or slightly higher ones, with which its errors can be reported."""
         for kind, (limit, margin) in self.limits.items():
             with suppress(ValueError, OSError):  # the hard limit is lower already
                 resource.setrlimit(kind, (limit if foreign else limit + margin, limit + margin))
@@ -446,7 +450,7 @@ class Process:
             message = pack({"final": cut(str(answer))})
         with self.writing:
             if not self.final:
-                self.write(message)  # now, so that it stands even if the code catches the exception or is killed
+                self.write(message)  # at once, so that it counts even if the code catches SystemExit or is killed
             self.final = True
         raise SystemExit  # which ends a thread without a message
 
@@ -475,7 +479,7 @@ class Process:
         return tool
 
 
-# ------------- What the host is told: results, errors, final answers
+# ------------- What is sent to the host: results, errors, final answers
 
 
 def _describe(error):
@@ -489,7 +493,7 @@ def _describe(error):
             frames = [x for x in traceback.extract_tb(error.__traceback__) if x.filename.startswith("<step ")]
     for frame in frames[:1] + frames[1:][-1:]:
         name = "" if frame.name == "<module>" else f"in {frame.name}, "
-        step = "" if frame.filename == frames[0].filename else f"{frame.filename[1:-1]}, "  # an earlier one's function
+        step = "" if frame.filename == frames[0].filename else f"{frame.filename[1:-1]}, "  # of an earlier step
         places.append(f"{name}{step}line {frame.lineno}: {frame.line}")
     text += f" ({'; '.join(places)})" if places else ""
     if error.__cause__:
@@ -543,7 +547,7 @@ def _readable():
     paths |= {"/etc/localtime", "/dev/null", "/dev/urandom"}
     with suppress(OSError), open("/proc/self/maps") as maps:
         loaded = {line.split(maxsplit=5)[5].strip() for line in maps if ".so" in line}
-        # Beside the C library are those that the standard library loads later.
+        # Python's standard library loads others later, from the folder of the C library.
         paths |= loaded | {os.path.dirname(path) for path in loaded if os.path.basename(path).startswith("libc.")}
     return sorted(path for path in paths if os.path.exists(path))
 
@@ -556,7 +560,7 @@ def main(descriptor, packages):
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a first process must outlive the others
     if SUPPORTED:
-        _call("prctl", 36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: the parent of those whose own has ended
+        _call("prctl", 36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans become children of this process
     paths = [path for path in sys.path[1:] if path.startswith((sys.prefix, sys.base_prefix))]
     sys.path[:] = dict.fromkeys(paths + packages)
     import numpy
@@ -569,7 +573,7 @@ def main(descriptor, packages):
     make = numpy.random.default_rng
     numpy.random.default_rng = lambda seed=None: make(numpy.random.randint(1 << 31) if seed is None else seed)
     sys.set_int_max_str_digits(0)
-    threading.stack_size(4 << 20)  # a fork keeps the address space of the stacks of threads that it has not got
+    threading.stack_size(4 << 20)  # a fork keeps the address space of its parent's thread stacks
     os.environ.clear()
     sys.argv = [""]
     process = Process(_readable())

@@ -1,4 +1,4 @@
-"""Where models run and how they are read: devices, chat templates, LoRA adapters in PEFT's file format.
+"""Devices, models, chat templates, and LoRA adapters in PEFT's file format.
 
 device = choose_device("auto")
 model, tokenizer = load_model("runs/student", device, torch.bfloat16)
@@ -88,7 +88,7 @@ def load_base(path, dtype, dropout=0.0):
 
 
 def load_model(path, device="cpu", dtype=torch.float32):
-    """Returns (model in evaluation mode, tokenizer). Adapters are left unmerged: bf16 weights would round them away."""
+    """Returns (model in evaluation mode, tokenizer). Adapters stay unmerged: bf16 weights would lose small updates."""
     model, _ = load_base(path, dtype)
     for _, layer in lora_layers(model):
         layer.to(dtype)
@@ -157,7 +157,7 @@ class Reply:
     """An assistant's message as the chat template prints it."""
 
     content: str
-    prompt: str  # what the student reads before it: the messages so far and the header of the reply
+    prompt: str  # what the student reads before it: the earlier messages and the header of the reply
     text: str  # the conversation up to the reply, which starts with the prompt
     start: int  # where in the text the content starts; a template may print something before it
     end: int  # where in the text the reply ends, behind its end-of-turn token

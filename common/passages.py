@@ -68,7 +68,7 @@ def read_chunk(path, start, end):
 
 
 TERM = np.dtype("S32")  # longer words are the same if they begin with the same 32 bytes
-# A query leaves these words out, unless it has no other: "The Who". They do not add to a passage's length.
+# These words are left out of a query, unless it has no others ("The Who"). They do not add to a passage's length.
 STOP_WORDS = frozenset(
     b"a an and are as at be been but by did do does for from had has have he her him his how in into is it its of on "
     b"or s she that the their them there these they this those to was were what when where which who whom whose why "

@@ -3,7 +3,7 @@
     python -m miniature.teacher runs/miniature/world --then 'python agent_distill.py collect ... --url $TEACHER_URL'
 
 It is a script, not a model: it knows the plan of every question (plans.jsonl of miniature.world), and errs at the rates
-stated in Config. What it says about a page, it says only after the page stood in an observation.
+stated in Config. It states what a page says only after the page was in an observation.
 """
 
 import csv
@@ -32,7 +32,7 @@ class Config:
     port: int = option(0, "port on 127.0.0.1; 0 takes a free one")
     then: str | None = option(None, "serve while this shell command runs, with $TEACHER_URL set; exit with its status")
     wrong_plan: float = option(0.12, "the agent opens with a wrong plan, and follows it")
-    wrong_plan_cot: float = option(0.03, "the same in a chain of thought; a first-thought prefix hands it to the agent")
+    wrong_plan_cot: float = option(0.03, "the same in a chain of thought; as a prefix, it is the agent's plan, too")
     syntax_error: float = option(0.01, "the code of a step does not parse; repaired in the next step")
     run_error: float = option(0.02, "the code of a step raises an error; repaired in the next step")
     slip: float = option(0.01, "a query names another page (repaired in the next step), or code has a wrong digit")

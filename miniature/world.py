@@ -3,7 +3,7 @@
     python -m miniature.world --out runs/miniature/world --seed 0 --train-questions 600 --test-questions 25
 
 Some pages state real facts that a pretrained model has read (facts.csv: countries, landmarks, rivers, novels, writers).
-The others are about invented people, companies, towns and books that no model can know. All is drawn from one seed.
+The others are about invented people, companies, towns and books that no model can know. One seed determines everything.
 
 As in the paper (Sec. 4.1), the student is trained on two tasks and tested on eight:
 | task            | test questions                                          | what training never shows             |
@@ -176,7 +176,7 @@ class World:
         self.held_out = {e for names in self.entities.values() for e in rng.sample(names, round(HELD_OUT * len(names)))}
         self.facts = {}
         with open(Path(__file__).with_name("facts.csv"), encoding="utf-8") as file:
-            for kind, name, *values in csv.reader(file):  # the values stand in the order of RELATIONS[kind]
+            for kind, name, *values in csv.reader(file):  # the values are in the order of RELATIONS[kind]
                 self.entities.setdefault(kind, []).append(name)
                 self.facts[name] = dict(zip(RELATIONS[kind], values, strict=True))
         for kind in INVENTED:
