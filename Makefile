@@ -37,8 +37,8 @@ READY := $(VENV)/.ready
 endif
 export TOKENIZERS_PARALLELISM := false
 export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
-# Idle threads stop spinning early. On idle cores this changes nothing; beside another busy process,
-# SC-action ran at 98 tokens per second instead of 44.
+# Idle threads stop spinning early. On idle cores this changes nothing; beside another busy process, SC-action ran at 98
+# tokens per second instead of 44.
 export GOMP_SPINCOUNT ?= 3000
 
 .PHONY: help setup reproduce one report pictures test test-interop test-real bench lint clean

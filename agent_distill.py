@@ -56,11 +56,11 @@ class Prompts:
         return text
 
     def fill(self, name, **values):
-        """The prompt with its {placeholders} replaced, in one pass: braces inside a value stay as they are."""
+        """Returns the prompt with its {placeholders} replaced, in one pass: braces inside a value stay as they are."""
         return re.sub(r"\{(\w+)\}", lambda m: str(values.get(m[1], m[0])), getattr(self, name))
 
     def system(self, name, tools, max_steps=5):
-        """A system prompt. {tools} becomes the descriptions of the tools, {calls} a list of their signatures.
+        """Returns a system prompt. {tools} becomes the descriptions of the tools, {calls} a list of their signatures.
 
         tools: names. Raises InputError for a tool that prompts/tools/NAME.txt does not describe.
         """
@@ -75,7 +75,7 @@ class Prompts:
         return self.fill(name, tools="\n".join(described), calls=", ".join(calls), max_steps=max_steps)
 
     def sha256(self, method):
-        """A hash of the texts of SHOWN. Results made with other texts must not be mixed with these."""
+        """Returns a hash of the texts of SHOWN. Results made with other texts must not be mixed with these."""
         return hashlib.sha256(json.dumps([getattr(self, name) for name in SHOWN[method]]).encode()).hexdigest()
 
 
@@ -99,7 +99,7 @@ def check_options(config, prompts, kinds=()):
 
 
 def further_tools(config):
-    """The tools of --tools, {name: function}."""
+    """Returns the tools of --tools, {name: function}."""
     tools = common.resolve(config.tools, name="--tools")() if config.tools else {}
     if not isinstance(tools, dict) or not all(map(callable, tools.values())):
         raise InputError(f"--tools {config.tools}: {{name: function}} was expected, not {tools!s:.80}")
@@ -107,7 +107,7 @@ def further_tools(config):
 
 
 def open_tools(config, prompts, device=None):
-    """The tools of an agent, {name: function}: web_search, and those of --tools.
+    """Returns the tools of an agent, {name: function}: web_search, and those of --tools.
 
     A tool takes and returns JSON values, runs in this process, and must be thread-safe. The model reads its exception,
     except an InputError, which ends the run: if search fails, the run stops. device: where a dense index keeps its
@@ -215,7 +215,7 @@ def parse_action(text, opening=""):
 
 
 def _python_fences(text):
-    """The fences that say they are Python, otherwise the one after `Code:`, otherwise the first without a language."""
+    """Returns the fences marked as Python, otherwise the one after `Code:`, otherwise the first without a language."""
     fences = [fence for fence in _FENCE.finditer(text) if not fence["other"]]
     marked = [fence for fence in fences if fence["python"]]
     return marked or [fence for fence in fences if fence["label"]][:1] or fences[:1]
@@ -271,7 +271,7 @@ def votes_of(observations):
 
 
 def choose(actions, observations, rng):
-    """The vote of self-consistent action generation: the index of the candidate to keep.
+    """Returns the index of the candidate to keep: the vote of self-consistent action generation (SC-action).
 
     The majority wins; a tie goes to the observation that was sampled first. If all candidates failed, one of them is
     kept at random, and the model sees its error. With one candidate (greedy) this is candidate 0.
@@ -326,7 +326,7 @@ def observe(sandbox, actions, codes, prompts, same):
 
 
 def _step(actions, observations, chosen, vote, prompts):
-    """The step as it is stored: the chosen candidate, and all candidates if there were several."""
+    """Returns the step as it is stored: the chosen candidate, and all candidates if there were several."""
     # Another vote than `choose` is stored as one vote, for the candidate that it chose.
     votes = votes_of(observations) if vote is choose else [0 if i == chosen else None for i in range(len(actions))]
     candidates = []
@@ -368,7 +368,7 @@ def cot_episode(question, prompts, *, system, search=None, same=eq):
 
 
 def first_step(cot):
-    """The first step of a chain of thought: the text up to the first blank line. It is the prefix of Eq. 5."""
+    """Returns the first step of a chain of thought: the text up to the first blank line. It is the prefix of Eq. 5."""
     text = split_thinking(cot)[1].replace("\r\n", "\n").strip()
     return re.split(r"\n[ \t]*\n", text)[0].strip()
 
@@ -424,7 +424,7 @@ class EpisodeConfig:
 
 
 def open_episode(config, question, prompts, tools, *, system, kind=None, first_thought="", rng=random):
-    """The episode of one question by config.method: "agent", "cot" or "cot-rag". kind: "fact" or "math", for votes."""
+    """Returns the episode of one question by config.method. kind: "fact" or "math"; how a vote compares answers."""
     same = functools.partial(grading.same, kind) if kind else eq
     if config.method != "agent":
         search = tools["web_search"] if config.method == "cot-rag" else None
@@ -525,7 +525,7 @@ def question_key(text):
 
 
 def first_thoughts(path, tasks):
-    """{question_key: the first step of its chain of thought} (Eq. 5), from a file of `collect --method cot`.
+    """Returns {question_key: the first step of its chain of thought} (Eq. 5), from a file of `collect --method cot`.
 
     Prints for how many of the tasks there is none; the teacher begins their first thoughts itself.
     """

@@ -369,7 +369,7 @@ def check(config, kinds=()):
 
 
 def choose_system_prompt(config, prompts, tools):
-    """The text of --system-prompt, or of the training, or for an untrained model the long one with examples."""
+    """Returns the text of --system-prompt, or of the training, or for an untrained model the long one with examples."""
     record = models.training_record(config.model) if config.model else {}
     same = record.get("method") == config.method.split("-")[0]
     trained, usual = record.get("system_prompt") if same else None, prompts.cot_system
@@ -427,7 +427,7 @@ class Solver:
         return in_parallel(self._ask_server, episodes, self.config.concurrency)
 
     def candidates(self, turn, usage, seed=None):
-        """The texts of one turn alone. Raises BadRequest if no model can answer it."""
+        """Returns the texts of one turn alone. Raises BadRequest if no model can answer it."""
         if isinstance(self.student, Served):
             return self.student.answer(turn, usage, n=self.config.sc, seed=seed)
         [answer] = self.student.answer([turn], self.stop)
@@ -530,7 +530,7 @@ def _answer_all(config, parts, todo, total, journal):
 
 @contextlib.contextmanager
 def open_judge(config, folder, rank=0):
-    """The judge of --judge-url, with its verdicts in the run folder; None without one."""
+    """Yields the judge of --judge-url, with its verdicts in the run folder; None without a URL."""
     if not config.judge_url:
         yield None
         return

@@ -143,7 +143,7 @@ def weighted_parts(weight):
 
 
 def weight_at(place, reply, parts):
-    """The weight of the token that starts at a place of the reply's text: 0 outside the reply."""
+    """Returns the weight of the token that starts at a place of the reply's text: 0 outside the reply."""
     if not len(reply.prompt) <= place < reply.end:
         return 0.0
     place = min(place - reply.start, len(reply.content))

@@ -168,13 +168,13 @@ def run_command_line(description, commands, default=None, argv=None):
 
 
 def progress(iterable=None, *, done=0, quiet=False, unit="it", **options):
-    """A tqdm bar on stderr, updated rarely where stderr is a log file. done: items that an earlier run finished."""
+    """Returns a tqdm bar, updated rarely where stderr is a log file. done: items that an earlier run finished."""
     options |= {"dynamic_ncols": True, "mininterval": 0.1 if sys.stderr.isatty() else 30}
     return tqdm(iterable, initial=done, disable=quiet, unit=unit, unit_scale=unit == "B", **options)
 
 
 def stable_seed(*parts):
-    """A 31-bit seed from values. Unlike hash(), it is the same in every process."""
+    """Returns a 31-bit seed from values. Unlike hash(), it is the same in every process."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") >> 1
 
 
@@ -182,7 +182,7 @@ def stable_seed(*parts):
 
 
 def read_text(path):
-    """The text of a file without its last newline; InputError if it cannot be read."""
+    """Returns the text of a file without its last newline; InputError if it cannot be read."""
     try:
         return Path(path).read_text(encoding="utf-8").removesuffix("\n")
     except OSError as error:
@@ -212,7 +212,7 @@ def write_jsonl(path, rows):
 
 
 def parse_object(line, where):
-    """The JSON object in bytes or text; otherwise an InputError that starts with `where`."""
+    """Returns the JSON object in bytes or text. Raises InputError, with a message that starts with `where`."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -370,7 +370,7 @@ def keep_config(path, config, *, binding=True, notes=None, **facts):
 
 
 def serve_json(answer, host="127.0.0.1", port=0):
-    """An HTTP server (not yet started) that answers every request with JSON.
+    """Returns an HTTP server (not yet started) that answers every request with JSON.
 
     answer(method, path, body) -> (status, object); body is None for a GET. An InputError raised in it becomes status
     400, any other exception 500. Call .serve_forever(); .server_address has the port that was chosen for port 0.

@@ -102,12 +102,12 @@ class Connection:
         raise ServerError(f"{url}: {reason}; gave up after {self.retries + 1} attempts")
 
     def _shown(self, words):
-        """The beginning of what a server said, in one line, without the key, which some servers repeat."""
+        """Returns the beginning of what a server said, in one line, without the key, which some servers repeat."""
         return " ".join((words.replace(self.key, "[key]") if self.key else words).split())[:300]
 
 
 def _retry_after(response):
-    """The seconds that the server asks to wait, as a number or as a date; at most 120."""
+    """Returns the seconds that the server asks to wait, as a number or as a date; at most 120."""
     value, seconds = response.headers.get("Retry-After", ""), 0.0
     with contextlib.suppress(ValueError, OverflowError):
         seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
@@ -236,7 +236,7 @@ def _reply(message):
 
 
 def _plain(content):
-    """The text of a message's content: null, a string, or a list of parts."""
+    """Returns the text of a message's content: null, a string, or a list of parts."""
     if isinstance(content, list):
         return "".join(map(_plain, content))
     if isinstance(content, dict):
@@ -245,19 +245,19 @@ def _plain(content):
 
 
 def _thinks_on(text):
-    """Whether a text is thinking that has not ended."""
+    """Returns whether a text is thinking that has not ended."""
     return text.lstrip().startswith("<think>") and "</think>" not in text
 
 
 def cut_at_stop(text, stop):
-    """The text before the first stop string after the thinking. Some servers leave the string in, or ignore `stop`."""
+    """Returns the text before the first stop string after the thinking. Some servers keep it, or ignore `stop`."""
     begin = len(text) if _thinks_on(text) else text.find("</think>") + 1
     ends = [text.find(string, begin) for string in stop]
     return text[: min((end for end in ends if end >= 0), default=len(text))]
 
 
 def cut_partial_stop(text, stop):
-    """The text without the beginning of a stop string at its end, where the token limit cut it."""
+    """Returns the text without the beginning of a stop string at its end, where the token limit cut it."""
     parts = (string[:length] for string in stop for length in range(len(string) - 1, 0, -1))
     return text.removesuffix(next(filter(text.endswith, parts), ""))
 
@@ -327,7 +327,7 @@ class Served:
         raise InputError(f"the server does not continue a message ({refusal}): name --prefix-mode completions")
 
     def _render(self, opened):
-        """A chat as text that ends with its last message, by the model's own template."""
+        """Returns a chat as text that ends with its last message, by the model's own template."""
         if isinstance(self.tokenizer, str):
             from transformers import AutoTokenizer  # takes seconds to import, and only this mode needs it
 

@@ -141,13 +141,13 @@ CLEANING = [  # (pattern, replacement, example, what becomes of it), in this ord
 
 
 def rows(text):
-    """The rows of a LaTeX matrix as a list of lists."""
+    """Returns the rows of a LaTeX matrix as a list of lists."""
     return "[" + ",".join(f"[{row.replace('&', ',')}]" for row in text.split("\\\\") if row.strip()) + "]"
 
 
 @functools.lru_cache(1000)
 def clean(text):
-    """The text without delimiters, closing points and thousands separators, and with one spelling per symbol.
+    """Returns the text without delimiters, closing points and thousands separators, and with one spelling per symbol.
 
     A matrix becomes [[a,b],[c,d]], as sympy prints it.
     """
@@ -302,7 +302,7 @@ MINUS_INFINITY = ast.UnaryOp(ast.USub(), INFINITY)
 
 
 def read(value):
-    """The node of a JSON value or a text. Raises Unreadable, or what ast.parse raises: SyntaxError, MemoryError."""
+    """Returns the node of a JSON value or a text. Raises Unreadable, or SyntaxError or MemoryError of ast.parse."""
     if isinstance(value, list):
         return group("json", map(read, value))
     if isinstance(value, dict):
@@ -316,7 +316,7 @@ def read(value):
 
 
 def node(tree):
-    """The node of an answer in Python's syntax."""
+    """Returns the node of an answer in Python's syntax."""
     match tree:
         case ast.Constant(value=str(text)):
             return read(text)
@@ -349,7 +349,7 @@ def node(tree):
 
 
 def value_of(tree):
-    """The Value of an expression, with its units and the last place of a decimal."""
+    """Returns the Value of an expression, with its units and the last place of a decimal."""
     units = [part for part in ast.walk(tree) if isinstance(part, ast.Call) and name_of(part.func) == "unit"]
     words = " ".join(part.args[0].value for part in sorted(units, key=lambda part: part.col_offset))
     marks = " ".join(sorted(variables(tree) & set(MARKS)))
@@ -369,7 +369,7 @@ def name_of(tree):
 
 
 def relation(sides, signs):
-    """An equation; or an inequality of one name, as the interval where it holds."""
+    """Returns the Group of an equation, or of an inequality of one name: the interval where it holds."""
     if signs == [ast.Eq] or signs == [ast.In]:
         right = node(sides[1])
         return Group("∈" if signs == [ast.In] and is_group(right, *INTERVALS) else "=", (name_of(sides[0]), right))
@@ -473,7 +473,7 @@ def variables(tree):
 
 
 def values_at_points(prediction, gold, constants):
-    """The values of two trees at six random points, the first three positive; at one point if there is no variable."""
+    """Yields the values of two trees at six random points, the first three positive; once if there is no variable."""
     names = sorted((variables(prediction) | variables(gold)) - set(constants))
     generator = random.Random(0)
     for i in range(6 if names else 1):
@@ -482,7 +482,7 @@ def values_at_points(prediction, gold, constants):
 
 
 def close(a, b, allowed=0):
-    """Whether two numbers differ by no more than allowed, or by rounding. Fractions have no rounding."""
+    """Returns whether two numbers differ by no more than allowed, or by rounding. Fractions have no rounding."""
     if a == b or (not allowed and isinstance(a, Fraction) and isinstance(b, Fraction)):
         return a == b
     a, b = mp.convert(a), mp.convert(b)
@@ -490,7 +490,7 @@ def close(a, b, allowed=0):
 
 
 def same_value(prediction, gold, question):
-    """Whether two Values agree, with the marks ° and % or without them: 90 is 90°, and so is pi/2."""
+    """Returns whether two Values agree, with the marks ° and % or without them: 90 is 90°, and so is pi/2."""
     if prediction.unit and gold.unit and prediction.unit != gold.unit:
         return False
     if same_number(prediction, gold, CONSTANTS | MARKS):
@@ -509,7 +509,7 @@ def without_mark(tree):
 
 
 def same_number(prediction, gold, constants):
-    """Whether two Values are equal at all points where one is real; if there are no variables, within a tolerance."""
+    """Returns whether two Values are equal at all points where one is real; without variables, within a tolerance."""
     pairs = list(values_at_points(prediction.tree, gold.tree, constants))
     if len(pairs) == 1:
         return close(*pairs[0], tolerance(*pairs[0], max(prediction.step, gold.step), gold.step))
@@ -534,7 +534,7 @@ def tolerance(a, b, step, gold_step):
 
 
 def proportional(prediction, gold):
-    """Whether one tree with variables is a constant times the other: 2x - 4 is 2 times x - 2."""
+    """Returns whether one tree with variables is a constant times the other: 2x - 4 is 2 times x - 2."""
     pairs = list(values_at_points(prediction, gold, CONSTANTS | MARKS))
     (a0, b0), *others = pairs
     return bool(others and a0 and b0) and all(close(a * b0, b * a0) for a, b in others)

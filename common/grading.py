@@ -85,7 +85,7 @@ def grade(kind, prediction, answer, aliases=(), question="", judge=None):
 
 
 def fact_text(value):
-    """A JSON value as a person would write it: True is yes, 1969.0 is 1969, a list has commas, LaTeX is plain text."""
+    """Returns a JSON value as plain text: True is yes, 1969.0 is 1969, a list has commas, LaTeX is replaced."""
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -111,7 +111,7 @@ ACCENTS = dict(zip("`'^\"~", "\u0300\u0301\u0302\u0308\u0303", strict=True))  # 
 
 
 def without_latex(text):
-    r"""A fact in plain text: \text{A\$AP Rocky} is A$AP Rocky. A text without LaTeX stays as it is."""
+    r"""Returns a fact in plain text: \text{A\$AP Rocky} is A$AP Rocky. A text without LaTeX stays as it is."""
     if "\\" in text:
         for pattern, replacement in LATEX:
             text = re.sub(pattern, replacement, text)
@@ -135,7 +135,7 @@ def normalise_fact(value):
 
 
 def exact_match(prediction, answers):
-    """Whether the prediction is one of the answers after normalisation."""
+    """Returns whether the prediction is one of the answers after normalisation."""
     return normalise_fact(prediction) in map(normalise_fact, answers)
 
 
@@ -146,7 +146,7 @@ BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*(?:\{|(\\?[^\s$\\{}]*[^\s$\\{}
 
 
 def boxed_answer(text):
-    r"""The content of the last complete \boxed{...} or \fbox{...} (also `\boxed 5`) that is not empty, or None."""
+    r"""Returns the content of the last complete \boxed{...} or \fbox{...} (or `\boxed 5`) with an answer, or None."""
     boxes = []  # (start, end) of the contents
     opened = []  # (start, whether it is a box) of the braces
     for match in BOX.finditer(text):
@@ -187,8 +187,8 @@ SENTENCE_END = re.compile(
 
 
 def cot_answer(text):
-    """The boxed answer; else what the last "Final answer: ...", "The answer is ...", "Answer: ..." or "#### ..."
-    states, up to the end of its sentence; else None."""
+    """Returns the boxed answer; else what the last "Final answer: ...", "The answer is ...", "Answer: ..." or
+    "#### ..." states, up to the end of its sentence; else None."""
     boxed = boxed_answer(text)
     if boxed is not None:
         return boxed
@@ -239,12 +239,12 @@ def exact_part(answer):
 
 
 def words_of(text):
-    """The words of a text in lower case, without LaTeX's \\text: "(C)" is ["c"]."""
+    """Returns the words of a text in lower case, without LaTeX's \\text: "(C)" is ["c"]."""
     return re.findall(r"\w+", clean(text).replace(r"\text", " ").lower())
 
 
 def same_node(prediction, gold, question=""):
-    """Whether two nodes mean the same."""
+    """Returns whether two nodes mean the same."""
     interval = is_group(prediction, "∈") or is_group(gold, "∈")
     if is_group(prediction, "=", "∈") and is_group(gold, "=", "∈"):
         names = (prediction.items[0], gold.items[0])
@@ -266,7 +266,7 @@ def same_node(prediction, gold, question=""):
 
 
 def same_equation(prediction, gold):
-    """Whether the differences of their sides are proportional: 2x - 4 = 0 is x = 2."""
+    """Returns whether the differences of their sides are proportional: 2x - 4 = 0 is x = 2."""
     differences = []
     for left, right in (prediction.items, gold.items):
         if not isinstance(right, Value):
@@ -281,13 +281,13 @@ LISTS |= {"json": ("[]", "()", "{}", "")}
 
 
 def names_of(node):
-    """The names of x = 1, y = 2; none for x_1 = 1, x_2 = 2, which is a list of values."""
+    """Returns the names of x = 1, y = 2; none for x_1 = 1, x_2 = 2, which is a list of values."""
     names = [str(item.items[0]) for item in node.items if is_group(item, "=")]
     return names if len({name[:1] for name in names}) > 1 else []
 
 
 def same_group(prediction, gold, question):
-    """Whether the items are the same; in any order, where it does not matter."""
+    """Returns whether the items are the same; in any order, where it does not matter."""
     names, gold_names = names_of(prediction), names_of(gold)
     if bool(names) == bool(gold_names):
         allowed = prediction.kind in (gold.kind, *LISTS.get(gold.kind, ()))
@@ -308,7 +308,7 @@ def same_group(prediction, gold, question):
 
 
 def same(kind, a, b):
-    """Whether two predictions are the same answer, whichever comes first; used by votes. None is no answer."""
+    """Returns whether two predictions are the same answer, whichever comes first; used by votes. None is no answer."""
     if a is None or b is None:
         return False
     if kind == "fact":

@@ -85,7 +85,7 @@ OTHER_LATIN = {"ð": "d", "þ": "th", "ŋ": "ng", "ə": "e"}
 
 @functools.lru_cache(1 << 16)
 def fold(character):
-    """A non-ASCII character in compatibility form, case-folded, without accents; a space if it is not a letter."""
+    """Returns a non-ASCII character in compatibility form, case-folded, without accents; a space for no letter."""
     normalize, kept = unicodedata.normalize, []
     for part in normalize("NFKD", normalize("NFKD", character).casefold()):
         category, latin = unicodedata.category(part), LATIN.fullmatch(unicodedata.name(part, ""))

@@ -13,7 +13,7 @@ COLUMN = 420  # width of one of the two transcripts
 
 
 def _svg(title, height, body):
-    """The picture: picture.svg, which has the colours and fonts, filled."""
+    """Returns picture.svg, which has the colours and fonts, with this content."""
     template = string.Template((Path(__file__).parent / "picture.svg").read_text(encoding="utf-8"))
     return template.substitute(title=escape(title), height=height, inside=height - 1, body="\n".join(body))
 
@@ -56,7 +56,7 @@ def bars_svg(systems):
 
 
 def episode_svg(model, base, student):
-    """One question as the base model and the distilled student answered it (two transcript rows), side by side."""
+    """Returns two transcript rows of one question side by side: the base model's and the distilled student's."""
     question = _wrap(base["question"], 112, 4)
     body = [_text(20, 30, f"{model}: a test question of {LABELS.get(base['task'], base['task'])}", "soft")]
     body += [_text(20, 52 + 18 * i, line, "bold") for i, line in enumerate(question)]
@@ -70,7 +70,7 @@ def episode_svg(model, base, student):
 
 
 def _column(row, name):
-    """The elements of one transcript, and their height."""
+    """Returns the elements of one transcript, and their height."""
     drawn, y = [_text(0, 16, name, "bold"), _box(0, 24, COLUMN, 1, "rule")], 30
     for number, step in enumerate(row["steps"], 1):
         observation = (step.get("observation") or "").removeprefix("Observation:")
@@ -90,7 +90,7 @@ def _column(row, name):
 
 
 def pictures(folder):
-    """{file name: SVG text}: bars.svg and, if one model was run as an agent with and without training, episode.svg."""
+    """Returns {file name: SVG text}: bars.svg and, if one model is an agent with and without training, episode.svg."""
     systems = load_systems(folder)
     drawn, pairs = {"bars.svg": bars_svg(systems)}, []
     runs = {(student, group[0].label): group[0] for (student, _), group in systems.items()}

@@ -55,7 +55,7 @@ def transcript_files(folder):
 
 
 def transcripts(where, fields=KEY):
-    """The rows of a run folder, or of one file of trajectories: one row for each (task, id, sample).
+    """Returns the rows of a run folder, or of one file of trajectories: one row for each (task, id, sample).
 
     The last row of a question counts; one that ended in an error counts only if there is no other. An incomplete last
     line is ignored: it is being written, or a kill left it. Raises InputError for a row without {field: type}.
@@ -90,17 +90,17 @@ def outcome(row):
 
 
 def means(outcomes):
-    """The figures of tool use as means per question."""
+    """Returns the figures of tool use as means per question."""
     return {name: fmean(o["figures"][name] for o in outcomes) for name in outcomes[0]["figures"]}
 
 
 def in_order(tasks):
-    """The different names among these, the paper's tasks first and in its order."""
+    """Returns the different names among these, the paper's tasks first and in its order."""
     return sorted(set(tasks), key=lambda task: (list(TASKS).index(task) if task in TASKS else len(TASKS), task))
 
 
 def by_task(outcomes):
-    """{task: its outcomes}, in order."""
+    """Returns {task: its outcomes}, in order."""
     return {task: [o for o in outcomes if o["task"] == task] for task in in_order(o["task"] for o in outcomes)}
 
 
@@ -162,7 +162,7 @@ def wilson(p, n):
 
 
 def averages(runs):
-    """{"all" | "in" | "out": (mean over tasks, low, high)}; empty as long as one of the tasks has no answer at all.
+    """Returns {"all" | "in" | "out": (mean over tasks, low, high)}; {} as long as a task has no answer at all.
 
     The 95 % interval is Wilson's with the effective sample size of a mean over tasks, if all tasks are equally hard
     (tasks of different difficulty make it a little too wide). A question that several seeds answered counts once.
@@ -200,7 +200,7 @@ def paired_table(first, second, names):
 
 
 def table(head, rows):
-    """A Markdown table. In a cell, what is not printable, such as a line break, becomes a space, and | is escaped."""
+    """Returns a Markdown table. In a cell, line breaks and what is not printable become spaces; | is escaped."""
     lines = [head, ["---"] * len(head), *rows]
     lines = (["".join(c if c.isprintable() else " " for c in str(cell)) for cell in line] for line in lines)
     lines = ([cell.strip().replace("\\", r"\\").replace("|", r"\|") for cell in line] for line in lines)
@@ -213,7 +213,7 @@ NOTES = "Averages are means over tasks. [Wilson's 95 % intervals] cover the choi
 
 
 def load_systems(folder):
-    """{(student, name): its runs} of all runs below a folder, in the order of the paper's table; InputError for none.
+    """Returns {(student, name): its runs} below a folder, in the order of the paper's table; InputError for none.
 
     Runs of one student and method whose paths differ only in the number after "seed" have one name.
     """
@@ -238,7 +238,7 @@ def load_systems(folder):
 
 
 def tables(systems):
-    """{title: (heads, rows of cells)}, without columns that are empty."""
+    """Returns {title: (heads, rows of cells)}, without columns that are empty."""
     shown = {"Accuracy in %: averages": [], "Accuracy in %: each task": [], "Tool use per question": [], "Settings": []}
     tasks = in_order(task for runs in systems.values() for run in runs for task in run.asked)
     for (student, name), runs in systems.items():
@@ -269,13 +269,13 @@ def tables(systems):
 
 
 def markdown(folder):
-    """The report as Markdown: accuracies, then the figures of tool use."""
+    """Returns the report as Markdown: accuracies, then the figures of tool use."""
     *shown, _ = tables(load_systems(folder)).items()
     return "\n\n".join([*(f"{title}:\n\n{table(*cells)}" for title, cells in shown), NOTES]) + "\n"
 
 
 def html(folder, per_task=10):
-    """The page: report.html filled with tables and, for each task of a run, per_task episodes, the first ones by id."""
+    """Returns report.html, filled with tables and, for each task of a run, its first per_task episodes by id."""
     systems, episodes = load_systems(folder), []
     for (student, name), runs in systems.items():
         for run in runs:

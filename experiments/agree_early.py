@@ -31,7 +31,7 @@ class Config(Setting):
 
 
 def agreed(sandbox, texts, opening):
-    """Whether two of these candidates observe the same, from the sandbox's state, and without an error."""
+    """Returns whether two of these candidates observe the same, from the sandbox's state, and without an error."""
     codes = [action.code for action in (parse_action(text, opening) for text in texts) if action.code is not None]
     votes = collections.Counter(votes_of(sandbox.run_candidates(codes) if codes else []))
     del votes[None]

@@ -18,7 +18,7 @@ from experiments import Setting, compare, evaluate_student, train_student
 
 
 def has_searched(row):
-    """Whether a search ran without an error in this trajectory. Mathematical questions need none."""
+    """Returns whether a search ran without an error in this trajectory. Mathematical questions need none."""
     steps = [step for step in row["steps"] if "web_search(" in (step["code"] or "")]
     return row["kind"] != "fact" or any(step["error_kind"] is None for step in steps)
 

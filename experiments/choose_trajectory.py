@@ -27,7 +27,7 @@ CODE_WEIGHT = 2.0  # of a token of code or final answer; thoughts have weight 1
 
 
 def weigh_code(text, turn, row):
-    """The code of an action weighs more; see train.turn_weight."""
+    """Returns a higher weight for the code of an action; see train.turn_weight."""
     start = text.find(CODE_OPEN)
     return [(start, len(text), CODE_WEIGHT)] if start >= 0 else 1.0
 
@@ -42,7 +42,7 @@ def surprise(model, tokenizer, row):
 
 
 def by_question(rows):
-    """[[the rows of one question, in their order], ...]"""
+    """Returns [[the rows of one question, in their order], ...]"""
     groups = {}
     for row in rows:
         groups.setdefault((row["task"], row["id"]), []).append(row)

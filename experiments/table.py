@@ -22,7 +22,7 @@ class Config:
 
 
 def outcomes(folders):
-    """{(seed, task, question): outcome} of the runs of one system."""
+    """Returns {(seed, task, question): outcome} of the runs of one system."""
     return {(f.parents[2].name, o["task"], *o["question"]): o for f in folders for o in report.Run(f).outcomes}
 
 

@@ -36,7 +36,7 @@ def choose(actions, observations, rng):
 
 
 def weigh(text, turn, row):
-    """The weights of tokens in the loss: those of code count twice."""
+    """Returns the weights of tokens in the loss: those of code count twice."""
     return [(text.find(CODE_OPEN), len(text), 2.0)] if CODE_OPEN in text else 1.0
 
 

@@ -24,7 +24,7 @@ class Config:
 
 
 def find_gguf():
-    """The GGUF file inside the installed wheel; InputError if it is missing or another file.
+    """Returns the GGUF file inside the installed wheel; InputError if it is missing or another file.
 
     The package itself is not imported: it needs the package llm, which the model does not.
     """

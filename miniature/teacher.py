@@ -63,7 +63,7 @@ class Teacher:
                 self.values.setdefault(relation, set()).add(value)
 
     def reply(self, messages, opening="", salt=""):
-        """The text that follows `opening`. salt: what distinguishes one sample from another (seed and number)."""
+        """Returns the text that follows `opening`. salt: seed and number of a sample, so that samples differ."""
         key = json.dumps([self.config.seed, salt, messages, opening])
         rng = random.Random(hashlib.sha256(key.encode()).digest())
         turns = [message for message in messages if message["role"] != "system"]
@@ -86,7 +86,7 @@ class Teacher:
         return ("" if opening else f"Thought: {thought}") + f"\nCode:\n```py\n{code}\n```<end_code>"
 
     def follows_wrong_plan(self, plan, first_thought, rng):
-        """Whether the agent follows the wrong plan: the one that its first thought states, else a draw."""
+        """Returns whether the agent follows the wrong plan: the one that its first thought states, else a draw."""
         for wrong, text in ((False, plan["need"]), (True, plan["wrong"])):
             if re.search(rf"I need {re.escape(str(text))}\.(\s|$)", first_thought):
                 return wrong
@@ -110,7 +110,7 @@ class Teacher:
         return "\n\n".join([f"I need {plan['need']}.", *steps, f"\\boxed{{{answer}}}"])
 
     def compute(self, plan, rng):
-        """(thought, code) of a math question: the whole plan as one piece of code."""
+        """Returns (thought, code) of a math question: the whole plan as one piece of code."""
         code = plan["code"]
         if rng.random() < self.config.slip:
             number = rng.choice(re.findall(r"\d+", code))
@@ -118,7 +118,7 @@ class Teacher:
         return f"I need {plan['need']}.", code
 
     def look_up(self, plan, said, seen, rng):
-        """(thought, code): search for the first page that has not been read; conclude when there is none."""
+        """Returns (thought, code): search for the first page that has not been read; conclude when there is none."""
         news, found, shape, branches = "", "", plan["shape"], plan["branches"]
         if self.config.from_memory and not said and rng.random() < self.config.from_memory:
             return "I know this.", f"final_answer({json.dumps(self.guess(shape, branches, rng))})"
@@ -134,7 +134,7 @@ class Teacher:
         return news + why, f"final_answer({expression})"
 
     def guess(self, shape, branches, rng):
-        """An answer without a search."""
+        """Returns an answer without a search."""
         if shape in ("same", "different"):
             return rng.choice(["yes", "no"])
         if shape != "chain":
@@ -143,7 +143,7 @@ class Teacher:
         return value if branches[0][0][0] in self.real else rng.choice(sorted(self.values[relation]))
 
     def search(self, entity, relation, thought, said, rng):
-        """The next search. A page that an earlier query did not find is searched for by its title alone."""
+        """Returns the next search. A page that an earlier query did not find is searched for by its title alone."""
         code = 'print(web_search("{}"))'.format
         if len(said) >= 4:  # the step limit is near, and any answer is better than none
             return thought, 'final_answer("unknown")'
@@ -155,7 +155,7 @@ class Teacher:
         return thought, code(query)
 
     def break_code(self, code, rng):
-        """The code, sometimes with an error: an unclosed parenthesis, or a name that does not exist."""
+        """Returns the code, sometimes with an error: an unclosed parenthesis, or a name that does not exist."""
         draw = rng.random()
         if draw < self.config.syntax_error:
             return code[:-1]
@@ -165,7 +165,7 @@ class Teacher:
 
 
 def followed(plan, wrong):
-    """The plan, or the wrong one under the names of the right one. A wrong chain forgets its last hop."""
+    """Returns the plan, or the wrong one under the names of the right one. A wrong chain forgets its last hop."""
     if not wrong:
         return plan
     if plan["shape"] == "math":
@@ -178,7 +178,7 @@ SIGNS = {"lower": "<", "higher": ">", "same": "==", "different": "!="}
 
 
 def conclude(shape, branches):
-    """(comparison of the two values, or None for a single one; the answer), both as Python expressions."""
+    """Returns (comparison of the two values, or None for a single one; the answer), both as Python expressions."""
     values = [hops[-1][2] for hops in branches]
     if shape == "chain":
         return None, json.dumps(values[0])
@@ -191,7 +191,7 @@ def conclude(shape, branches):
 
 
 def wrong_digit(number, rng):
-    """The number with one digit replaced by another one that is not 0."""
+    """Returns the number with one digit replaced by another one that is not 0."""
     i = rng.randrange(len(number))
     return number[:i] + rng.choice([d for d in "123456789" if d != number[i]]) + number[i + 1 :]
 
@@ -202,7 +202,7 @@ TOKEN = re.compile(r"\w+|[^\w\s]|\s+")  # a script has no tokenizer; words, sign
 
 
 def complete(teacher, body):
-    """The answer to one /v1/chat/completions request. InputError for the two mistakes that our client could make."""
+    """Returns the answer to one /v1/chat/completions request. InputError for mistakes that our client could make."""
     messages, opening = body["messages"], ""
     if body.get("model") != MODEL:
         raise InputError(f"model: {MODEL!r} is served here, not {body.get('model')!r}")
@@ -229,7 +229,7 @@ def complete(teacher, body):
 
 
 def open_server(config):
-    """A server of the scripted teacher, not yet started: see common.serve_json."""
+    """Returns a server of the scripted teacher, not yet started: see common.serve_json."""
     teacher = Teacher(config)
 
     def answer(method, path, body):

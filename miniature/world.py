@@ -214,7 +214,7 @@ class World:
 
 
 def title(name):
-    """The title of an entity's page: its name without the article."""
+    """Returns the title of an entity's page: its name without the article."""
     return name.removeprefix("the ")
 
 
@@ -222,7 +222,7 @@ def title(name):
 
 
 def chain_set(task, family, split):
-    """[(kind of the start, relations), ...] that a family of questions asks about."""
+    """Returns [(kind of the start, relations), ...] that a family of questions asks about."""
     length = {"one hop": 1, "two hops": 2, "three hops": 3}[family]
     found = [(kind, (), kind) for kind in (RELATIONS if task == "hotpotqa" and length < 3 else INVENTED)]
     for _ in range(length):
@@ -238,7 +238,7 @@ def chain_set(task, family, split):
 
 
 def ask_chain(world, rng, task, family, split):
-    """(question, answer, plan) for a chain of relations; the wrong plan forgets the last one."""
+    """Returns (question, answer, plan) for a chain of relations; the wrong plan forgets the last one."""
     options = chain_set(task, family, split)
     if family == "two hops" and task == "hotpotqa":
         real = rng.random() < 0.5
@@ -260,7 +260,7 @@ def ask_chain(world, rng, task, family, split):
 
 
 def ask_pair(world, rng, task, family, split):
-    """(question, answer, plan) that compares two entities; the wrong plan compares the other way round."""
+    """Returns (question, answer, plan) that compares two entities; the wrong plan compares the other way round."""
     questions = YES_OR_NO if family == "yes or no" else COMPARISONS
     allowed = [pair for pair in questions if task == "2wikimultihopqa" or pair[0] not in UNSEEN_COMPARED]
     kind, relation = rng.choice(allowed)
@@ -289,7 +289,7 @@ GOALS = {"chain": "", "lower": ", and the lower one", "higher": ", and the highe
 
 
 def need(branches, shape="chain"):
-    """A plan in words, of the hops still to be done: "the employer of Ada Harlow, then the seat"."""
+    """Returns a plan in words, of the hops still to be done: "the employer of Ada Harlow, then the seat"."""
     texts = []
     for (name, relation, *_), *rest in branches:
         texts.append(", then the ".join([f"the {relation} of {name}", *(hop[1] for hop in rest)]))
@@ -300,7 +300,7 @@ def need(branches, shape="chain"):
 
 
 def work_out(expression, names):
-    """An expression step by step: ("2 * 3 + x", {"x": 4}) -> (["2 * 3 = 6.", "6 + 4 = 10."], 10).
+    """Returns an expression step by step: ("2 * 3 + x", {"x": 4}) -> (["2 * 3 = 6.", "6 + 4 = 10."], 10).
 
     A function call is one step; of a count, only the result is told.
     """
@@ -319,7 +319,7 @@ def work_out(expression, names):
 
 
 def math_plan(formula, wrong, first="", template="{}", words="{}", by_hand=None):
-    """The plan of a math question, right and wrong.
+    """Returns the plan of a math question, right and wrong.
 
     first: what the code does before the formula. template: the expression around the formula; words: how the first
     thought names it. by_hand: the expression that a chain of thought works out, if it is another one.
@@ -335,7 +335,7 @@ def math_plan(formula, wrong, first="", template="{}", words="{}", by_hand=None)
 
 
 def ask_numbers(rng, task, split):
-    """(question, plan) with small numbers, in the style of MATH's easy levels."""
+    """Returns (question, plan) with small numbers, in the style of MATH's easy levels."""
     family = rng.choice(["divisor", "multiple", "equation", "sum", "mean"])
     a, b, c = (rng.randint(2, 20) for _ in range(3))
     if family in ("divisor", "multiple"):
@@ -379,7 +379,7 @@ STORIES = [  # text, formula, wrong formula; the word behind a number is its nam
 
 
 def ask_story(rng, task, split):
-    """(question, plan): a word problem. Training mixes numbers of one to four digits; gsm_hard has five to seven."""
+    """Returns (question, plan): a word problem. Training numbers have one to four digits, gsm_hard's five to seven."""
     if task == "gsm_hard":
         low, high = 10**4, 10**7 - 1
     else:
@@ -399,7 +399,7 @@ CONDITIONS = [  # in words and as code; a count meets one of the first four and 
 
 
 def ask_count(rng, task, split):
-    """(question, plan): how many n up to N meet a condition (math), or two (aime, and in training)."""
+    """Returns (question, plan): how many n up to N meet a condition (math), or two (aime, and in training)."""
     i, j = rng.randrange(4), rng.randrange(4)
     if task == "aime":
         j = i  # training never combines the first with the fifth condition, and so on
@@ -422,7 +422,7 @@ PAIR_CONDITIONS = [("is divisible by {a}", "% {a} == 0"), ("leaves remainder {r}
 
 
 def ask_pairs(rng, task, split):
-    """(question, plan): how many pairs x < y up to N meet a condition."""
+    """Returns (question, plan): how many pairs x < y up to N meet a condition."""
     i, j = rng.randrange(6), rng.randrange(4)
     if task == "olymmath":
         j = i % 4  # training never combines these
@@ -439,7 +439,7 @@ def ask_pairs(rng, task, split):
 
 
 def negated(code):
-    """A condition with the opposite sign: "n % 3 == 0" -> "n % 3 != 0"."""
+    """Returns a condition with the opposite sign: "n % 3 == 0" -> "n % 3 != 0"."""
     return re.sub("==|!=|<|>", lambda sign: {"==": "!=", "!=": "==", "<": ">", ">": "<"}[sign[0]], code)
 
 
@@ -449,7 +449,7 @@ MATH_FAMILIES = {"numbers": ask_numbers, "story": ask_story, "count": ask_count,
 
 
 def ask(world, rng, task, split):
-    """(question, answer, plan) of a family drawn from the task's mix."""
+    """Returns (question, answer, plan) of a family drawn from the task's mix."""
     mix = (TRAIN_MIX if split == "train" else TEST_MIX)[task]
     family = rng.choices(list(mix), mix.values())[0]
     if family in MATH_FAMILIES:

@@ -53,7 +53,7 @@ def make_tasks(config):
 
 
 def task_of(path):
-    """(split, task) of a benchmark file: qa_dataset/test/hotpotqa_500_20250422.json -> ("test", "hotpotqa")."""
+    """Returns (split, task) of a benchmark file: qa_dataset/test/hotpotqa_500_20250422.json -> ("test", "hotpotqa")."""
     _, split, name = path.split("/")
     return split, name.rsplit("_", 2)[0].replace("olymath", "olymmath")
 
@@ -126,14 +126,14 @@ def read_rows(source):
 
 
 def graded_again(row):
-    """A row of collect with the present code's grade."""
+    """Returns a row of collect with the present code's grade."""
     aliases = row.get("aliases") or ()
     verdict = grading.grade(row["kind"], row["prediction"], row["answer"], aliases, row["question"])
     return row | {"correct": verdict.correct, "why": verdict.why}
 
 
 def training_row(row, prompts, prefix):
-    """One of the authors' rows as a training row, or None if it is dropped."""
+    """Returns one of the authors' rows as a training row, or None if it is dropped."""
     method, messages = published_messages(row, prompts)
     turns = [message for message in messages if message["role"] != "system"]
     if len(turns) < 2 or len(messages) - len(turns) > 1:
@@ -143,7 +143,7 @@ def training_row(row, prompts, prefix):
 
 
 def published_messages(row, prompts):
-    """(method, messages) of one of the authors' rows; messages is [] for a row without a log.
+    """Returns (method, messages) of one of the authors' rows; messages is [] for a row without a log.
 
     A CoT row has the messages and the response. An agent row has the log of smolagents 1.13: an object or, on the hub,
     its JSON text. Contents are lists of text parts; "tool-call" repeats the code of the assistant's message and is

@@ -89,7 +89,7 @@ def write_rows(rows, path, parquet=False):
 
 
 def published_row(row, log_as_text=False):
-    """A trajectory of collect as one of the authors' rows."""
+    """Returns a trajectory of collect as one of the authors' rows."""
     question, chat = {"question": row["question"]}, row["messages"]
     if row["method"] == "cot":
         return question | {"messages": chat[:-1], "response": chat[-1]["content"]}
@@ -98,7 +98,7 @@ def published_row(row, log_as_text=False):
 
 
 def smolagents_log(chat):
-    """A conversation as smolagents logs it: text parts; each action is followed by its tool call and the result."""
+    """Returns a conversation as smolagents logs it: text parts; its tool call and result follow each action."""
     log, document = [], '===== Document {}, similarity: 0.83 =====\n"{}"'.format
     for message in chat:
         role, text = message["role"], message["content"]
