@@ -47,7 +47,7 @@ from common.client import BadRequest, Client, Judge, Served, cut_at_stop, in_par
 
 
 class GrowingLayer(DynamicLayer):
-    """The keys and values of one layer, with room for more tokens.
+    """The keys and values of one layer, in buffers that are longer than needed.
 
     DynamicLayer copies itself for every new token, which takes half of SC-action's time on a CPU.
     """
@@ -57,19 +57,19 @@ class GrowingLayer(DynamicLayer):
     def update(self, keys, values, *args, **kwargs):
         start = self.get_seq_length()
         end = start + keys.shape[-2]
-        if start == 0 or self.rooms[0].shape[-2] < end:
-            self.rooms = [new.new_empty(*new.shape[:2], end + self.SPARE, new.shape[-1]) for new in (keys, values)]
+        if start == 0 or self.buffers[0].shape[-2] < end:
+            self.buffers = [new.new_empty(*new.shape[:2], end + self.SPARE, new.shape[-1]) for new in (keys, values)]
             if start:
-                self.rooms[0][..., :start, :], self.rooms[1][..., :start, :] = self.keys, self.values
-        self.rooms[0][..., start:end, :], self.rooms[1][..., start:end, :] = keys, values
-        self.keys, self.values = (room[..., :end, :] for room in self.rooms)  # (rows, heads, tokens, size)
+                self.buffers[0][..., :start, :], self.buffers[1][..., :start, :] = self.keys, self.values
+        self.buffers[0][..., start:end, :], self.buffers[1][..., start:end, :] = keys, values
+        self.keys, self.values = (buffer[..., :end, :] for buffer in self.buffers)  # (rows, heads, tokens, size)
         self.is_initialized = True
         return self.keys, self.values
 
     def batch_select_indices(self, indices):
         end = self.get_seq_length()
-        self.rooms = [room[indices] for room in self.rooms]
-        self.keys, self.values = (room[..., :end, :] for room in self.rooms)
+        self.buffers = [buffer[indices] for buffer in self.buffers]
+        self.keys, self.values = (buffer[..., :end, :] for buffer in self.buffers)
 
 
 class SampleNucleus(transformers.LogitsProcessor):

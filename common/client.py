@@ -192,7 +192,7 @@ class Client(Connection):
             request = {name: value for name, value in request.items() if name not in refused}
             (choices, used), retries = self.request(path, request, _read_choices)
             usage.update(used, retries=retries)
-            if "stop" in request and any(why == "stop" and _thinks_on(text) for text, why in choices):
+            if "stop" in request and any(why == "stop" and _is_unfinished_thinking(text) for text, why in choices):
                 refused.add("stop")  # the server stops inside the thinking, too; from now on texts are cut here
                 continue
             for text, why in choices[:missing]:
@@ -244,14 +244,14 @@ def _plain(content):
     return (content or "") + ""  # a TypeError for anything else
 
 
-def _thinks_on(text):
+def _is_unfinished_thinking(text):
     """Returns whether a text is thinking that has not ended."""
     return text.lstrip().startswith("<think>") and "</think>" not in text
 
 
 def cut_at_stop(text, stop):
     """Returns the text before the first stop string after the thinking. Some servers keep it, or ignore `stop`."""
-    begin = len(text) if _thinks_on(text) else text.find("</think>") + 1
+    begin = len(text) if _is_unfinished_thinking(text) else text.find("</think>") + 1
     ends = [text.find(string, begin) for string in stop]
     return text[: min((end for end in ends if end >= 0), default=len(text))]
 
@@ -433,7 +433,7 @@ def read_verdict(reply):
 
     None for a reply without a verdict, or with two different ones.
     """
-    text = "" if _thinks_on(reply) else reply.rpartition("</think>")[2].lower()
+    text = "" if _is_unfinished_thinking(reply) else reply.rpartition("</think>")[2].lower()
     verdicts, at = [], text.find("{")
     while at >= 0:
         try:
