@@ -30,7 +30,7 @@ import common
 import retriever
 from common import REQUIRED, InputError, grading, option, read_jsonl, read_text, stable_seed
 from common.client import BadRequest, Client, Served, in_parallel
-from common.report import table
+from common.report import FIELDS, KEY, table
 from sandbox import Observation, Sandbox
 
 # ------------- Prompts and tools: what an episode is given
@@ -605,12 +605,11 @@ def read_trajectories(path):
     """Returns the rows of a file that `collect` wrote. Raises InputError in one line for anything else."""
     rows = []
     for number, row in read_jsonl(path):
-        for field in ("id", "task", "kind", "question", "messages", "steps", "correct", "stop", "method"):
-            if field not in row:
-                raise InputError(f"{path}:{number}: not a trajectory: the field {field!r} is missing")
+        for field, kind in (FIELDS | KEY | {"method": str, "messages": list}).items():
+            if not isinstance(row.get(field), kind) or (field == "method" and row[field] not in SHOWN):
+                raise InputError(f"{path}:{number}: not a trajectory: the field {field!r} is missing or wrong")
         for field, names in (("messages", ["role", "content"]), ("steps", ["error_kind"])):
-            objects = row[field] if isinstance(row[field], list) else [row[field]]
-            if not all(isinstance(x, dict) and x.keys() >= set(names) for x in objects):
+            if not all(isinstance(x, dict) and x.keys() >= set(names) for x in row[field]):
                 raise InputError(f"{path}:{number}: not a trajectory: {field} must be a list of objects with {names}")
         if row["method"] == "agent" and not isinstance(row.get("tools"), list):
             raise InputError(f'{path}:{number}: the tools are not stated: add a list, as "tools": ["web_search"]')
@@ -623,6 +622,8 @@ def filter_trajectories(config):
 
     Each conversation gets the short system prompt that the student will be given (paper, Sec. 4).
     """
+    if Path(config.out).resolve() in [Path(path).resolve() for path in config.trajectories]:
+        raise InputError(f"--out {config.out}: the trajectories would be lost: name another file")
     prompts = Prompts(config.prompts)
     rows = [row for path in config.trajectories for row in read_trajectories(path)]
     # Rows are stored in the order in which they finished; training must not depend on that.

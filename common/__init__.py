@@ -242,10 +242,12 @@ def load_tasks(paths, kind=None, limit=None):
             row, where = {"task": Path(path).stem, "kind": kind} | row, f"{path}:{number}"
             row = json.loads(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace"))  # no half surrogate pairs
             for field in ("id", "question", "answer"):
-                if row.get(field) in (None, "", []):
+                given = row.get(field) if isinstance(row.get(field), list) else [row.get(field)]
+                if not given or any(isinstance(x, dict | None) or not str(x).strip() for x in given):
                     raise InputError(f"{where}: a task needs the field {field!r}")
-            if not isinstance(row["question"], str):
-                raise InputError(f"{where}: the question must be a text")
+            for field in ("task", "question"):
+                if not isinstance(row[field], str):
+                    raise InputError(f"{where}: the {field} must be a text")
             if row["kind"] not in ("fact", "math"):
                 raise InputError(f'{where}: the kind must be stated: "kind": "fact" or "math", or --kind')
             answers, aliases = row["answer"], row.get("aliases") or []

@@ -18,13 +18,14 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import requests
 import urllib3
+from requests import exceptions
 
 from common import InputError, read_jsonl
 
 BACKOFF = 0.5  # seconds; the waits before the retries are 0, 1, 2, 4, ... up to 30 s
-LOST = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
+LOST = (requests.ConnectionError, requests.Timeout, exceptions.ChunkedEncodingError, exceptions.ContentDecodingError)
 # What an answer raises that is not JSON, lacks a field, or has a field of another type.
-UNREADABLE = (LookupError, TypeError, AttributeError, ValueError, RecursionError)
+UNREADABLE = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError)
 
 
 class ServerError(InputError):
@@ -437,7 +438,7 @@ def read_verdict(reply):
     verdicts, at = [], text.find("{")
     while at >= 0:
         try:
-            value, end = json.JSONDecoder().raw_decode(text, at)
+            value, end = json.JSONDecoder(strict=False).raw_decode(text, at)
             verdicts += [value["verdict"]] if "verdict" in value else []
         except ValueError:
             end = at + 1

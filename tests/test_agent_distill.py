@@ -457,7 +457,12 @@ def test_filter_says_where_prompts_or_tools_differ(tmp_path, capsys):
 
 
 NOT_TRAJECTORIES = {
-    "the field 'id' is missing": {"task": "t"},
+    "the field 'id' is missing": {name: value for name, value in row(0).items() if name != "id"},
+    "the field 'question' is .*wrong": row(0) | {"question": None},
+    "the field 'task' is .*wrong": row(0) | {"task": ["t"]},
+    "the field 'correct' is .*wrong": row(0) | {"correct": "no"},
+    "the field 'method' is .*wrong": row(0) | {"method": "react"},
+    "the field 'messages' is .*wrong": row(0) | {"messages": {"role": "user", "content": "x"}},
     "the tools are not stated": {name: value for name, value in row(0).items() if name != "tools"},
     "messages must be a list": row(0) | {"messages": [{"content": "x"}]},
     "steps must be a list": row(0) | {"steps": [{}]},
@@ -468,6 +473,15 @@ NOT_TRAJECTORIES = {
 def test_filter_refuses_what_is_no_trajectory(tmp_path, message):
     with pytest.raises(InputError, match=f"a:1: .*{message}"):
         filtered(tmp_path, [NOT_TRAJECTORIES[message]])
+
+
+def test_filter_leaves_its_input_as_it_is(tmp_path):
+    write_jsonl(tmp_path / "out", [row(0), row(1, correct=False)])
+    before = (tmp_path / "out").read_text()
+    with pytest.raises(InputError, match="the trajectories would be lost"):
+        config = agent_distill.FilterConfig(trajectories=[f"{tmp_path}/./out"], out=str(tmp_path / "out"))
+        agent_distill.filter_trajectories(config)
+    assert (tmp_path / "out").read_text() == before
 
 
 def test_filter_refuses_to_keep_nothing(tmp_path):

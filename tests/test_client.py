@@ -40,6 +40,8 @@ PASSING = {
     "no choice": {"choices": [None]},
     "no message": {"choices": [{"message": "fine"}]},
     "content is a number": completion(5),
+    "not gzip": ("status", 200, {"Content-Encoding": "gzip"}, "fine"),
+    "usage is infinite": ("raw", b'{"choices": [{"text": "fine"}], "usage": {"prompt_tokens": 1e999}}'),
     "usage is text": {"choices": [{"text": "fine"}], "usage": "much"},
     "nested too deep": ("raw", b"[" * 100_000),
     "an error in a body": {"error": {"message": "upstream is busy", "code": 503}},
@@ -339,7 +341,7 @@ def test_in_parallel_gives_every_result_and_raises_the_first_error_after_those_u
 VERDICTS = {
     "correct": [
         '{"verdict": "correct"}', "Correct.", "Correct", "**correct**", "\"correct\"", "Verdict: **Correct**",
-        '{"verdict":"correct","reason":"the same {name}"}', '{"reason": "a {b}", "verdict": "Correct"}',
+        '{"verdict":"correct","reason":"the same {name},\n\tin lines"}', '{"reason": "a {b}", "verdict": "Correct"}',
         'Both name her.\n```json\n{"verdict": "correct"}\n```\nI hope this helps.', "{'verdict': 'correct'}",
         '<think>{"verdict": "incorrect"}? No.</think>\n{"verdict": "correct"}', '{1} {"verdict": "correct"}',
     ],

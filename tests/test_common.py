@@ -239,6 +239,11 @@ def test_answers_and_aliases_of_a_task(tmp_path, fields, expected):
 BAD_TASKS = {
     "": "a.jsonl: no tasks in it",
     '{"id": 1, "question": "q", "answer": [], "kind": "fact"}': "a.jsonl:1: a task needs the field 'answer'",
+    '{"id": 1, "question": "q", "answer": [" "], "kind": "fact"}': "a.jsonl:1: a task needs the field 'answer'",
+    '{"id": 1, "question": "q", "answer": [null], "kind": "fact"}': "a.jsonl:1: a task needs the field 'answer'",
+    '{"id": 1, "question": "q", "answer": {"value": 1}, "kind": "fact"}': "a.jsonl:1: a task needs the field 'answer'",
+    '{"id": 1, "question": " ", "answer": "a", "kind": "fact"}': "a.jsonl:1: a task needs the field 'question'",
+    '{"id": 1, "question": "q", "answer": "a", "kind": "fact", "task": ["t"]}': "a.jsonl:1: the task must be a text",
     '{"id": 1, "question": ["q"], "answer": "a", "kind": "fact"}': "a.jsonl:1: the question must be a text",
     "[" * 100_000: "a.jsonl:1: not JSON",
     '{"id": 1, "question": "q", "kind": "fact"}': "a.jsonl:1: a task needs the field 'answer'",
