@@ -556,7 +556,8 @@ def regrade_file(path, judge, quiet=False, current=None):
 
     with common.Journal(path) as journal, concurrent.futures.ThreadPoolExecutor(8 if judge else 1) as pool:
         keys = current or {}
-        old = [row for row in report.transcripts(path) if keys.get(task_key(row)[:2]) in (None, task_key(row))]
+        rows = report.transcripts(path, report.FIELDS | {"answer": (str, int, float, list)})
+        old = [row for row in rows if keys.get(task_key(row)[:2]) in (None, task_key(row))]
         new = list(common.progress(pool.map(grade, old), total=len(old), desc="grade", unit="answer", quiet=quiet))
         if new != journal.rows:
             common.write_jsonl(path, new)  # the lock is held until the file is replaced

@@ -132,7 +132,7 @@ def weighted_parts(weight):
     """What a weighing function returned, as a list of (start, end, weight). Raises InputError if it is not valid."""
     parts = weight if isinstance(weight, list) else [(-math.inf, math.inf, weight)]
     try:
-        valid = all(0 <= w < math.inf and start <= end for start, end, w in parts)
+        valid = all(0 <= w < math.inf and -math.inf <= start <= end for start, end, w in parts)
     except (TypeError, ValueError):
         valid = False
     if not valid:
@@ -214,6 +214,8 @@ def read_messages(row, system_prompt):
         valid = False
     if not valid:
         raise InputError('{"messages": [{"role": text, "content": text}, ...]} was expected')
+    # Half of a surrogate pair, which tokenizers do not take, becomes a question mark.
+    messages = json.loads(json.dumps(messages, ensure_ascii=False).encode("utf-8", "replace"))
     if system_prompt is None:
         return messages
     return [{"role": "system", "content": system_prompt}, *(m for m in messages if m["role"] != "system")]
@@ -417,6 +419,7 @@ def check_config(config):
         if config.tuning == "full" and field.name in ("rank", "alpha", "dropout"):
             if getattr(config, field.name) != field.default:
                 raise InputError(f"--{field.name} has no effect with --tuning full")
+    models.check_out(config.out, config.model)
 
 
 def fit(config):
@@ -486,9 +489,12 @@ def run_steps(config, trainer, conversations, held_out):
             speed = tokens / (time.monotonic() - began)
             bar.set_postfix_str(f"loss {loss:.3f}, {tokens:,} tokens, {speed:,.0f} tokens/s")
             bar.update()
+            saves = (step + 1) % config.save_every == 0 or step + 1 == len(steps)
+            if saves and not all(weights.isfinite().all() for weights in trainer.parameters):
+                raise InputError(f"step {step + 1}: the weights are no longer finite; a lower --lr may help")
             if main:
                 metrics.append(row)
-                if (step + 1) % config.save_every == 0 and step + 1 < len(steps):
+                if saves and step + 1 < len(steps):
                     trainer.save(checkpoint, step + 1, data.hexdigest())
     seconds, gpu = time.monotonic() - began, trainer.device.type == "cuda"
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

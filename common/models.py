@@ -241,8 +241,9 @@ def adapter_config(folder):
     """Returns an adapter's configuration, {} if the folder holds none (or is a name); InputError if it is not LoRA."""
     path = Path(folder) / "adapter_config.json"
     config = common.parse_object(path.read_bytes(), str(path)) if path.is_file() else {}
-    if config and (config.get("peft_type") != "LORA" or config.get("alpha_pattern")):
-        raise InputError(f"{path}: only plain LoRA adapters (peft_type LORA, no alpha_pattern) are supported")
+    alpha = isinstance(config.get("lora_alpha"), int | float)
+    if config and (config.get("peft_type") != "LORA" or config.get("alpha_pattern") or not alpha):
+        raise InputError(f"{path}: only plain LoRA adapters (peft_type LORA, one lora_alpha) are supported")
     return config
 
 
@@ -259,6 +260,12 @@ def base_of(path):
             f"{path}: the base model {base} is gone: correct base_model_name_or_path in adapter_config.json"
         )
     return base
+
+
+def check_out(out, path):
+    """Raise InputError if the folder `out` is that of a model or adapter that is read, or of the adapter's base."""
+    if Path(out).resolve() in (Path(path).resolve(), Path(base_of(path)).resolve()):
+        raise InputError(f"--out {out}: the model in it would be lost: name another folder")
 
 
 def load_lora(model, folder, dropout):
@@ -318,6 +325,7 @@ def merge_adapter(config):
     """
     if not adapter_config(config.adapter):
         raise InputError(f"{config.adapter}: no adapter_config.json; an adapter's folder is expected")
+    check_out(config.out, config.adapter)
     model, _ = load_base(config.adapter, "auto")
     dtype, kept, squares = getattr(torch, config.dtype), 0.0, 1e-30
     for name, layer in lora_layers(model):

@@ -546,6 +546,15 @@ def test_compare_pairs_equal_questions_only(tmp_path, capsys):
         compare("tasks.jsonl", "plain.jsonl")
 
 
+@pytest.mark.parametrize("field", ["kind", "answer", "steps"])
+def test_regrade_names_a_damaged_row(tmp_path, field):
+    row = {"task": "t", "id": "1", "kind": "math", "question": "Q?", "answer": "4", "prediction": "4", "correct": True}
+    row |= {"stop": "final_answer", "steps": []}
+    write_jsonl(tmp_path / "transcripts.0.jsonl", [row, {name: row[name] for name in row if name != field}])
+    with pytest.raises(InputError, match=f"transcripts.0.jsonl:2: .*the field '{field}' is missing"):
+        evaluate.regrade(evaluate.RegradeConfig(folder=str(tmp_path)))
+
+
 def test_ask_prints_the_steps(place, url, capsys):
     question = next(
         row["question"] for row in load_tasks([str(place / "world" / "train.jsonl")]) if row["kind"] == "math"

@@ -208,7 +208,7 @@ def test_weights_of_tokens_reach_the_loss(tiny_tokenizer, config):
     doubled = train.Example(example.ids, example.weights * 2)
     assert difference(gradients(trainer, [doubled])[1], gradient) < 1e-6
 
-    for bad in (-1, math.nan, math.inf, None, (0, 5, 1.0), [(0, 5)], [(0, 5, -1)], [(5, 0, 1.0)], "2"):
+    for bad in (-1, math.nan, math.inf, None, (0, 5, 1.0), [(0, 5)], [(0, 5, -1)], [(5, 0, 1.0)], [("a", "b", 1)], "2"):
         with pytest.raises(InputError, match="the weight of a message is .*: a number from 0 up"):
             train.encode(tiny_tokenizer, messages, lambda text, turn, row, bad=bad: bad)
 
@@ -237,6 +237,11 @@ def test_a_bad_row_is_named_by_file_and_line(tiny_tokenizer, tmp_path, config, r
     path = write_jsonl(tmp_path / "bad.jsonl", [{"messages": [USER, ASSISTANT]}, row])
     with pytest.raises(InputError, match=rf"bad\.jsonl:2: .*{reason}"):
         train.read_conversations(tiny_tokenizer, config(data=[path]))
+
+
+def test_half_a_surrogate_pair_is_a_question_mark():
+    row = {"messages": [{"role": "user", "content": "a\ud83d"}]}
+    assert train.read_messages(row, None) == [{"role": "user", "content": "a?"}]
 
 
 def test_what_is_dropped_is_counted(tiny_tokenizer, tmp_path, config, monkeypatch):
@@ -594,7 +599,7 @@ def test_an_adapter_finds_its_base_from_any_folder(config, tmp_path, tiny_tokeni
         models.load_model(tmp_path / "adapter")
 
 
-@pytest.mark.parametrize("change", [{"peft_type": "LOHA"}, {"alpha_pattern": {"q_proj": 3}}])
+@pytest.mark.parametrize("change", [{"peft_type": "LOHA"}, {"alpha_pattern": {"q_proj": 3}}, {"lora_alpha": None}])
 def test_an_adapter_of_another_kind_is_refused(config, tmp_path, change):
     trainer = train.Trainer(config(), CPU)
     models.save_lora(trainer.model, tmp_path / "adapter", config().model)
@@ -685,6 +690,22 @@ def test_an_infinite_gradient_is_not_stored(config):
         train.fit(config(save_every=1))
     assert not (Path(config().out) / "checkpoint").exists()
     assert math.isfinite(train.fit(config(save_every=1))["loss"])
+
+
+def test_infinite_weights_are_not_stored(config):
+    with pytest.raises(InputError, match="step 1: the weights are no longer finite"):
+        train.fit(config(save_every=1, lr=math.inf))
+    assert not (Path(config().out) / "checkpoint").exists()
+
+
+def test_no_model_is_overwritten(config, tmp_path):
+    trainer = train.Trainer(config(), CPU)
+    models.save_lora(trainer.model, tmp_path / "adapter", config().model)
+    for out in (str(tmp_path / "adapter"), config().model):
+        with pytest.raises(InputError, match="the model in it would be lost"):
+            models.merge_adapter(models.MergeConfig(adapter=str(tmp_path / "adapter"), out=out))
+        with pytest.raises(InputError, match="the model in it would be lost"):
+            train.fit(config(model=str(tmp_path / "adapter"), out=out))
 
 
 def test_the_loss_of_held_out_rows_is_reported_once_per_epoch(config, data_path):
