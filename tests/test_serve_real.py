@@ -137,8 +137,9 @@ def test_sc_action_has_eight_candidates_per_step(lesson, merged, llama_url, capf
     assert any(len({(one["thought"], one["code"]) for one in each}) > 1 for each in candidates)
 
 
-def test_stop_strings_and_the_token_limit(server):
-    client = Client(server[1])
+def test_stop_strings_and_the_token_limit(merged, server):
+    name, url = server
+    client = Client(url, str(merged) if name == "transformers" else None)  # that server cannot list a folder
     [text], usage = client.chat(HELLO, temperature=0.0, max_tokens=6)
     assert usage["truncated"] == 1 and usage["completion_tokens"] == 6
     word = text.split()[1]
@@ -199,9 +200,10 @@ def test_without_that_mode_the_prefix_is_refused_before_any_question(lesson, mer
     assert "\n" not in str(error.value) and not lesson.rows("refused")
 
 
-def test_a_wrong_or_missing_name_is_one_line_before_any_question(lesson, transformers_url):
+def test_a_wrong_or_missing_name_is_one_line_before_any_question(lesson, transformers_url, monkeypatch):
     with pytest.raises(InputError, match="400") as error:
         ask(lesson, transformers_url, "nobody", model="nobody")
     assert "\n" not in str(error.value) and not lesson.rows("nobody")
     with pytest.raises(ServerError, match="name a --model"):  # this server cannot list a model that is a folder
-        ask(lesson, transformers_url, "unnamed", retries=0)
+        monkeypatch.setattr("common.client.BACKOFF", 0.01)
+        ask(lesson, transformers_url, "unnamed")
