@@ -359,7 +359,7 @@ def check(config, kinds=()):
     facts = agent_distill.check_options(config, prompts, kinds)
     system = choose_system_prompt(config, prompts, facts.get("tool_names", []))
     facts["system_prompt_sha256"] = hashlib.sha256(system.encode()).hexdigest()
-    collected_with = models.training_record(config.model).get("prompts_sha256") if config.model else None
+    collected_with = models.training_record(config.model).get("prompts_sha256")
     if collected_with not in (None, facts["prompts_sha256"]) and config.method == "agent":
         print(f"note: {config.model} learned from trajectories with other prompts than --prompts has", file=sys.stderr)
     if not config.url:
@@ -370,7 +370,7 @@ def check(config, kinds=()):
 
 def choose_system_prompt(config, prompts, tools):
     """Returns the text of --system-prompt, or of the training, or for an untrained model the long one with examples."""
-    record = models.training_record(config.model) if config.model else {}
+    record = models.training_record(config.model)
     same = record.get("method") == config.method.split("-")[0]
     trained, usual = record.get("system_prompt") if same else None, prompts.cot_system
     if config.method == "agent":
@@ -398,7 +398,7 @@ class Solver:
         self.stop = STOP if config.method == "agent" else []
         device = models.choose_device(config.device)
         self.tools = agent_distill.open_tools(config, prompts, device)  # first, while there is free memory
-        record = models.training_record(config.model) if config.model else {}
+        record = models.training_record(config.model)
         self.about = {"model": config.model, "parameters": None, "training": record.get("training") or "none"}
         sampled = config.sc > 1 or config.sample
         sampling = {"temperature": config.temperature, "top_p": config.top_p} if sampled else {"temperature": 0.0}

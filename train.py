@@ -156,14 +156,18 @@ def tokenize(tokenizer, text, start=0):
     return encoding["input_ids"], [start + place for place, _ in encoding["offset_mapping"]]
 
 
-def read_conversations(tokenizer, config, weigh=None, quiet=True):
+def weighing(config):
+    """Returns the function that --weigh names, or the default."""
+    return common.resolve(config.weigh, turn_weight, "--weigh") if config.weigh else turn_weight
+
+
+def read_conversations(tokenizer, config, weigh=turn_weight, quiet=True):
     """Read the data: rows {"messages": [{"role", "content"}, ...], "method"?, "prefix"?, ...}.
 
-    weigh: as turn_weight; by default the function of --weigh. Returns (conversations, record, counts): a list of
-    Example for each conversation, what training.json says of the data, and the numbers of examples and tokens.
+    weigh: as turn_weight. Returns (conversations, record, counts): a list of Example for each conversation, what
+    training.json says of the data, and the numbers of examples and tokens.
     Raises InputError, with file and line, for a row that is not valid.
     """
-    weigh = weigh or (common.resolve(config.weigh, turn_weight, "--weigh") if config.weigh else turn_weight)
     system_prompt = common.read_text(config.system_prompt) if config.system_prompt else None
     conversations, prefix = [], False
     seen = {name: set() for name in ("method", "system_prompt", "prompts_sha256", "tools")}
@@ -429,22 +433,24 @@ def fit(config):
     (the settings), metrics.jsonl (one row per step) and summary.json, written last.
     """
     check_config(config)
+    weigh = weighing(config)
     device, rank, size = start()
     out, quiet = Path(config.out), config.quiet or rank > 0
     if rank == 0:
         facts = {"computed_in": "bf16" if models.uses_bf16(config.precision, device) else "fp32"}
         if config.weigh:
-            facts["weigh_sha256"] = common.source_hash(common.resolve(config.weigh, turn_weight, "--weigh"))
+            facts["weigh_sha256"] = common.source_hash(weigh)
         common.keep_config(out / "run.json", config, binding=(out / "metrics.jsonl").exists(), **facts)
     if (out / "summary.json").exists():
         print(f"{out} is finished", file=sys.stderr)
         return common.parse_object((out / "summary.json").read_bytes(), f"{out}/summary.json")
 
     tokenizer = models.load_tokenizer(config.model)
-    conversations, record, counts = read_conversations(tokenizer, config, quiet=quiet)
+    conversations, record, counts = read_conversations(tokenizer, config, weigh, quiet)
     held_out = []
     if config.validation:
-        held_out, _, _ = read_conversations(tokenizer, dataclasses.replace(config, data=config.validation), quiet=quiet)
+        validation = dataclasses.replace(config, data=config.validation)
+        held_out, _, _ = read_conversations(tokenizer, validation, weigh, quiet)
     trainer = Trainer(config, device, rank, size)
     summary = counts | run_steps(config, trainer, conversations, list(itertools.chain(*held_out)))
     if rank == 0:
@@ -538,7 +544,7 @@ class ShowConfig(DataConfig):
 def show(config):
     """Print a conversation with its trained tokens in green, the others dimmed, and the data's token counts."""
     tokenizer = models.load_tokenizer(config.model)
-    conversations, record, counts = read_conversations(tokenizer, config)
+    conversations, record, counts = read_conversations(tokenizer, config, weighing(config))
     if config.example > len(conversations):
         raise InputError(f"--example {config.example}: there are {len(conversations)}")
     trained, other, end = ("\033[1;32m", "\033[2m", "\033[0m") if sys.stdout.isatty() else ("⟦", "", "")

@@ -64,7 +64,7 @@ def summary(seconds):
 
 
 def descendants(pid):
-    """Returns the PIDs of all processes below a process."""
+    """Returns the PIDs of all processes below a process, zombies included."""
     parents = {}
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):

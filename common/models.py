@@ -103,9 +103,9 @@ def rope_types(config):
 
 
 def training_record(path):
-    """Returns what training.json says about a trained folder: {} if there is none."""
-    file = Path(path) / "training.json"
-    return common.parse_object(file.read_bytes(), str(file)) if file.is_file() else {}
+    """Returns what training.json says about a trained folder: {} if there is none, or no folder (a served model)."""
+    file = Path(path) / "training.json" if path else None
+    return common.parse_object(file.read_bytes(), str(file)) if file and file.is_file() else {}
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from pathlib import Path
 import pytest
 
 import sandbox as module
+from bench.sandbox import descendants
 from common import InputError
 from common.grading import grade
 from sandbox import Observation, Sandbox
@@ -31,23 +32,10 @@ ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the attacks are written for Linux")
 
 
-def children(pid):
-    """Returns the PIDs of all descendants of a process, zombies included."""
-    parents = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            parent = (entry / "stat").read_text().rsplit(")", 1)[1].split()[1]
-            parents.setdefault(int(parent), []).append(int(entry.name))
-    found = [pid]
-    for process in found:
-        found += parents.get(process, [])
-    return found[1:]
-
-
 def in_group(group):
     """Returns the PIDs of a sandbox's processes: its first, its state and candidates."""
     found = []
-    for pid in children(os.getpid()):
+    for pid in descendants(os.getpid()):
         with contextlib.suppress(ProcessLookupError):
             found += [pid] if os.getpgid(pid) == group else []
     return found
@@ -901,7 +889,7 @@ def test_an_input_error_of_a_tool_ends_the_run(seconds):
 def test_many_sandboxes_in_many_threads_leave_nothing_behind():
     """Neither processes nor descriptors nor threads."""
     Sandbox().close()  # starts the warm interpreter
-    others = set(children(os.getpid())) - {module._warm[1].pid}  # of sandboxes that other tests use
+    others = set(descendants(os.getpid())) - {module._warm[1].pid}  # of sandboxes that other tests use
     now = lambda: (len(os.listdir("/proc/self/fd")), threading.active_count())  # noqa: E731
     before, failures, warm = now(), [], module._warm[1].pid
 
@@ -921,7 +909,7 @@ def test_many_sandboxes_in_many_threads_leave_nothing_behind():
         thread.join(120)
     assert failures == []
     assert eventually(lambda: now() <= before), (before, now())
-    assert eventually(lambda: set(children(os.getpid())) <= others | {warm}), (warm, children(os.getpid()))
+    assert eventually(lambda: set(descendants(os.getpid())) <= others | {warm}), (warm, descendants(os.getpid()))
 
 
 def test_sandboxes_that_start_at_the_same_time_share_a_warm_interpreter(monkeypatch):
@@ -950,12 +938,12 @@ def test_everything_dies_with_the_host():
     for number in (signal.SIGKILL, signal.SIGTERM):
         host = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=ROOT)
         fork = int(host.stdout.readline())
-        descendants = set(children(host.pid)) - {fork}
+        below = set(descendants(host.pid)) - {fork}
         # The warm interpreter, two first processes, a state, three candidates, one that runs.
-        assert len(descendants) >= 8
+        assert len(below) >= 8
         host.send_signal(number)
         host.wait()
-        assert eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in descendants))  # noqa: B023
+        assert eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below))  # noqa: B023
         os.kill(fork, signal.SIGKILL)
         host.stdout.close()
 
