@@ -10,11 +10,10 @@ common/inside.py is what they run, and how they are contained.
 """
 
 import dataclasses
+import json
 import keyword
 import os
 import resource
-import select
-import selectors
 import signal
 import socket
 import subprocess
@@ -24,11 +23,10 @@ import threading
 import time
 import warnings
 from contextlib import AbstractContextManager, suppress
+from multiprocessing.connection import Connection
 
 from common import InputError, inside
 
-STEP_BYTES = 64 << 20  # bytes that one action can send to the host
-CALLS = 64  # tool calls of one action that run at the same time; common/inside.py allows honest code 8
 STARTS = 3  # attempts to start a sandbox
 START_SECONDS = 60.0  # for the import of numpy and sympy
 FORK_SECONDS = 5.0  # on a busy machine, and for a state of many GB; the time-out of the step is added
@@ -41,101 +39,52 @@ class Observation:
 
     stdout: str = ""  # what was printed, stderr included; cut in the middle to inside.TEXT_LIMIT characters
     result: str | None = None  # repr of the last expression; None if there is none, or if its value is None
-    error: str | None = None  # one message
+    error: str | None = None  # one message; None after a final answer, whatever followed it
     error_kind: str | None = None  # None, "syntax", "runtime", "timeout", "memory" or "killed"
     is_final: bool = False  # final_answer was called
     final_answer: object = None  # its argument as JSON, as a person would write it
     seconds: float = 0.0
 
-    def fail(self, kind, error):
-        """Set the error. A final answer stands, whatever happens after it."""
-        if not self.is_final:
-            self.error, self.error_kind = error, kind
-
 
 class _Process:
-    """The host's handle on a process inside."""
+    """The host's handle on a process inside. Its own thread reads and writes the channel, without a time-out; the main
+    thread waits for it with a deadline, and ends it with `kill`."""
 
     def __init__(self, group=None):
-        self.channel, self.remote = socket.socketpair()
-        in_memory = hasattr(os, "memfd_create")
-        self.output = open(os.memfd_create("output"), "rb") if in_memory else tempfile.TemporaryFile()
-        self.sending = threading.Lock()
-        self.calls = threading.Semaphore(CALLS)
-        self.buffer = bytearray()  # received, but not a whole message yet
-        self.received = 0  # bytes in all
+        self.socket, self.remote = socket.socketpair()
+        self.channel = Connection(os.dup(self.socket.fileno()))
+        self.output = tempfile.TemporaryFile()
+        self.sending = threading.Lock()  # held while a request to fork is sent
+        self.started = threading.Event()  # also set if it has failed to start
         self.group = group  # the process group of its sandbox
         self.pid = None
-        self.status = "starting"  # then "running", then "waiting" (it can be the state) or "ended"
-        self.deadline = 0.0  # of its start, then of its action
-        self.missing = []  # protections that this machine does not offer
-        self.threads = False  # the code has left some running
-        self.observation = Observation()
+        self.call = None  # the thread of its last tool call
+        self.final = []  # the final answer
+        self.done = None  # result, error, kind of the error, whether the code has left threads running
+        self.failure = None  # error and its kind, if the process cannot become the state
+        self.seconds = 0.0
 
-    def __del__(self):
-        with suppress(AttributeError):  # there were not enough descriptors for all
-            for file in (self.channel, self.remote, self.output):
-                file.close()
-
-    def send(self, data):
-        with self.sending:
-            self.channel.sendall(data)
+    def fork(self, process, message):
+        """Make this process fork. The fork gets the other end of `process`, and does what the message says."""
+        with process.remote, self.sending:
+            socket.send_fds(self.socket, [b"f"], [process.remote.fileno(), process.output.fileno()])
+            self.channel.send_bytes(json.dumps(message).encode())
 
     def receive(self):
-        """Read what has arrived. Yields the messages that are complete. Raises EOFError or OSError if the process has
-        ended, and ValueError if it sent something else, or too much."""
-        data = self.channel.recv(1 << 20, socket.MSG_DONTWAIT)
-        self.buffer += data
-        self.received += len(data)
-        if not data:
-            raise EOFError("the process has ended")
-        while len(self.buffer) >= 4:
-            end = 4 + int.from_bytes(self.buffer[:4], "big")
-            if end > 4 + inside.MESSAGE_BYTES or self.received > STEP_BYTES:
-                raise ValueError("too many bytes")
-            if len(self.buffer) < end:
-                return
-            message = inside.unpack(bytes(self.buffer[4:end]))
-            del self.buffer[:end]
-            yield message
-
-    def fork(self, process, message, deadline):
-        """Make this process fork. The fork gets the other end of the channel of `process`, and does what the message
-        says. Raises OSError."""
-        data = inside.pack(message)
-        with process.remote:
-            if not self.sending.acquire(timeout=max(0.01, deadline - time.monotonic())):
-                self.kill()  # it does not read a tool's reply
-                raise TimeoutError("the parent does not read")
-            try:
-                self.channel.settimeout(max(0.01, deadline - time.monotonic()))
-                sent = socket.send_fds(self.channel, [data], [process.remote.fileno(), process.output.fileno()])
-                self.channel.sendall(data[sent:])
-            except TimeoutError:
-                self.kill()  # it may have read half of the message, and would read the next as the rest
-                raise
-            finally:
-                self.channel.settimeout(None)
-                self.sending.release()
-
-    def has_ended(self):
-        poll = select.poll()
-        poll.register(self.channel, 0)
-        return bool(poll.poll(0))  # POLLHUP. recv could wait while `fork` in another thread has set a time-out.
+        """Returns the next message. Raises EOFError or OSError if the process has ended."""
+        return inside.unpack(self.channel.recv_bytes(inside.MESSAGE_BYTES))
 
     def printed(self):
         return os.pread(self.output.fileno(), inside.OUTPUT_BYTES, 0).decode("utf-8", "replace")
 
-    def stop(self, kind, reason):
-        """End the process because of a failure."""
-        self.observation.fail(kind, f"{reason}; the state is as it was before")
-        self.status = "ended"
+    def fail(self, error, kind="killed"):
+        self.failure = self.failure or (f"{error}; the state is as it was before", kind)
         self.kill()
 
     def kill(self):
         """End the process. If it is the first of a sandbox, it ends all others."""
         with suppress(OSError):
-            self.channel.shutdown(socket.SHUT_RDWR)
+            self.socket.shutdown(socket.SHUT_RDWR)
         with suppress(OSError):
             # Only processes of this sandbox are in its group: a process that got the same PID later is not killed.
             if self.pid and self.pid != self.group == os.getpgid(self.pid):
@@ -143,48 +92,42 @@ class _Process:
 
 
 _warm_lock = threading.Lock()
-_warm = None  # (_Process, subprocess.Popen, PID of the host): the warm interpreter; a fork of the host starts its own
+_warm = None  # a _Process with its subprocess.Popen, and the PID of the host: a fork of the host starts its own
 
 
 def _warm_interpreter():
     """Returns the process that forks the first process of every sandbox. It has nothing of the host's memory."""
     global _warm
     with _warm_lock:
-        if _warm and _warm[2] == os.getpid():
-            if not _warm[0].has_ended():
-                return _warm[0]
-            _warm[1].kill()
-            _warm[1].wait()  # otherwise a zombie would be left
+        if _warm and _warm.host == os.getpid() and _warm.popen.poll() is None:
+            return _warm
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # 64 sandboxes with 8 candidates each need 3,000
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
-        # A library's threads would not survive a fork. With random hashes, sets would print in another order each time.
+        # A library's threads would not survive a fork.
         environment = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        environment |= {"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", "LC_ALL": "C.UTF-8"}
+        environment["PYTHONHASHSEED"] = "0"  # with random hashes, sets would print in another order each time
         environment["GLIBC_TUNABLES"] = "glibc.malloc.arena_max=1"  # an arena per thread would use up RLIMIT_AS
         for name in {"LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME"} & os.environ.keys():
             environment[name] = os.environ[name]  # some Pythons do not start without them
         packages = [path for path in sys.path if os.path.basename(path) in ("site-packages", "dist-packages")]
         process = _Process()
-        with process.remote as channel:
-            started = subprocess.Popen(
-                [sys.executable, "-s", inside.__file__, str(channel.fileno()), *packages],
+        process.host = os.getpid()
+        with process.remote as remote:
+            process.popen = subprocess.Popen(
+                [sys.executable, "-sB", inside.__file__, str(remote.fileno()), *packages],
                 env=environment,
-                pass_fds=[channel.fileno()],
+                pass_fds=[remote.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=process.output,
                 stderr=process.output,
                 start_new_session=True,  # Ctrl-C in a terminal is the host's to handle
             )
-        process.channel.settimeout(START_SECONDS)
-        try:
-            next(process.receive())
-        except (OSError, EOFError, ValueError) as error:
-            started.kill()
-            started.wait()
-            raise OSError(process.printed().strip() or error) from None
-        process.channel.settimeout(None)
-        _warm = process, started, os.getpid()
-        return process
+        with suppress(OSError, EOFError):
+            if process.channel.poll(START_SECONDS) and process.channel.recv_bytes():
+                _warm = process
+                return process
+        process.popen.kill()
+        raise OSError(process.printed().strip() or f"Python ended with status {process.popen.wait()}")
 
 
 class Sandbox(AbstractContextManager):
@@ -196,7 +139,7 @@ class Sandbox(AbstractContextManager):
     started, which may take FORK_SECONDS more. memory_mb: what a step's process can allocate. isolation: "auto" warns
     once if a protection is missing on this machine, "require" raises InputError instead, "off" has time-outs and
     rlimits only. Raises InputError for bad arguments, and if no process starts. Threads can use different sandboxes at
-    once; calls on one sandbox wait for each other.
+    once, but not the same.
 
     Covered, on Linux 5.13 and later, as root or not: the code reads nothing but Python's libraries, time zones and MIME
     types, and writes no file; it has no network, starts no program, signals no process and sees no other candidate;
@@ -223,31 +166,28 @@ class Sandbox(AbstractContextManager):
         self.timeout = float(timeout)
         self.memory_mb = int(memory_mb)
         self.isolation = isolation
-        self.lock = threading.RLock()
+        self.key = int.from_bytes(os.urandom(8), "big")
         self.first = self.state = None
         self.candidates = []
-        self.failures = []  # InputErrors of tools, until the caller has seen one
+        self.input_error = None  # of a tool, until the caller has seen it
         self.lost = False  # the variables of earlier steps are gone, and no observation has said so
         self.closed = False
         self._start()
 
     def _start(self):
         """Fork a first process from the warm interpreter. If that fails, try again."""
-        self.key = int.from_bytes(os.urandom(8), "big")
-        settings = {"filter_key": self.key, "key": 0, "contained": self.isolation != "off", "timeout": self.timeout}
+        settings = {"key": self.key, "contained": self.isolation != "off", "timeout": self.timeout}
         settings["memory_mb"] = self.memory_mb
         settings["tools"] = {name: str(function.__doc__ or "") for name, function in self.tools.items()}
-        for _ in range(STARTS):
+        for attempt in range(1, STARTS + 1):
             try:
-                [process] = self._fork(_warm_interpreter(), [settings])
+                [process] = self._fork(_warm_interpreter(), [{"key": 0, "settings": settings}])
+                if not process.failure:
+                    break
+                raise OSError(process.printed().strip() or process.failure[0])
             except OSError as error:
-                reason = str(error)
-                continue
-            if process.status == "waiting":
-                break
-            reason = process.printed().strip() or process.observation.error
-        else:
-            raise InputError(f"the sandbox did not start: {reason.splitlines()[-1]}")
+                if attempt == STARTS:
+                    raise InputError(f"the sandbox did not start: {str(error).splitlines()[-1]}") from None
         self.first = self.state = process
         if process.missing and self.isolation != "off":
             text = "the sandbox is not fully contained here; missing: " + ", ".join(process.missing)
@@ -258,9 +198,8 @@ class Sandbox(AbstractContextManager):
 
     def close(self, *exception):
         """Kill every process of this sandbox."""
-        with self.lock:
-            self.closed = True
-            self._lose_state()
+        self.closed = True
+        self._lose_state()
 
     __exit__ = close
 
@@ -274,64 +213,70 @@ class Sandbox(AbstractContextManager):
 
     def run(self, code):
         """Run one action on the state. The state changes unless the action times out or its process ends."""
-        with self.lock:
-            [observation] = self.run_candidates([code])
-            self.commit(0)
-            return observation
+        [observation] = self.run_candidates([code])
+        self.commit(0)
+        return observation
 
     def run_candidates(self, codes):
         """Run each code on a copy of the state, all at the same time. The state stays as it is until one is committed.
 
         Returns one Observation per code, in the same order. The next run drops candidates that were not committed.
         """
-        codes = list(codes)
-        if len(codes) > 100 or not all(isinstance(code, str) for code in codes):
+        messages = [{"key": self.key, "code": code} for code in codes]
+        if len(messages) > 100 or not all(isinstance(message["code"], str) for message in messages):
             raise ValueError("codes must be strings, at most 100 at once")
-        with self.lock:
-            if self.closed:
-                raise RuntimeError("the sandbox is closed")
-            self._raise_failure()
-            self._commit(None)
-            if self.state is None or self.state.has_ended():
-                self._lose_state()
-                self._start()
-            try:
-                self.candidates = self._fork(self.state, [{"key": self.key, "code": code} for code in codes])
-            except BaseException:  # Ctrl-C: stop what is running
-                self._lose_state()
-                raise
-            self._raise_failure()
-            observations = [candidate.observation for candidate in self.candidates]
-            for candidate in self.candidates:
-                candidate.observation.stdout = LOST * self.lost + inside.cut(candidate.printed())
-            self.lost = self.lost and not codes
-            if codes and not any(candidate.pid for candidate in self.candidates):
-                for observation in observations:
-                    observation.error = "the process that holds the state did not fork; the variables are gone"
-                self.state.kill()  # the next step starts a new one
-            return observations
+        if self.closed:
+            raise RuntimeError("the sandbox is closed")
+        self._commit(None)
+        try:
+            for _ in range(2):
+                if self.state is None:
+                    self._start()
+                self.candidates = self._fork(self.state, messages)
+                if not messages or any(candidate.pid for candidate in self.candidates):
+                    break
+                self._lose_state()  # its process has ended, or does not fork
+        except BaseException:  # Ctrl-C: stop what is running
+            self._lose_state()
+            raise
+        if self.input_error:
+            error, self.input_error = self.input_error, None
+            raise error
+        observations = [self._observation(candidate) for candidate in self.candidates]
+        self.lost = self.lost and not messages
+        return observations
 
-    def _raise_failure(self):
-        failures, self.failures = self.failures, []
-        if failures:
-            raise failures[0]
+    def _observation(self, process):
+        """Returns what the process did. A final answer stands, whatever happened after it."""
+        observation = Observation(LOST * self.lost + inside.cut(process.printed()), seconds=process.seconds)
+        result, error, kind, _ = process.done or (None, None, None, None)
+        if process.failure:
+            error, kind = process.failure
+        if process.final:
+            observation.is_final = True
+            [observation.final_answer] = process.final
+        elif error is not None:
+            observation.error = inside.cut(str(error), 2 * inside.TEXT_LIMIT)
+            observation.error_kind = str(kind)
+        elif result is not None:
+            observation.result = inside.cut(str(result), 2 * inside.TEXT_LIMIT)
+        return observation
 
     def commit(self, index):
         """Make candidate `index` of the last run_candidates the state.
 
         A candidate that timed out or whose process ended has no state; the state from before the step stays.
         """
-        with self.lock:
-            if self.closed or not self.candidates:
-                raise RuntimeError("there are no candidates to commit: call run_candidates first")
-            self._commit(self.candidates[index])
+        if self.closed or not self.candidates:
+            raise RuntimeError("there are no candidates to commit: call run_candidates first")
+        self._commit(self.candidates[index])
 
     def _commit(self, chosen):
         """Make this candidate the state, if it can be, and kill the others."""
-        if chosen and chosen.status == "waiting":
-            if chosen.threads:  # a fork does not have them
+        if chosen and not chosen.failure:
+            if chosen.done[3]:  # threads, which a fork does not have
                 [fork] = self._fork(chosen, [{"key": self.key}])
-                chosen = fork if fork.status == "waiting" else chosen
+                chosen = chosen if fork.failure else fork
             self.candidates.append(self.state)
             self.state = chosen
         for process in self.candidates:
@@ -340,99 +285,70 @@ class Sandbox(AbstractContextManager):
         self.candidates = []
 
     def _fork(self, parent, messages):
-        """Make the parent fork once for each message. Returns the processes when each has finished, or has been
-        stopped: it has FORK_SECONDS and a time-out to start, and from then on a time-out for the action."""
+        """Make the parent fork once for each message. Returns the processes when each has done what its message says,
+        or has been stopped: they have FORK_SECONDS and a time-out to start, then a time-out for the action."""
+        processes = [_Process(self.first and self.first.group) for _ in messages]
+        for process, message in zip(processes, messages, strict=True):
+            process.thread = threading.Thread(target=self._follow, args=(parent, process, message), daemon=True)
+            process.thread.start()
         seconds = FORK_SECONDS + self.timeout
         deadline = time.monotonic() + seconds
-        processes = [_Process(self.first and self.first.group) for _ in messages]
-        with selectors.DefaultSelector() as selector:
-            for process, message in zip(processes, messages, strict=True):
-                process.deadline = deadline
-                try:
-                    parent.fork(process, message, deadline)
-                    selector.register(process.channel, selectors.EVENT_READ, (process, "code" in message))
-                except OSError as error:
-                    process.stop("killed", f"no process for the code started: {error}")
-            while running := [key.data[0] for key in selector.get_map().values()]:
-                left = min(process.deadline for process in running) - time.monotonic()
-                for key, _ in selector.select(max(0.0, left)):
-                    self._serve(*key.data)
-                for process in running:
-                    late = time.monotonic() >= process.deadline
-                    if late and process.status == "starting":
-                        process.stop("killed", f"no process for the code started within {seconds:g} s")
-                    elif late and process.status == "running":
-                        text = f"TimeoutError: the code ran longer than {self.timeout:g} s and was stopped"
-                        process.stop("timeout", text)
-                        process.observation.seconds = self.timeout
-                    if process.status in ("waiting", "ended"):
-                        selector.unregister(process.channel)
+        for process in processes:
+            if not process.started.wait(max(0.0, deadline - time.monotonic())):
+                process.fail(f"no process for the code started within {seconds:g} s")
+        deadline = time.monotonic() + self.timeout
+        for process in processes:
+            process.thread.join(max(0.0, deadline - time.monotonic()))
+            if process.thread.is_alive() and not process.failure:
+                process.seconds = self.timeout
+                process.fail(f"TimeoutError: the code ran longer than {self.timeout:g} s and was stopped", "timeout")
         return processes
 
-    def _serve(self, process, runs_code):
-        """Read and handle what a process has sent."""
-        observation = process.observation
+    def _follow(self, parent, process, message):
+        """Make the parent fork, and handle what the fork sends until it has done what the message says."""
         try:
-            for message in process.receive():
-                if process.status == "starting":
-                    process.pid = int(message["pid"])
-                    if self.state and process.pid in (self.first.pid, self.state.pid):
-                        raise ValueError("the PID of another process")
-                    process.group = process.group or process.pid  # a first process, which runs no foreign code
-                    process.missing = message.get("missing")
-                    process.status = "running" if runs_code else "waiting"
-                    process.deadline = time.monotonic() + self.timeout
-                elif "tool" in message:
-                    self._start_call(process, **message)
-                elif "final" in message:
-                    if observation.is_final:
+            parent.fork(process, message)
+            hello = process.receive()
+            process.pid = int(hello["pid"])
+            process.group = process.group or process.pid  # a first process, which runs no foreign code
+            process.missing = hello["missing"]
+            process.started.set()
+            started = time.monotonic()
+            while "code" in message and not process.done and not process.failure:
+                sent = process.receive()
+                if "tool" in sent:  # in another thread, so that a final answer is read while it runs
+                    call = process, self.tools[sent["tool"]], [*sent["args"]], {**sent["kwargs"]}
+                    if process.call:
+                        process.call.join()
+                    process.call = threading.Thread(target=self._call, args=call, daemon=True)
+                    process.call.start()
+                elif "final" in sent:
+                    if process.final:
                         raise ValueError("a second final answer")
-                    observation.final_answer = message["final"]
-                    observation.is_final = True
+                    process.final = [sent["final"]]
                 else:
-                    outcome = {"result": None, "error": None, **message["done"]}
-                    if outcome["error"] is not None:
-                        observation.fail(str(outcome["kind"]), inside.cut(str(outcome["error"]), 2 * inside.TEXT_LIMIT))
-                    elif outcome["result"] is not None:
-                        observation.result = inside.cut(str(outcome["result"]), 2 * inside.TEXT_LIMIT)
-                    observation.seconds = time.monotonic() - process.deadline + self.timeout
-                    process.threads = outcome["threads"]
-                    process.status = "waiting"
-                if process.status == "waiting":
-                    return
-        except (OSError, EOFError):
-            process.stop("killed", "the Python process ended before the code did")
+                    result, error, kind, threads = sent["done"]
+                    process.done = result, error, kind, threads
+            process.seconds = time.monotonic() - started
+        except (EOFError, ConnectionError):
+            process.fail("the Python process ended before the code did")
         except Exception as error:
-            text = f"the process was stopped because of what it sent to the host: {type(error).__name__}: {error}"
-            process.stop("killed", text)
+            process.fail(f"what the process sent to the host is not valid: {type(error).__name__}: {error}")
+        finally:
+            process.started.set()
 
-    def _start_call(self, process, tool, number, args, kwargs):
-        """Run a tool in a thread, for which nothing waits. Raises an exception if the call is not valid."""
-        function, args, kwargs = self.tools[tool], [*args], {**kwargs}
-        if not process.calls.acquire(blocking=False):
-            raise ValueError("too many calls at the same time")
-
-        def call():
-            try:
-                process.send(self._call(function, number, args, kwargs))
-            except InputError as error:
-                self.failures.append(error)
-                process.kill()
-            except OSError:
-                pass  # the step has ended
-            finally:
-                process.calls.release()
-
-        threading.Thread(target=call, daemon=True).start()
-
-    def _call(self, function, number, args, kwargs):
-        """Returns a tool's reply, packed."""
+    def _call(self, process, function, args, kwargs):
+        """Run a tool, and send its reply."""
         try:
-            return inside.checked({"reply": number, "value": function(*args, **kwargs)})
-        except InputError:
-            raise
+            reply = inside.pack({"value": function(*args, **kwargs)})
+        except InputError as error:
+            self.input_error = error
+            process.fail(error)
+            return
         except BaseException as error:
             text = type(error).__name__
             with suppress(Exception):
-                text = error.args[0] if len(error.args) == 1 and isinstance(error.args[0], str) else str(error) or text
-            return inside.pack({"reply": number, "error": type(error).__name__, "message": inside.cut(text)})
+                text = str(error) or text
+            reply = inside.pack({"error": type(error).__name__, "message": inside.cut(text)})
+        with suppress(OSError):  # the step has ended
+            process.channel.send_bytes(reply)

@@ -11,6 +11,7 @@ import gc
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -63,8 +64,9 @@ def sandbox():
         yield sandbox
 
 
-def victims():
-    """Set up targets: a file with a secret, a process to attack, listening sockets. Yields their names."""
+@pytest.fixture(scope="module")
+def world():
+    """Targets: a file with a secret, a process to attack, listening sockets. Yields their names."""
     # Everyone may read and write here, so that only the sandbox can stop an attack.
     folder = Path(tempfile.mkdtemp(prefix="victim-", dir="/var/tmp"))
     folder.chmod(0o777)
@@ -74,31 +76,19 @@ def victims():
     victim = subprocess.Popen([sys.executable, "-c", "import time; print('ready', flush=True); time.sleep(600)"],
                               stdout=subprocess.PIPE, env={"KEY": "s3cret"})  # fmt: skip
     victim.stdout.readline()
-    listeners = [socket.socket(socket.AF_INET), socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)]
-    listeners[0].bind(("127.0.0.1", 0))
-    listeners[1].bind(str(folder / "socket"))
-    listeners[2].bind(b"\0victim-" + str(os.getpid()).encode())
+    listener = socket.create_server(("127.0.0.1", 0))
     datagrams = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     datagrams.bind(b"\0datagrams-" + str(os.getpid()).encode())
-    (folder / "socket").chmod(0o777)
-    for listener in listeners:
-        listener.listen()
     os.environ["SANDBOX_TEST_KEY"] = "s3cret"
-    yield {
-        "FOLDER": str(folder), "SECRET": str(secret), "VICTIM": victim.pid, "PORT": listeners[0].getsockname()[1],
-        "HOST": os.getpid(), "PROJECT": str(ROOT), "PYTHON": sys.executable,
-    }  # fmt: skip
+    with listener, datagrams:
+        yield {
+            "FOLDER": str(folder), "SECRET": str(secret), "VICTIM": victim.pid, "PORT": listener.getsockname()[1],
+            "HOST": os.getpid(), "PROJECT": str(ROOT), "PYTHON": sys.executable,
+        }  # fmt: skip
     assert victim.poll() is None, "the victim was killed"
     victim.kill()
     victim.wait()
-    for listener in (*listeners, datagrams):
-        listener.close()
-    subprocess.run(["rm", "-rf", str(folder)], check=True)
-
-
-@pytest.fixture(scope="module")
-def world():
-    yield from victims()
+    shutil.rmtree(folder)
 
 
 # Attacks. An attack calls through() if it got what it wanted. The constants in capitals come from `world`.
@@ -116,40 +106,19 @@ def call(number, *arguments):
 ATTACKS = {
     # files: reading
     "read_passwd": "through('root' in open('/etc/passwd').read())",
-    "read_shadow": ("through(open('/etc/shadow').read())", "strong"),
     "read_answers": "through('42' in open(SECRET).read())",
     "read_project": "through(open(PROJECT + '/sandbox.py').read())",
-    "read_home": ("through(os.listdir(os.path.expanduser('~root')) or os.listdir('/home'))", "strong"),
-    "list_root": "through(os.listdir('/'))",
-    "list_tmp": "through(any('victim-' in name for name in os.listdir('/var/tmp')))",
     "read_by_syscall": "fd = libc.open(SECRET.encode(), 0)\nthrough(fd >= 0 and os.read(fd, 9))",
     "read_by_symlink": "os.symlink(SECRET, 'link')\nthrough('42' in open('link').read())",
-    "read_by_hardlink": "os.link(SECRET, 'link')\nthrough('42' in open('link').read())",
     "read_by_openat": "fd = os.open('/', os.O_PATH)\nthrough(os.open(SECRET[1:], 0, dir_fd=fd))",
-    "read_by_dots": "through(open('../' * 20 + SECRET[1:]).read())",
-    "read_by_mmap": "import mmap\nthrough(mmap.mmap(os.open(SECRET, 0), 0, prot=1)[:3])",
-    "read_by_rename": "os.rename(SECRET, 'mine')\nthrough(open('mine').read())",
     "read_by_import": "sys.path.insert(0, PROJECT)\nimport common\nthrough()",
-    "read_by_linecache": "import linecache\nthrough(linecache.getline(SECRET, 1))",
     "read_proc_environ": ("through(b's3cret' in open(f'/proc/{VICTIM}/environ', 'rb').read())"),
     "read_proc_mem": ("through(open(f'/proc/{VICTIM}/mem', 'rb'))"),
-    "read_proc_cwd": "through(os.listdir(f'/proc/{VICTIM}/cwd'))",
-    "read_proc_root": "through(open(f'/proc/{VICTIM}/root' + SECRET).read())",
     "read_proc_link": "through(os.readlink(f'/proc/{VICTIM}/exe'))",
-    "read_proc_parent": "through(open(f'/proc/{os.getppid()}/cmdline').read())",
-    "read_proc_self": "through(open('/proc/self/maps').read() and open('/proc/self/mountinfo').read())",
     "list_proc": "through(str(VICTIM) in os.listdir('/proc'))",
-    "read_sys": "through(os.listdir('/sys/class'))",
-    "read_disk": ("through(os.open('/dev/vda', 0) >= 0 or os.open('/dev/sda', 0))", "strong"),
-    "read_kmsg": ("through(os.open('/dev/kmsg', 0))", "strong"),
-    "open_by_handle": (
-        "handle = ctypes.create_string_buffer((8).to_bytes(4, 'little') + bytes(132))\n"
-        "through(call(304, os.open('/', os.O_PATH), handle.raw, 0) >= 0)", "strong"),
     # files: writing
     "write_answers": "open(SECRET, 'a').write('x')\nthrough()",
-    "write_beside": "open(FOLDER + '/new', 'w').write('x')\nthrough()",
     "write_tmp": "open('/var/tmp/sandbox-was-here', 'w').close()\nos.unlink('/var/tmp/sandbox-was-here')\nthrough()",
-    "write_shm": "open('/dev/shm/sandbox-was-here', 'w').close()\nos.unlink('/dev/shm/sandbox-was-here')\nthrough()",
     "write_library": (
         "path = os.path.dirname(os.__file__) + '/site_was_here.py'\n"
         "open(path, 'w').close()\nos.unlink(path)\nthrough()", "strong"),
@@ -157,79 +126,36 @@ ATTACKS = {
     "truncate_on_reading": "os.close(os.open(SECRET, os.O_RDONLY | os.O_TRUNC))\nthrough()",
     "chmod": "os.chmod(SECRET, 0o646)\nthrough(open(SECRET))",
     "unlink": "open(FOLDER + '/a', 'w')\nos.unlink(FOLDER + '/a')\nthrough()",
-    "mkdir": "os.mkdir(FOLDER + '/folder')\nthrough()",
-    "symlink_out": "os.symlink('/', FOLDER + '/root-link')\nthrough()",
     "xattr": ("os.setxattr(SECRET, 'user.x', b'1')\nthrough()", "strong"),
-    "mknod": ("os.mknod('disk', 0o60600, os.makedev(254, 0))\nthrough()", "strong"),
     "mount": ("through(libc.mount(b'none', b'/', b'tmpfs', 0, None) == 0)", "strong"),
-    "chroot": ("os.mkdir('x')\nos.chroot('x')\nthrough()", "strong"),
     # network
     "tcp": "s = socket.socket()\ns.connect(('127.0.0.1', PORT))\nthrough()",
-    "tcp6": "socket.socket(socket.AF_INET6)\nthrough()",
-    "udp": "through(socket.socket(type=socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', 9)))",
-    "listen": "s = socket.socket()\ns.bind(('127.0.0.1', 0))\ns.listen()\nthrough()",
-    "raw_socket": ("socket.socket(socket.AF_PACKET, socket.SOCK_RAW)\nthrough()", "strong"),
-    "netlink": "socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)\nthrough()",
-    "vsock": ("socket.socket(socket.AF_VSOCK)\nthrough()", "strong"),
-    "unix_path": "s = socket.socket(socket.AF_UNIX)\ns.connect(FOLDER + '/socket')\nthrough()",
-    "unix_abstract": "s = socket.socket(socket.AF_UNIX)\ns.connect(b'\\0victim-%d' % HOST)\nthrough()",
     "unix_datagram_pair": (
         "a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)\n"
         "through(a.sendto(b'x', b'\\0datagrams-%d' % HOST))"),
     "unix_seqpacket_pair": "socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)\nthrough()",
-    "resolve": ("through(socket.getaddrinfo('localhost', 80, proto=6) and socket.create_connection(('localhost', PORT)))",
-                "strong"),
-    "http": "import urllib.request\ntry: urllib.request.urlopen(f'http://127.0.0.1:{PORT}', timeout=0.2)\nexcept TimeoutError: through()",
     "io_uring": ("through(call(425, 4, bytes(120)) >= 0)", "strong"),
     # processes
     "exec": "subprocess.run([PYTHON, '-c', ''], check=True)\nthrough()",
-    "system": "through(os.system('true') == 0)",
     "execve_self": "os.execv(PYTHON, [PYTHON, '-c', 'raise SystemExit(7)'])",
-    "spawn": "through(os.posix_spawn('/bin/true', ['true'], {}))",
     "memfd_exec": "through(os.memfd_create('x') >= 0)",
     "fork": "through(os.fork() >= 0)",
-    "vfork": "through(call(58) >= 0)",
-    "multiprocessing": "import multiprocessing\np = multiprocessing.get_context('fork').Process(target=int)\np.start()\np.join()\nthrough(p.exitcode == 0)",
-    "clone_parent": "through(call(56, 0x8011, 0, 0, 0, 0) >= 0)",
-    "clone_namespace": "through(call(56, 0x10000011, 0, 0, 0, 0) >= 0)",
     "clone3": "through(call(435, bytes(32) + (17).to_bytes(8, 'little') + bytes(24), 64) >= 0)",
-    "unshare": ("through(libc.unshare(0x10000000) == 0)", "strong"),
-    "setns": ("through(libc.setns(os.open('/proc/self/ns/net', 0), 0) == 0)", "strong"),
     "setsid": "through(libc.setsid() >= 0 or libc.setpgid(0, 0) >= 0)",
     # other processes
     "signal_zero": "os.kill(VICTIM, 0)\nthrough()",
-    "signal_host": "os.kill(HOST, 0)\nthrough()",
-    "signal_parent": "os.kill(os.getppid() or 1, 0)\nthrough()",
     "signal_group": "os.kill(0, signal.SIGCONT)\nthrough()",
     "signal_everyone": ("os.kill(-1, 0)\nthrough()", "strong"),
     "signal_queue": "through(call(129, VICTIM, 0, bytes(8) + b'\\xff' * 4 + bytes(116)) == 0)",
     "signal_thread": "through(call(200, VICTIM, 0) == 0)",
     "signal_owner": "import fcntl\nr, w = os.pipe()\nfcntl.fcntl(r, fcntl.F_SETOWN, VICTIM)\nthrough()",
-    "pidfd": "os.pidfd_open(VICTIM)\nthrough()",
     "ptrace": ("through(libc.ptrace(0x4206, VICTIM, 0, 0) == 0)", "strong"),
-    "process_vm_readv": ("through(call(310, VICTIM, bytes(16), 1, bytes(16), 1, 0) >= 0)", "strong"),
     "prlimit": "import resource\nresource.prlimit(VICTIM, resource.RLIMIT_NOFILE)\nthrough()",
-    "renice": "os.setpriority(os.PRIO_PROCESS, VICTIM, 1)\nthrough()",
-    "affinity": "os.sched_setaffinity(VICTIM, {0})\nthrough()",
-    "kcmp": ("through(call(312, VICTIM, VICTIM, 2, 0, 0) >= 0)", "strong"),
-    "shared_memory": "through(libc.shmget(1234, 4096, 0o1666) >= 0)",
-    "semaphore": "from multiprocessing import shared_memory\nshared_memory.SharedMemory('was_here', True, 9).unlink()\nthrough()",
-    "message_queue": "through(libc.msgget(1234, 0o1666) >= 0)",
     # the kernel
     "bpf": ("through(call(321, 0, bytes(64), 64) >= 0)", "strong"),
-    "perf": ("through(call(298, bytes(128), 0, -1, -1, 0) >= 0)", "strong"),
-    "keyctl": ("through(call(250, 0, -3, 1) >= 0)", "strong"),
-    "userfaultfd": ("through(call(323, 0) >= 0)", "strong"),
-    "personality": "through(libc.personality(0x40000) >= 0)",
-    "setuid": ("os.setuid(0)\nthrough()", "strong"),
     "seccomp_again": ("through(libc.prctl(22, 1, 0, 0, 0) == 0)", "strong"),
     "undumpable": "through(libc.prctl(4, 1, 0, 0, 0) == 0)",
-    "terminal": ("import fcntl\nfcntl.ioctl(os.open('/dev/tty', 0), 0x5412, b'x')\nthrough()", "strong"),
-    "reboot": ("through(libc.reboot(0) == 0)", "strong"),
-    "sethostname": ("socket.sethostname(socket.gethostname())\nthrough()", "strong"),
-    "clock": ("time.clock_settime(time.CLOCK_REALTIME, time.time())\nthrough()", "strong"),
     # what is inherited
-    "environment": ("through(len(os.environ))", "strong"),
     "environment_by_libc": ("libc.getenv.restype = ctypes.c_char_p\nthrough(libc.getenv(b'PATH') or libc.getenv(b'SANDBOX_TEST_KEY'))", "strong"),
     "descriptors": (
         "import stat\nkinds = []\nfor fd in range(256):\n  try: kinds.append((fd, os.fstat(fd).st_mode))\n"
@@ -256,7 +182,7 @@ def test_attack_fails(shared, world, name):
     assert observation.final_answer != "through", observation
     assert Path(world["SECRET"]).read_text() == "the answer is 42\n"
     assert Path(world["SECRET"]).stat().st_mode & 0o777 == 0o666
-    assert sorted(path.name for path in Path(world["FOLDER"]).iterdir()) == ["answers.jsonl", "socket"]
+    assert sorted(path.name for path in Path(world["FOLDER"]).iterdir()) == ["answers.jsonl"]
     assert shared.run("6 * 7").result == "42"
 
 
@@ -269,9 +195,6 @@ def test_attack_works_without_containment(world, tmp_path, name):
     with Sandbox(isolation="off") as sandbox:
         sandbox.run(f"import os\nos.chdir({str(tmp_path)!r})")
         assert attack(sandbox, name, world).final_answer == "through"
-    for path in Path(world["FOLDER"]).iterdir():
-        if path.name != "socket":
-            path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
     Path(world["SECRET"]).write_text("the answer is 42\n")
     Path(world["SECRET"]).chmod(0o666)
 
@@ -281,23 +204,14 @@ def test_attack_works_without_containment(world, tmp_path, name):
 LOOPS = {
     "loop": "while True: pass",
     "sleep": "import time\ntime.sleep(60)",
-    "c_loop": "sum(range(10**12))",
-    "power": "10 ** 10 ** 9",
     "regex": "import re\nre.match('(a+)+$', 'a' * 40 + 'b')",
     "swallowed": "while True:\n  try:\n    while True: pass\n  except BaseException: pass",
     "signals_ignored": "import signal\nfor s in range(1, 65):\n  try: signal.signal(s, signal.SIG_IGN)\n  except (OSError, ValueError): pass\nwhile True: pass",
     "signals_blocked": "import signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))\nwhile True: pass",
-    "finally": "try:\n  while True: pass\nfinally:\n  while True: pass",
-    "threads": "import threading\nfor _ in range(4): threading.Thread(target=lambda: [0 for _ in iter(int, 1)]).start()\nwhile True: pass",
-    "thread_left": "import threading, time\nt = threading.Thread(target=time.sleep, args=(60,))\nt.start()\nt.join()",
-    "atexit": "import atexit, time\natexit.register(time.sleep, 60)\ntime.sleep(60)",
     "printing": "while True:\n  try: print('x' * 1000)\n  except OSError: pass",
-    "input_from_pipe": "import os\nr, w = os.pipe()\nos.read(r, 1)",
-    "lock": "import threading\nl = threading.Lock()\nl.acquire()\nl.acquire()",
     "stopped": "import os, signal\ntry: os.kill(os.getpid(), signal.SIGSTOP)\nexcept OSError: pass\nwhile True: pass",
     "channel_flood": "import os\nwhile True: os.write(3, b'\\0\\0\\0\\x01' b'0')",
     "fork_and_setsid": "import os, time\ntry:\n  if os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0: time.sleep(60)\nexcept OSError: pass\ntime.sleep(60)",
-    "sympy": "import sympy\nsympy.factorint(10**90 + 289)\nwhile True: pass",
     "tool": "hang()",
 }  # fmt: skip
 
@@ -320,10 +234,10 @@ def test_time_out(name):
     done.set()
 
 
+SEND = "import os, socket, time\ndef send(data): os.write(3, len(data).to_bytes(4, 'big') + data)\n"
 # Code can change everything in the process that holds the state, here the function that forks it.
 TAKEOVERS = {
     "does_not_fork": "time.sleep(60)",
-    "answers_itself": "0",
     "child_is_silent": "old(key) or time.sleep(60)",
     "parent_ends": "os._exit(0)",
     "raises": "1 / 0",
@@ -357,26 +271,21 @@ def test_a_state_that_does_not_fork_as_asked_is_given_up(name, monkeypatch):
         assert sandbox.run(TAKE_OVER.format(TAKEOVERS[name])).error is None
         monkeypatch.setattr(module, "FORK_SECONDS", 0.5)
         started = time.monotonic()
-        assert [o.error_kind for o in sandbox.run_candidates(["x = 2", "x"])] == ["killed", "killed"]
+        for after in sandbox.run_candidates(["'x' in globals()"] * 2):
+            assert after.result == "False" and "variables are gone" in after.stdout
         assert time.monotonic() - started < 10
-        after = sandbox.run("'x' in globals()")
-        assert after.result == "False" and "variables are gone" in after.stdout
         assert sandbox.run("1").stdout == ""
         assert eventually(lambda: not in_group(group))
 
 
-def test_a_state_that_does_not_read_a_reply_is_given_up(monkeypatch):
-    """The thread that sends the reply must not keep the host from going on."""
-    code = "import os, time\ndef send(data): os.write(3, len(data).to_bytes(4, 'big') + data)\n"
-    code += (
-        """send(b'{"tool": "large", "number": 0, "args": [], "kwargs": {}}')\nsend(b'{"done": {"threads": false}}')\n"""
-    )
-    with Sandbox({"large": lambda: "x" * 7_000_000}, timeout=2) as sandbox:
-        assert sandbox.run(code + "time.sleep(60)").error is None
-        assert eventually(sandbox.state.sending.locked)
+def test_a_state_that_does_not_read_is_given_up(monkeypatch):
+    """The thread that sends the request must not keep the host from going on."""
+    code = SEND + """send(b'{"done": [null, null, null, false]}')\ntime.sleep(60)"""
+    with Sandbox(timeout=2) as sandbox:
+        assert sandbox.run(code).error is None
         monkeypatch.setattr(module, "FORK_SECONDS", 0.5)
-        assert sandbox.run("1").error_kind == "killed"
-        assert "variables are gone" in sandbox.run("1").stdout
+        after = sandbox.run("1" + " " * 500_000)
+        assert "variables are gone" in after.stdout and after.result == "1"
 
 
 @pytest.mark.parametrize("victim", ["state", "first"])
@@ -385,20 +294,19 @@ def test_a_state_that_is_killed_between_steps_is_reported(victim):
         sandbox.run("x = 1")
         sandbox.run("y = 2")
         os.killpg(sandbox.first.group, 9) if victim == "first" else os.kill(sandbox.state.pid, 9)
-        assert eventually(sandbox.state.has_ended)
         observation = sandbox.run("x")
         assert "variables are gone" in observation.stdout and "NameError" in observation.error
         assert sandbox.run("1").stdout == ""
 
 
-@pytest.mark.parametrize("end", [lambda: module._warm[1].kill(), lambda: module._warm[0].kill()])
+@pytest.mark.parametrize("end", [lambda: module._warm.popen.kill(), lambda: module._warm.kill()])
 def test_states_survive_the_warm_interpreter(end):
     """It is replaced, and leaves no zombie."""
     with Sandbox() as one:
         one.run("x = 41")
-        pid = module._warm[1].pid
+        pid = module._warm.popen.pid
         end()
-        assert eventually(module._warm[0].has_ended)
+        module._warm.popen.wait()
         with Sandbox() as other:
             assert (one.run("x + 1").result, other.run("1").result) == ("42", "1")
         assert not Path(f"/proc/{pid}").exists()
@@ -520,11 +428,11 @@ FORGERIES = {
     "infinity": "send(b'{\"final\": 1e999}')",
     "bad_outcome": "send(b'{\"done\": {\"result\": 5}}')",
     "no_outcome": "send(b'{\"done\": 5}')",
-    "bad_kind": "send(b'{\"done\": {\"error\": \"x\", \"kind\": \"none\"}}')",
-    "unknown_tool": "send(b'{\"tool\": \"os.system\", \"number\": 0, \"args\": [], \"kwargs\": {}}')",
+    "bad_kind": "send(b'{\"done\": [null, \"x\"]}')",
+    "unknown_tool": "send(b'{\"tool\": \"os.system\", \"args\": [], \"kwargs\": {}}')",
     "no_arguments": "send(b'{\"tool\": \"add\"}')",
-    "no_number": "send(b'{\"tool\": \"add\", \"number\": \"0\", \"args\": 5, \"kwargs\": {}}')",
-    "two_calls": "for _ in range(3): send(b'{\"tool\": \"slow\", \"number\": 0, \"args\": [], \"kwargs\": {}}')",
+    "no_number": "send(b'{\"tool\": \"add\", \"args\": 5, \"kwargs\": {}}')",
+    "two_calls": "for _ in range(3): send(b'{\"tool\": \"slow\", \"args\": [], \"kwargs\": {}}')",
     "close": "os.close(3)",
     "descriptors": "socket.send_fds(socket.socket(fileno=3), [b'\\0\\0\\0\\x02{}'], [0, 1, 2])",
     "in_flight": "a, b = socket.socketpair()\nfor _ in range(9): socket.send_fds(a, [b'x'], [0] * 200)",
@@ -532,8 +440,8 @@ FORGERIES = {
     "half": "os.write(3, b'\\0\\0\\1\\0{')\ntime.sleep(60)",
     "trickle": "os.write(3, b'\\0\\0\\xff\\0')\nwhile True: os.write(3, b' '); time.sleep(0.01)",
     "urgent": "socket.socket(fileno=3).send(b'x', socket.MSG_OOB)",
-    "not_reading": "for _ in range(9): send(b'{\"tool\": \"large\", \"number\": 0, \"args\": [], \"kwargs\": {}}')\ntime.sleep(60)",
-    "many_calls": "for i in range(2000): send(b'{\"tool\": \"slow\", \"number\": 0, \"args\": [], \"kwargs\": {}}')\ntime.sleep(60)",
+    "not_reading": "for _ in range(9): send(b'{\"tool\": \"large\", \"args\": [], \"kwargs\": {}}')\ntime.sleep(60)",
+    "many_calls": "for i in range(2000): send(b'{\"tool\": \"slow\", \"args\": [], \"kwargs\": {}}')\ntime.sleep(60)",
     "lone_surrogate": "send(b'{\"final\": \"\\xed\\xa0\\x80\"}')",
     "escaped_surrogate": "send(rb'{\"final\": \"\\ud800\"}')",
     "huge_integer": "send(b'{\"final\": ' + b'9' * 100000 + b'}')",
@@ -542,7 +450,6 @@ FORGERIES = {
 
 @pytest.mark.parametrize("name", FORGERIES)
 def test_forged_message(name):
-    code = "import os, socket, time\ndef send(data): os.write(3, len(data).to_bytes(4, 'big') + data)\n"
     calls = []
     add, slow, large = lambda a, b: calls.append((a, b)), lambda: time.sleep(0.2), lambda: "x" * 7_000_000
     tools = {"add": add, "slow": slow, "large": large}
@@ -552,7 +459,7 @@ def test_forged_message(name):
         count = lambda: len(os.listdir("/proc/self/fd")) + threading.active_count()  # noqa: E731
         before = count()
         started = time.monotonic()
-        forged, honest = sandbox.run_candidates([code + FORGERIES[name] + "\ntime.sleep(0.3)", "x"])
+        forged, honest = sandbox.run_candidates([SEND + FORGERIES[name] + "\ntime.sleep(0.3)", "x"])
         assert time.monotonic() - started < 20
         assert forged.error or name == "two_calls"  # which only calls the tool
         assert honest == Observation(result="42", seconds=honest.seconds)
@@ -568,12 +475,12 @@ def test_candidates_do_not_see_each_other(sandbox):
     """Neither another candidate's output, nor memory that both could write."""
     look = "import os, time\ntime.sleep(0.3)\nfor pid in range(os.getpid() - 9, os.getpid() + 9):\n  if pid != os.getpid():\n    try: print(open(f'/proc/{pid}/fd/1').read())\n    except OSError: pass"
     assert sandbox.run_candidates(["print('se' + 'cret')\nimport time\ntime.sleep(1)", look])[1].stdout == ""
-    sandbox.run("import mmap, numpy, os\nown = mmap.mmap(-1, 8, mmap.MAP_PRIVATE)")
-    shared = ["mmap.mmap(-1, 8)", "mmap.mmap(-1, 8, mmap.MAP_SHARED, mmap.PROT_READ)", "print(8 * 'x')\nmmap.mmap(1, 8)",
-              "os.memfd_create('x')", "import multiprocessing\nmultiprocessing.Value('i')"]  # fmt: skip
+    shared = [
+        "import mmap\nmmap.mmap(-1, 8)",
+        "print(8 * 'x')\nimport mmap\nmmap.mmap(1, 8)",
+        "import os\nos.memfd_create('x')",
+    ]
     assert all("PermissionError" in observation.error for observation in sandbox.run_candidates(shared))
-    sandbox.run_candidates(["own[:1] = b'x'", "own[0]"])
-    assert sandbox.run("own[0]").result == "0"
 
 
 def test_sandboxes_do_not_see_each_other():
@@ -682,7 +589,7 @@ def test_program(name):
     ("code", "result"),
     [("1 + 1", "2"), ("x = 1", None), ("None", None), ("'a'", "'a'"), ("x = 1\nx;", "1"), ("", None), ("# nothing", None),
      ("for i in range(3): i", None), ("print('a')", None), ("(lambda: 7)()", "7"), ("'''doc'''", "'doc'"),
-     ("import sympy\nsympy.Rational(1, 2)", "1/2"), ("f'{1}'", "'1'"), ("len(str(2**100000))", "30103"),
+     ("import sympy\nsympy.Rational(1, 2)", "1/2"), ("f'{1}'", "'1'"),
      ("[i async for i in x]", None), ("True", "True")],
 )  # fmt: skip
 def test_result_is_the_repr_of_a_last_expression(shared, code, result):
@@ -735,18 +642,18 @@ def test_everything_printed_is_kept(sandbox):
 # What is given to final_answer, what the host receives, and a gold answer that it equals
 ANSWERS = [
     ("42", 42, "42"), ("'a'", "a", None), ("None", None, None), ("True", True, None), ("0.5", 0.5, "0.5"), ("''", "", None),
-    ("[1, {'a': [None]}]", [1, {"a": [None]}], None), ("10**30", 10**30, None), ("10**5000", "1" + "0" * 5000, None),
+    ("[1, {'a': [None]}]", [1, {"a": [None]}], None), ("10**30", 10**30, None), ("10**4000", 10**4000, None),
     ("(1, 2)", [1, 2], "(1, 2)"), ("{1: 2}", {"1": 2}, None), ("float('inf')", "inf", None), ("b'x'", "b'x'", None),
-    ("{3, 1}", [1, 3], r"\{1, 3\}"), ("{1, 'a'}", [1, "a"], None), ("range(3)", [0, 1, 2], "0, 1, 2"), ("3 + 2j", "3+2i", "3+2i"), ("-1j", "-0-1i", "-i"),
-    ("Fraction(1, 3)", "1/3", r"\frac{1}{3}"), ("Fraction(4, 2)", 2, "2"), ("[Fraction(1, 2)]", ["1/2"], "0.5"), ("Decimal('0.1')", 0.1, "0.1"),
+    ("{3, 1}", [1, 3], r"\{1, 3\}"), ("{1, 'a'}", [1, "a"], None), ("range(3)", [0, 1, 2], "0, 1, 2"), ("3 + 2j", "(3+2j)", "3+2i"),
+    ("Fraction(1, 3)", "1/3", r"\frac{1}{3}"), ("Fraction(4, 2)", 2, "2"), ("[Fraction(1, 2)]", ["1/2"], "0.5"), ("Decimal('0.1')", "0.1", "0.1"),
     ("np.int64(7)", 7, "7"), ("np.float64(0.5)", 0.5, "0.5"), ("np.float32(0.1)", 0.1, "0.1"), ("np.bool_(True)", True, None),
     ("[np.int64(1), np.int64(2)]", [1, 2], "1, 2"), ("(np.float64(3.0), 2)", [3.0, 2], "(3, 2)"), ("{'mean': np.mean([1, 2])}", {"mean": 1.5}, None),
     ("np.array([3., -2.])", [3.0, -2.0], r"\begin{pmatrix} 3 \\ -2 \end{pmatrix}"), ("np.array(3)", 3, "3"),
     ("np.array([[16, -2], [0, 4]])", [[16, -2], [0, 4]], r"\begin{pmatrix} 16 & -2 \\ 0 & 4 \end{pmatrix}"),
     ("sp.sqrt(8)", "2*sqrt(2)", r"2\sqrt{2}"), ("sp.Rational(1, 2)", "1/2", "0.5"), ("sp.Integer(3)", 3, "3"), ("sp.Float(0.5)", 0.5, "0.5"),
-    ("sp.Interval(-2, 7)", "[-2, 7]", "[-2, 7]"), ("sp.Interval.open(-2, sp.oo)", r"(-2, \infty)", r"(-2, \infty)"),
+    ("sp.Interval(-2, 7)", "Interval(-2, 7)", "[-2, 7]"),
     ("sp.FiniteSet(2, 1)", [1, 2], r"\{1, 2\}"), ("sp.Matrix([[1], [x]])", [[1], ["x"]], r"\begin{pmatrix} 1 \\ x \end{pmatrix}"),
-    ("[{x: 3}]", "x = 3", "3"), ("[{x: 1}, {x: 2}]", ["x = 1", "x = 2"], "1, 2"), ("sp.Eq(x, 3)", "x = 3", "x = 3"),
+    ("[{x: 3}]", [{"x": 3}], "3"), ("[{x: 1}, {x: 2}]", [{"x": 1}, {"x": 2}], "1, 2"), ("sp.Eq(x, 3)", "Eq(x, 3)", "x = 3"),
     ("[float('nan')]", ["nan"], None),
 ]  # fmt: skip
 
@@ -889,9 +796,9 @@ def test_an_input_error_of_a_tool_ends_the_run(seconds):
 def test_many_sandboxes_in_many_threads_leave_nothing_behind():
     """Neither processes nor descriptors nor threads."""
     Sandbox().close()  # starts the warm interpreter
-    others = set(descendants(os.getpid())) - {module._warm[1].pid}  # of sandboxes that other tests use
+    others = set(descendants(os.getpid())) - {module._warm.popen.pid}  # of sandboxes that other tests use
     now = lambda: (len(os.listdir("/proc/self/fd")), threading.active_count())  # noqa: E731
-    before, failures, warm = now(), [], module._warm[1].pid
+    before, failures, warm = now(), [], module._warm.popen.pid
 
     def work(number):
         with Sandbox(tools={"add": lambda a, b: a + b}, timeout=30) as sandbox:
@@ -915,7 +822,7 @@ def test_many_sandboxes_in_many_threads_leave_nothing_behind():
 def test_sandboxes_that_start_at_the_same_time_share_a_warm_interpreter(monkeypatch):
     """Even if one thread is held up while it sends its request."""
     Sandbox().close()
-    warm, send = module._warm[1].pid, socket.send_fds
+    warm, send = module._warm.popen.pid, socket.send_fds
     monkeypatch.setattr(module, "FORK_SECONDS", 0.5)
     monkeypatch.setattr(socket, "send_fds", lambda *arguments: time.sleep(0.3) or send(*arguments))
     threads = [threading.Thread(target=lambda: Sandbox(timeout=0.5).close()) for _ in range(2)]
@@ -924,7 +831,7 @@ def test_sandboxes_that_start_at_the_same_time_share_a_warm_interpreter(monkeypa
         time.sleep(0.1)
     for thread in threads:
         thread.join(60)
-    assert module._warm[1].pid == warm
+    assert module._warm.popen.pid == warm
 
 
 def test_everything_dies_with_the_host():
@@ -932,25 +839,23 @@ def test_everything_dies_with_the_host():
         "import os, threading, time\nfrom sandbox import Sandbox\none, two = Sandbox(), Sandbox(timeout=60)\n"
         "threading.Thread(target=two.run, args=('import time\\nwhile True: time.sleep(1)',)).start()\n"
         "one.run('1')\none.run_candidates(['1'] * 3); time.sleep(1)\n"
-        # A fork of the host, which outlives it.
-        "fork = os.fork()\nif fork: print(fork, flush=True)\ntime.sleep(60)"
+        "print(1, flush=True)\ntime.sleep(60)"
     )
     for number in (signal.SIGKILL, signal.SIGTERM):
         host = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=ROOT)
-        fork = int(host.stdout.readline())
-        below = set(descendants(host.pid)) - {fork}
+        host.stdout.readline()
+        below = set(descendants(host.pid))
         # The warm interpreter, two first processes, a state, three candidates, one that runs.
         assert len(below) >= 8
         host.send_signal(number)
         host.wait()
         assert eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below))  # noqa: B023
-        os.kill(fork, signal.SIGKILL)
         host.stdout.close()
 
 
 def test_a_first_process_that_fails_ends_the_others(sandbox):
     sandbox.run("1")
-    sandbox.first.send(b"\0\0\0\1x")
+    sandbox.first.socket.send(b"x" * 9)
     assert eventually(lambda: not in_group(sandbox.first.group))
     assert "variables are gone" in sandbox.run("1").stdout
 
@@ -1035,12 +940,12 @@ def test_wrong_use_is_refused(sandbox):
 POORER_MACHINE = """
 import ctypes, struct
 from common import inside
-from common.inside import LOAD, EQUAL, RETURN, ALLOW, DENY, NUMBERS
-program = [(LOAD, 0, 0, 0), (EQUAL, 0, 1, NUMBERS["{refused}"]), (RETURN, 0, 0, DENY), (RETURN, 0, 0, ALLOW)]
+from common.inside import LOAD, RETURN, ALLOW, DENY, ALL_BITS, _rule
+program = [*_rule(*{refused}, DENY), (RETURN, 0, 0, ALLOW)]
 code = b"".join(struct.pack("=HBBI", *step) for step in program)
 buffer = ctypes.create_string_buffer(code, len(code))
 inside._call("prctl", 38, 1, 0, 0, 0)
-inside._call("seccomp", 1, 0, struct.pack("=H6xQ", len(program), ctypes.addressof(buffer)))
+inside._call("prctl", 22, 2, struct.pack("=H6xQ", len(program), ctypes.addressof(buffer)), 0, 0)
 import warnings
 from common import InputError
 from sandbox import Sandbox
@@ -1058,8 +963,8 @@ print(one.run("x = 0\\nwhile True: pass").error_kind, one.run("x + 1").result)
 
 @pytest.mark.parametrize(
     ("refused", "missing", "kinds"),
-    [("landlock_create_ruleset", "Landlock (Operation not permitted (landlock_create_ruleset))", "runtime runtime"),
-     ("seccomp", "seccomp (Operation not permitted (seccomp))", "runtime None")],
+    [((444, []), "Landlock (Operation not permitted)", "runtime runtime"),
+     ((157 if os.uname().machine == "x86_64" else 167, [(0, 0xFFFFFFFF, [22])]), "seccomp (Operation not permitted)", "runtime None")],
 )  # fmt: skip
 def test_a_machine_that_offers_less(tmp_path, refused, missing, kinds):
     script = f"import sys; sys.path.insert(0, {str(ROOT)!r})" + POORER_MACHINE.format(refused=refused)
@@ -1078,6 +983,5 @@ FORBIDDEN = {
 @pytest.mark.parametrize("column", FORBIDDEN)
 def test_the_tables_of_system_calls(column):
     """Each number once, and none that harms, also for arm64, where the attacks do not run."""
-    named = [numbers[column - 1] for numbers in module.inside.NAMED.values()]
-    numbers = module.inside.allowed(column) + [number for number in named if number is not None]
-    assert len(numbers) == len(set(numbers)) and not FORBIDDEN[column] & set(numbers)
+    found = [n for row in module.inside.CALLS for n in module.inside.numbers_of(row[column])]
+    assert len(found) == len(set(found)) > 90 and not FORBIDDEN[column] & set(found)
