@@ -64,12 +64,6 @@ class _Process:
         self.failure = None  # error and its kind, if the process cannot become the state
         self.seconds = 0.0
 
-    def fork(self, process, message):
-        """Make this process fork. The fork gets the other end of `process`, and does what the message says."""
-        with process.remote, self.sending:
-            socket.send_fds(self.socket, [b"f"], [process.remote.fileno(), process.output.fileno()])
-            self.channel.send_bytes(json.dumps(message).encode())
-
     def receive(self):
         """Returns the next message. Raises EOFError or OSError if the process has ended."""
         return inside.unpack(self.channel.recv_bytes(inside.MESSAGE_BYTES))
@@ -85,7 +79,7 @@ class _Process:
         """End the process. If it is the first of a sandbox, it ends all others."""
         with suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
-        with suppress(OSError):
+        with suppress(OSError, OverflowError):
             # Only processes of this sandbox are in its group: a process that got the same PID later is not killed.
             if self.pid and self.pid != self.group == os.getpgid(self.pid):
                 os.kill(self.pid, signal.SIGKILL)
@@ -252,11 +246,15 @@ class Sandbox(AbstractContextManager):
         result, error, kind, _ = process.done or (None, None, None, None)
         if process.failure:
             error, kind = process.failure
+        if os.fstat(process.output.fileno()).st_size >= inside.OUTPUT_BYTES:
+            kind = kind or "runtime"
+            error = f"{error or 'OSError'}; a step can print {inside.OUTPUT_BYTES >> 10:,} KiB"
         if process.final:
             observation.is_final = True
             [observation.final_answer] = process.final
         elif error is not None:
-            observation.error = inside.cut(str(error), 2 * inside.TEXT_LIMIT)
+            note = f"; a step can allocate {self.memory_mb:,} MB" if kind == "memory" else ""
+            observation.error = inside.cut(str(error), 2 * inside.TEXT_LIMIT) + note
             observation.error_kind = str(kind)
         elif result is not None:
             observation.result = inside.cut(str(result), 2 * inside.TEXT_LIMIT)
@@ -307,7 +305,9 @@ class Sandbox(AbstractContextManager):
     def _follow(self, parent, process, message):
         """Make the parent fork, and handle what the fork sends until it has done what the message says."""
         try:
-            parent.fork(process, message)
+            with process.remote, parent.sending:
+                socket.send_fds(parent.socket, [b"f"], [process.remote.fileno(), process.output.fileno()])
+                parent.channel.send_bytes(json.dumps(message).encode())
             hello = process.receive()
             process.pid = int(hello["pid"])
             process.group = process.group or process.pid  # a first process, which runs no foreign code

@@ -44,7 +44,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 
 TEXT_LIMIT = 10_000  # characters kept of the output, a result, an error, or an answer that JSON cannot hold
-OUTPUT_BYTES = 1 << 20  # bytes that a step can print; writing more raises OSError in the code
+OUTPUT_BYTES = 1 << 20  # bytes that a step can print
 OPEN_FILES = 64  # descriptors that the code can have open
 # Types of a tool's exception that the code sees; others become a RuntimeError.
 ERRORS = ("ValueError", "TypeError", "KeyError", "IndexError", "OSError", "ConnectionError", "TimeoutError")
@@ -183,7 +183,7 @@ def _keyed_call(number, first, second, key):
 
 
 def _fork(key):
-    """Fork with the key that the filter asks for. Returns the PID, or 0 in the child.
+    """Fork with the key that the filter asks for. Returns 0 in the child.
 
     The child continues the parent's random numbers, which Python would seed again.
     """
@@ -194,8 +194,6 @@ def _fork(key):
         (ctypes.pythonapi.PyOS_AfterFork_Parent if child else ctypes.pythonapi.PyOS_AfterFork_Child)()
     else:
         child = os.fork()
-    if child < 0:
-        raise OSError("cannot fork: the machine has no memory or no process numbers left")
     if child == 0:
         random.setstate(drawn)
     return child
@@ -218,17 +216,6 @@ def restrict_files(readable):
 
 
 # ------------- The processes
-
-
-class _Output(io.FileIO):
-    """Descriptor 1, unbuffered, so that a kill loses nothing."""
-
-    def write(self, data):
-        """Write all of it. FileIO would stop at the limit without an error."""
-        left = memoryview(data).cast("B")
-        while left:
-            left = left[super().write(left) :]
-        return len(data)
 
 
 class Process:
@@ -290,7 +277,6 @@ class Process:
         self.key = key
         os.setpgid(0, 0)
         self.given |= {name: self.make_tool(name, doc) for name, doc in tools.items()}
-        self.memory_mb = memory_mb
         with suppress(OSError), open("/proc/self/statm") as file:
             used = int(file.read().split()[0]) * resource.getpagesize()  # RLIMIT_AS limits the whole address space
             self.limits = {resource.RLIMIT_AS: (used + (memory_mb << 20), 64 << 20)}
@@ -318,7 +304,8 @@ class Process:
     def run_action(self, code):
         """Run one action in this process. Returns its result, error, kind of error, and whether threads are left."""
         self.step += 1
-        output = io.TextIOWrapper(_Output(1, "wb", closefd=False), "utf-8", "replace", "\n", write_through=True)
+        # Unbuffered, so that a kill loses nothing.
+        output = io.TextIOWrapper(io.FileIO(1, "wb", closefd=False), "utf-8", "replace", "\n", write_through=True)
         sys.stdout = sys.stderr = sys.__stdout__ = sys.__stderr__ = output
         sys.stdin = io.StringIO()
         vars(self.main).update(self.given)
@@ -353,12 +340,8 @@ class Process:
             return None if value is None else cut(repr(value)), None, None
         except BaseException as error:
             self.set_limits(foreign=False)  # the code may have used up its memory
-            number, note = getattr(error, "errno", None), ""
-            if number == errno.EFBIG:
-                note = f"; a step can print {OUTPUT_BYTES >> 10:,} KiB"
-            if memory := isinstance(error, MemoryError) or number == errno.ENOMEM:
-                note = f"; a step can allocate {self.memory_mb:,} MB"
-            return None, _describe(error) + note, "memory" if memory else "runtime"
+            memory = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+            return None, _describe(error), "memory" if memory else "runtime"
 
     def write(self, message):
         with self.writing:
