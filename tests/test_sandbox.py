@@ -51,6 +51,11 @@ def eventually(condition, seconds=20.0):
     return True
 
 
+def resident():
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
 @pytest.fixture(scope="module")
 def shared():
     """One sandbox for tests that change no state."""
@@ -157,12 +162,6 @@ ATTACKS = {
     "undumpable": "through(libc.prctl(4, 1, 0, 0, 0) == 0)",
     # what is inherited
     "environment_by_libc": ("libc.getenv.restype = ctypes.c_char_p\nthrough(libc.getenv(b'PATH') or libc.getenv(b'SANDBOX_TEST_KEY'))", "strong"),
-    "descriptors": (
-        "import stat\nkinds = []\nfor fd in range(256):\n  try: kinds.append((fd, os.fstat(fd).st_mode))\n"
-        "  except OSError: pass\n"
-        # 0: /dev/null; 1 and 2: the output; 3: the channel
-        "through([fd for fd, _ in kinds] != [0, 1, 2, 3] or [fd for fd, mode in kinds if stat.S_ISSOCK(mode)] != [3])",
-        "strong"),
 }  # fmt: skip
 
 
@@ -255,7 +254,9 @@ inside['_fork'] = lambda key: {}"""
 def test_a_fork_that_takes_long_is_not_the_fault_of_the_code():
     """The clock of a step starts when its process does."""
     with Sandbox() as sandbox:
-        sandbox.run(TAKE_OVER.format("time.sleep(1.5) or old(key)"))
+        sandbox.run(
+            TAKE_OVER.format("time.sleep(1.5) or setattr(os, 'getpid', lambda: 10**30) or old(key)")
+        )  # a false PID
         sandbox.timeout = 1
         assert sandbox.run("x").result == "1"
         started = time.monotonic()
@@ -359,10 +360,7 @@ def test_threads_files_and_processor_time_are_bounded():
         sleepers = "import threading, time\nfor _ in range({}): threading.Thread(target=time.sleep, args=(9,), daemon=True).start()"
         one, other = sandbox.run_candidates([sleepers.format(100), sleepers.format(100) + "\ntime.sleep(1)"])
         assert (one.error, other.error) == (None, None)  # they do not share a limit
-        restart = "for _ in range(300):\n  t = threading.Thread(target=int)\n  t.start(); t.join()"
-        assert sandbox.run("import threading\n" + restart).error is None
         assert sandbox.run("f = [open('/dev/null') for _ in range(1000)]").error
-        assert sandbox.run("import os\np = [os.pipe() for _ in range(1000)]").error
         assert "can't start new thread" in sandbox.run(sleepers.format(5000)).error
         assert sandbox.run("6 * 7").result == "42"
         # The CPU time of all threads counts, so code that releases the interpreter lock cannot use several cores for long.
@@ -379,32 +377,19 @@ def test_clone_starts_no_process(sandbox):
     assert sandbox.run(code) == Observation(seconds=pytest.approx(0, abs=10))
 
 
-def test_long_texts_are_cut_in_the_middle(sandbox):
-    for size in (10_000, 10_001, 123_456):
-        text = "".join(chr(97 + i % 26) for i in range(size))
-        short = f"{text[:5000]}\n[... {size - 10_000:,} characters not shown ...]\n{text[-5000:]}"
-        code = f"text = ''.join(chr(97 + i % 26) for i in range({size}))\nprint(text, end='')"
-        assert sandbox.run(code).stdout == (short if size > 10_000 else text)
-
-
 def test_printed_output_is_bounded(sandbox):
-    """The host's memory does not grow with what is printed. More than 1 MiB is an error in the code."""
-    gc.collect()
-    resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096  # noqa: E731
+    """The host's memory does not grow with what is printed."""
     before = resident()
     for code in ("for i in range(500): print('x' * 10**6)\nprint('end')", "print('x' * 2_000_000 + 'END', end='')"):
         observation = sandbox.run(code)
         assert observation.error_kind == "runtime" and "a step can print 1,024 KiB" in observation.error
-        assert len(observation.stdout) < 10_100 and f"{2**20 - 10_000:,} characters not shown" in observation.stdout
-    endless = "import os\nwhile True:\n  try: os.write(1, b'x' * 10**5)\n  except OSError: break"
-    assert len(sandbox.run(endless).stdout) < 10_100
-    assert "PermissionError" in sandbox.run("os.ftruncate(1, 10**12)").error
-    assert "PermissionError" in sandbox.run("os.posix_fallocate(1, 0, 10**12)").error
+        short = f"{'x' * 5000}\n[... {2**20 - 10_000:,} characters not shown ...]\n{'x' * 5000}"
+        assert observation.stdout.replace("\n", "x") == short.replace("\n", "x")
+    assert "PermissionError" in sandbox.run("import os\nos.ftruncate(1, 10**12)").error
     assert resident() - before < 20e6
 
 
 def test_final_answers_that_are_too_large_cost_the_host_no_memory():
-    resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096  # noqa: E731
     before = resident()
     with Sandbox(timeout=60) as sandbox:
         for observation in sandbox.run_candidates(["final_answer([{}] * 2_000_000)"] * 2):
@@ -419,30 +404,18 @@ def test_final_answers_that_are_too_large_cost_the_host_no_memory():
 FORGERIES = {
     "garbage": "os.write(3, os.urandom(1000))",
     "huge": "os.write(3, b'\\xff' * 8)",
-    "no_json": "send(b'hello')",
     "not_an_object": "send(b'[1]')",
-    "deep": "send(b'[' * 100000)",
     "deep_final": "send(b'{\"final\":' + b'[' * 600 + b']' * 600 + b'}')",
-    "unknown": "send(b'{\"who\": 1}')",
-    "nan": "send(b'{\"final\": NaN}')",
     "infinity": "send(b'{\"final\": 1e999}')",
-    "bad_outcome": "send(b'{\"done\": {\"result\": 5}}')",
-    "no_outcome": "send(b'{\"done\": 5}')",
-    "bad_kind": "send(b'{\"done\": [null, \"x\"]}')",
     "unknown_tool": "send(b'{\"tool\": \"os.system\", \"args\": [], \"kwargs\": {}}')",
     "no_arguments": "send(b'{\"tool\": \"add\"}')",
-    "no_number": "send(b'{\"tool\": \"add\", \"args\": 5, \"kwargs\": {}}')",
-    "two_calls": "for _ in range(3): send(b'{\"tool\": \"slow\", \"args\": [], \"kwargs\": {}}')",
-    "close": "os.close(3)",
     "descriptors": "socket.send_fds(socket.socket(fileno=3), [b'\\0\\0\\0\\x02{}'], [0, 1, 2])",
     "in_flight": "a, b = socket.socketpair()\nfor _ in range(9): socket.send_fds(a, [b'x'], [0] * 200)",
-    "output": "os.ftruncate(1, 0)",
     "half": "os.write(3, b'\\0\\0\\1\\0{')\ntime.sleep(60)",
     "trickle": "os.write(3, b'\\0\\0\\xff\\0')\nwhile True: os.write(3, b' '); time.sleep(0.01)",
     "urgent": "socket.socket(fileno=3).send(b'x', socket.MSG_OOB)",
     "not_reading": "for _ in range(9): send(b'{\"tool\": \"large\", \"args\": [], \"kwargs\": {}}')\ntime.sleep(60)",
     "many_calls": "for i in range(2000): send(b'{\"tool\": \"slow\", \"args\": [], \"kwargs\": {}}')\ntime.sleep(60)",
-    "lone_surrogate": "send(b'{\"final\": \"\\xed\\xa0\\x80\"}')",
     "escaped_surrogate": "send(rb'{\"final\": \"\\ud800\"}')",
     "huge_integer": "send(b'{\"final\": ' + b'9' * 100000 + b'}')",
 }  # fmt: skip
@@ -461,7 +434,7 @@ def test_forged_message(name):
         started = time.monotonic()
         forged, honest = sandbox.run_candidates([SEND + FORGERIES[name] + "\ntime.sleep(0.3)", "x"])
         assert time.monotonic() - started < 20
-        assert forged.error or name == "two_calls"  # which only calls the tool
+        assert forged.error
         assert honest == Observation(result="42", seconds=honest.seconds)
         assert calls == []
         sandbox.timeout = 20
@@ -512,11 +485,7 @@ def unprintable():
     raise Unprintable(1, 2)
 
 
-def full():
-    raise MemoryError
-
-
-TOOLS = {"calc": lambda *values: list(values), "slow": slow, "size": len, "unprintable": unprintable, "full": full}
+TOOLS = {"calc": lambda *values: list(values), "slow": slow, "unprintable": unprintable}
 POOL = "from concurrent.futures import ThreadPoolExecutor\npool = ThreadPoolExecutor(4)\n"
 ALARM = "import signal\ndef handler(*_): {}\nsignal.signal(signal.SIGALRM, handler)\nsignal.setitimer(signal.ITIMER_REAL, 0.2)\n"
 # name: the steps, and what the last observation has: its result; or a part of its output (">"), of its error ("!")
@@ -524,41 +493,26 @@ PROGRAMS = {
     "persists": (["import math\nx = [1]\ndef f(n): return n + len(x)", "x.append(2)\nf(40)"], "42"),
     "error_keeps": (["y = 1\n1 / 0\ny = 2", "y"], "1"),
     "pickle": (["class A: pass", "import pickle\npickle.loads(pickle.dumps(A())).__class__ is A"], "True"),
-    "main": (["if __name__ == '__main__': print('main')"], ">main\n"),
-    "future": (["from __future__ import annotations", "1"], "1"),
     "source": (["def f(n): return n", "import inspect\ninspect.getsource(f)"], "'def f(n): return n'"),
-    "long_code": (["x = [" + "1," * 10**5 + "]\nlen(x)"], "100000"),
     "both_lines": (["def f(n):\n  return 1 / n", "x = 0\nf(x)"],
                    "!division by zero (line 2: f(x); in f, step 1, line 2: return 1 / n)"),
     "cause": (["try: {}['a']\nexcept KeyError as e: raise ValueError('b') from e"], "!caused by KeyError: 'a' (line 1: try"),
     "form_feed": (["x = 'a\x0cb'\n1 / 0"], "!(line 2: 1 / 0)"),
-    "own_syntax_error": (["raise SyntaxError('x', ('f', 1, 2, 3))"], "!SyntaxError: x"),
     "old_stdout": (["import sys\nold = sys.stdout\nsys.stdout = None", "print('x')\nprint('y', file=old)"], ">x\ny\n"),
-    "warning": (["import numpy\nnumpy.float64(1) / 0"], ">RuntimeWarning"),
-    "no_warning": (["n = 1\nprint(n is 1, '\\d')"], ">True \\d\n"),
-    "builtins_replaced": (["import builtins\nbuiltins.open = builtins.input = None", "print(open)"], ">None\n"),
+    "builtins_replaced": (["import builtins\nfor name in ('open', 'len', 'isinstance', 'getattr', 'type', 'str', 'max', '__import__'): setattr(builtins, name, None)", "print(len)"], ">None\n"),
     "sockets_replaced": (["import socket, json\nsocket.socket = json.dumps = None", "calc(1)"], "[1]"),
     "large_result": (["x = 'a' * 600_000_000\nx", "len(x)"], "600000000"),
     # threads, pools, timers and signal handlers
     "thread_in_a_call": (["import threading\nthreading.Thread(target=lambda: slow(1)).start()\nx = 5", "x"], "5"),
-    "thread_calls": (["import threading\nr = []\nt = threading.Thread(target=lambda: r.append(calc(1)))\nt.start(); t.join()\nr"], "[[1]]"),
-    "pool_in_a_call": ([POOL + "f = pool.submit(slow, 1)\nx = 5", "x"], "5"),
-    "pool_per_step": ([POOL + "a = list(pool.map(calc, [1, 2]))", POOL + "list(pool.map(calc, [3, 4]))"], "[[3], [4]]"),
     "timer": (["import threading\nthreading.Timer(0.1, globals().clear).start()\nthreading.Timer(60, print).start()\nx = 5", "x = x if 'x' in globals() else 5\nx"], "5"),
-    "large_call_at_the_end": (["import threading\nthreading.Thread(target=size, args=('x' * 3_000_000,)).start()\nx = 5", "x"], "5"),
     "interrupted_call": ([ALARM.format("raise TimeoutError") + "try: slow('slow')\nexcept TimeoutError: pass\ncalc(1), calc(2)"], "([1], [2])"),
     "call_in_a_handler": ([ALARM.format("print(calc(1))") + "slow(2)"], ">[1]\n"),
     "alarm_left": (["import signal\nx = 5\nsignal.setitimer(signal.ITIMER_REAL, 0.05)", "import time\ntime.sleep(0.2)\nx"], "5"),
     # tools
     "nan": (["calc(float('nan'))"], "!calc() takes JSON values only"),
-    "numpy_nan": (["import numpy\ncalc(numpy.float64('inf'))"], "!calc() takes JSON values only"),
     "huge_integer": (["calc(10**5000)"], "!calc() takes JSON values only"),
     "deep": (["x = []\nfor _ in range(200): x = [x]\ncalc(x)"], "!nested more than 100 deep"),
-    "wide": (["calc([0] * 200_000)"], "!values"),
-    "set": (["calc({1})"], "!not JSON serializable"),
-    "text": (["calc('x' * 7_000_000)[0][:1]"], "'x'"),
     "unprintable_error": (["unprintable()"], "!RuntimeError: Unprintable"),
-    "tool_out_of_memory": (["full()"], "!RuntimeError: MemoryError"),
     "two_answers": (["final_answer(1, 2)"], "!takes 1 argument but 2 were given"),
     # files that Python's own library reads
     "time_zone": (["from zoneinfo import ZoneInfo\nimport datetime\nstr(datetime.datetime(2020, 1, 1, tzinfo=ZoneInfo('America/New_York')).utcoffset())"], "'-1 day, 19:00:00'"),
@@ -587,10 +541,8 @@ def test_program(name):
 
 @pytest.mark.parametrize(
     ("code", "result"),
-    [("1 + 1", "2"), ("x = 1", None), ("None", None), ("'a'", "'a'"), ("x = 1\nx;", "1"), ("", None), ("# nothing", None),
-     ("for i in range(3): i", None), ("print('a')", None), ("(lambda: 7)()", "7"), ("'''doc'''", "'doc'"),
-     ("import sympy\nsympy.Rational(1, 2)", "1/2"), ("f'{1}'", "'1'"),
-     ("[i async for i in x]", None), ("True", "True")],
+    [("1 + 1", "2"), ("x = 1", None), ("None", None), ("x = 1\nx;", "1"), ("", None), ("for i in range(3): i", None),
+     ("import sympy\nsympy.Rational(1, 2)", "1/2"), ("[i async for i in x]", None)],
 )  # fmt: skip
 def test_result_is_the_repr_of_a_last_expression(shared, code, result):
     assert shared.run(code).result == result
@@ -600,25 +552,15 @@ def test_result_is_the_repr_of_a_last_expression(shared, code, result):
     ("code", "kind", "parts"),
     [("x = (1,", "syntax", ["SyntaxError", "line 1", "x = (1,"]),
      ("x = 1\nfor i in range(3)\n  pass", "syntax", ["line 2", "for i in range(3)", "expected ':'"]),
-     ("x = 1\0", "syntax", ["null byte"]),
-     ("(" * 1000, "syntax", ["too many nested"]),
      ("x = 1\n1 / 0", "runtime", ["ZeroDivisionError: division by zero", "line 3: 1 / 0"]),
      ("def f(n):\n  return 1 / n\nf(0)", "runtime", ["line 4: f(0)", "in f, line 3: return 1 / n"]),
-     ("import json\njson.loads('{')", "runtime", ["JSONDecodeError", "line 3"]),
      ("raise SystemExit(3)", "runtime", ["SystemExit: 3"]),
-     ("raise KeyboardInterrupt", "runtime", ["KeyboardInterrupt"]),
-     ("input()", "runtime", ["EOFError"]),
      ("def f(): f()\nf()", "runtime", ["RecursionError"]),
      ("class E(Exception):\n  def __str__(self): 1 / 0\nraise E", "runtime", ["E: <exception str() failed>"]),
-     ("class R:\n  def __repr__(self): raise ValueError('no repr')\nR()", "runtime", ["ValueError: no repr"]),
      ("raise ValueError('x' * 10**6)", "runtime", ["characters not shown"]),
-     ("exec('1 +')", "runtime", ["SyntaxError"]),
      ("import os\nos._exit(3)", "killed", ["process ended"]),
-     ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "runtime", ["PermissionError"]),
      ("import ctypes\nctypes.string_at(1)", "killed", ["process ended"]),
-     ("x = 'a' * 10**12", "memory", ["MemoryError", "512 MB"]),
-     *((f"import os\n{code}", "runtime", ["Error"]) for code in ("open('f', 'w')", "os.mkdir('d')", "open('/dev/null', 'w')",
-       "__import__('tempfile').mkdtemp()", "__import__('sqlite3').connect('x.db').execute('create table t (a)')"))],
+     ("x = 'a' * 10**12", "memory", ["MemoryError", "512 MB"])],
 )  # fmt: skip
 def test_errors(shared, code, kind, parts):
     shared.run("kept = 41")
@@ -670,9 +612,6 @@ def test_final_answer(shared, expression, answer, gold):
 @pytest.mark.parametrize(
     ("code", "printed"),
     [("final_answer(answer=1)\nprint('after')", ""),
-     ("list(map(final_answer, [1, 2]))\nprint('after')", ""),
-     ("try:\n  final_answer(1)\nexcept Exception:\n  print('after')", ""),
-     (POOL + "with pool: list(pool.map(final_answer, [1]))\nprint('after')", ""),
      ("try:\n  final_answer(1)\nexcept:\n  final_answer(2)", ""),
      ("try:\n  final_answer(1)\nfinally:\n  1 / 0", ""),
      ("while True:\n  try: final_answer(1)\n  except BaseException: pass", ""),
@@ -819,21 +758,6 @@ def test_many_sandboxes_in_many_threads_leave_nothing_behind():
     assert eventually(lambda: set(descendants(os.getpid())) <= others | {warm}), (warm, descendants(os.getpid()))
 
 
-def test_sandboxes_that_start_at_the_same_time_share_a_warm_interpreter(monkeypatch):
-    """Even if one thread is held up while it sends its request."""
-    Sandbox().close()
-    warm, send = module._warm.popen.pid, socket.send_fds
-    monkeypatch.setattr(module, "FORK_SECONDS", 0.5)
-    monkeypatch.setattr(socket, "send_fds", lambda *arguments: time.sleep(0.3) or send(*arguments))
-    threads = [threading.Thread(target=lambda: Sandbox(timeout=0.5).close()) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-        time.sleep(0.1)
-    for thread in threads:
-        thread.join(60)
-    assert module._warm.popen.pid == warm
-
-
 def test_everything_dies_with_the_host():
     script = (
         "import os, threading, time\nfrom sandbox import Sandbox\none, two = Sandbox(), Sandbox(timeout=60)\n"
@@ -851,13 +775,6 @@ def test_everything_dies_with_the_host():
         host.wait()
         assert eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below))  # noqa: B023
         host.stdout.close()
-
-
-def test_a_first_process_that_fails_ends_the_others(sandbox):
-    sandbox.run("1")
-    sandbox.first.socket.send(b"x" * 9)
-    assert eventually(lambda: not in_group(sandbox.first.group))
-    assert "variables are gone" in sandbox.run("1").stdout
 
 
 def test_a_fork_of_the_host_makes_its_own_sandboxes():
