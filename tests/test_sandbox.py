@@ -56,17 +56,13 @@ def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-@pytest.fixture(scope="module")
-def shared():
-    """One sandbox for tests that change no state."""
+def opened():
     with Sandbox(timeout=10, memory_mb=512) as sandbox:
         yield sandbox
 
 
-@pytest.fixture
-def sandbox():
-    with Sandbox(timeout=10, memory_mb=512) as sandbox:
-        yield sandbox
+sandbox = pytest.fixture(opened)
+shared = pytest.fixture(opened, scope="module")  # for tests that change no state
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +84,7 @@ def world():
     with listener, datagrams:
         yield {
             "FOLDER": str(folder), "SECRET": str(secret), "VICTIM": victim.pid, "PORT": listener.getsockname()[1],
-            "HOST": os.getpid(), "PROJECT": str(ROOT), "PYTHON": sys.executable,
+            "HOST": os.getpid(), "PYTHON": sys.executable,
         }  # fmt: skip
     assert victim.poll() is None, "the victim was killed"
     victim.kill()
@@ -110,28 +106,17 @@ def call(number, *arguments):
 # name: code, or (code, "strong") if the attack fails without containment too, for lack of rights or of a target
 ATTACKS = {
     # files: reading
-    "read_passwd": "through('root' in open('/etc/passwd').read())",
     "read_answers": "through('42' in open(SECRET).read())",
-    "read_project": "through(open(PROJECT + '/sandbox.py').read())",
     "read_by_syscall": "fd = libc.open(SECRET.encode(), 0)\nthrough(fd >= 0 and os.read(fd, 9))",
-    "read_by_symlink": "os.symlink(SECRET, 'link')\nthrough('42' in open('link').read())",
     "read_by_openat": "fd = os.open('/', os.O_PATH)\nthrough(os.open(SECRET[1:], 0, dir_fd=fd))",
-    "read_by_import": "sys.path.insert(0, PROJECT)\nimport common\nthrough()",
     "read_proc_environ": ("through(b's3cret' in open(f'/proc/{VICTIM}/environ', 'rb').read())"),
     "read_proc_mem": ("through(open(f'/proc/{VICTIM}/mem', 'rb'))"),
-    "read_proc_link": "through(os.readlink(f'/proc/{VICTIM}/exe'))",
-    "list_proc": "through(str(VICTIM) in os.listdir('/proc'))",
     # files: writing
     "write_answers": "open(SECRET, 'a').write('x')\nthrough()",
-    "write_tmp": "open('/var/tmp/sandbox-was-here', 'w').close()\nos.unlink('/var/tmp/sandbox-was-here')\nthrough()",
-    "write_library": (
-        "path = os.path.dirname(os.__file__) + '/site_was_here.py'\n"
-        "open(path, 'w').close()\nos.unlink(path)\nthrough()", "strong"),
     "truncate": "through(libc.truncate(SECRET.encode(), 17) == 0)",
     "truncate_on_reading": "os.close(os.open(SECRET, os.O_RDONLY | os.O_TRUNC))\nthrough()",
     "chmod": "os.chmod(SECRET, 0o646)\nthrough(open(SECRET))",
     "unlink": "open(FOLDER + '/a', 'w')\nos.unlink(FOLDER + '/a')\nthrough()",
-    "xattr": ("os.setxattr(SECRET, 'user.x', b'1')\nthrough()", "strong"),
     "mount": ("through(libc.mount(b'none', b'/', b'tmpfs', 0, None) == 0)", "strong"),
     # network
     "tcp": "s = socket.socket()\ns.connect(('127.0.0.1', PORT))\nthrough()",
@@ -142,22 +127,17 @@ ATTACKS = {
     "io_uring": ("through(call(425, 4, bytes(120)) >= 0)", "strong"),
     # processes
     "exec": "subprocess.run([PYTHON, '-c', ''], check=True)\nthrough()",
-    "execve_self": "os.execv(PYTHON, [PYTHON, '-c', 'raise SystemExit(7)'])",
-    "memfd_exec": "through(os.memfd_create('x') >= 0)",
     "fork": "through(os.fork() >= 0)",
     "clone3": "through(call(435, bytes(32) + (17).to_bytes(8, 'little') + bytes(24), 64) >= 0)",
     "setsid": "through(libc.setsid() >= 0 or libc.setpgid(0, 0) >= 0)",
     # other processes
     "signal_zero": "os.kill(VICTIM, 0)\nthrough()",
-    "signal_group": "os.kill(0, signal.SIGCONT)\nthrough()",
-    "signal_everyone": ("os.kill(-1, 0)\nthrough()", "strong"),
     "signal_queue": "through(call(129, VICTIM, 0, bytes(8) + b'\\xff' * 4 + bytes(116)) == 0)",
     "signal_thread": "through(call(200, VICTIM, 0) == 0)",
     "signal_owner": "import fcntl\nr, w = os.pipe()\nfcntl.fcntl(r, fcntl.F_SETOWN, VICTIM)\nthrough()",
     "ptrace": ("through(libc.ptrace(0x4206, VICTIM, 0, 0) == 0)", "strong"),
     "prlimit": "import resource\nresource.prlimit(VICTIM, resource.RLIMIT_NOFILE)\nthrough()",
     # the kernel
-    "bpf": ("through(call(321, 0, bytes(64), 64) >= 0)", "strong"),
     "seccomp_again": ("through(libc.prctl(22, 1, 0, 0, 0) == 0)", "strong"),
     "undumpable": "through(libc.prctl(4, 1, 0, 0, 0) == 0)",
     # what is inherited
@@ -185,7 +165,7 @@ def test_attack_fails(shared, world, name):
     assert shared.run("6 * 7").result == "42"
 
 
-WEAK = [name for name, code in ATTACKS.items() if isinstance(code, str) and name not in ("execve_self", "chmod")]
+WEAK = [name for name, code in ATTACKS.items() if isinstance(code, str) and name != "chmod"]
 
 
 @pytest.mark.parametrize("name", WEAK)
@@ -203,14 +183,11 @@ def test_attack_works_without_containment(world, tmp_path, name):
 LOOPS = {
     "loop": "while True: pass",
     "sleep": "import time\ntime.sleep(60)",
-    "regex": "import re\nre.match('(a+)+$', 'a' * 40 + 'b')",
     "swallowed": "while True:\n  try:\n    while True: pass\n  except BaseException: pass",
     "signals_ignored": "import signal\nfor s in range(1, 65):\n  try: signal.signal(s, signal.SIG_IGN)\n  except (OSError, ValueError): pass\nwhile True: pass",
-    "signals_blocked": "import signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))\nwhile True: pass",
     "printing": "while True:\n  try: print('x' * 1000)\n  except OSError: pass",
     "stopped": "import os, signal\ntry: os.kill(os.getpid(), signal.SIGSTOP)\nexcept OSError: pass\nwhile True: pass",
     "channel_flood": "import os\nwhile True: os.write(3, b'\\0\\0\\0\\x01' b'0')",
-    "fork_and_setsid": "import os, time\ntry:\n  if os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0: time.sleep(60)\nexcept OSError: pass\ntime.sleep(60)",
     "tool": "hang()",
 }  # fmt: skip
 
@@ -242,7 +219,6 @@ TAKEOVERS = {
     "raises": "1 / 0",
     "urgent_byte": "(socket.socket(fileno=sys._getframe(1).f_locals['descriptors'][0]).send(b'x', socket.MSG_OOB), time.sleep(60))",
 }
-
 
 TAKE_OVER = """import os, socket, sys, time
 x = 1
@@ -289,28 +265,23 @@ def test_a_state_that_does_not_read_is_given_up(monkeypatch):
         assert "variables are gone" in after.stdout and after.result == "1"
 
 
-@pytest.mark.parametrize("victim", ["state", "first"])
-def test_a_state_that_is_killed_between_steps_is_reported(victim):
-    with Sandbox() as sandbox:
-        sandbox.run("x = 1")
-        sandbox.run("y = 2")
-        os.killpg(sandbox.first.group, 9) if victim == "first" else os.kill(sandbox.state.pid, 9)
-        observation = sandbox.run("x")
-        assert "variables are gone" in observation.stdout and "NameError" in observation.error
-        assert sandbox.run("1").stdout == ""
+@pytest.mark.parametrize("kill", [lambda s: os.killpg(s.first.group, 9), lambda s: os.kill(s.state.pid, 9)])
+def test_a_state_that_is_killed_between_steps_is_reported(kill, sandbox):
+    sandbox.run("x = 1")
+    kill(sandbox)
+    observation = sandbox.run("x")
+    assert "variables are gone" in observation.stdout and "NameError" in observation.error
+    assert sandbox.run("1").stdout == ""
 
 
-@pytest.mark.parametrize("end", [lambda: module._warm.popen.kill(), lambda: module._warm.kill()])
-def test_states_survive_the_warm_interpreter(end):
+def test_states_survive_the_warm_interpreter(sandbox):
     """It is replaced, and leaves no zombie."""
-    with Sandbox() as one:
-        one.run("x = 41")
-        pid = module._warm.popen.pid
-        end()
-        module._warm.popen.wait()
-        with Sandbox() as other:
-            assert (one.run("x + 1").result, other.run("1").result) == ("42", "1")
-        assert not Path(f"/proc/{pid}").exists()
+    sandbox.run("x = 41")
+    pid = module._warm.popen.pid
+    module._warm.popen.kill()
+    with Sandbox() as other:
+        assert (sandbox.run("x + 1").result, other.run("1").result) == ("42", "1")
+    assert not Path(f"/proc/{pid}").exists()
 
 
 def test_many_forks_of_a_large_state_do_not_lose_it():
@@ -339,19 +310,11 @@ def test_threads_left_behind_end_with_their_step(sandbox):
 def test_memory_is_bounded(sandbox):
     assert sandbox.run("x = 7\nbytearray(10**9)").error_kind == "memory"
     assert sandbox.run("x").result == "7"
-    assert sandbox.run("import numpy\nnumpy.ones(10**9)").error_kind == "memory"
     assert sandbox.run("a = []\nwhile True: a.append('x' * 10**6)").error_kind == "memory"
     assert sandbox.run("a[-1][:1]").result == "'x'"  # an exception keeps what ran before it
     assert sandbox.run("del a").error is None
-    assert sandbox.run("import mmap\nmmap.mmap(-1, 10**9, mmap.MAP_PRIVATE)").error_kind == "memory"
     assert sandbox.run("x = bytearray(3 * 10**8)\nlen(x)").result == "300000000"  # less than memory_mb is fine
-    observations = sandbox.run_candidates(["x = bytearray(10**9)"] * 4)
-    assert [observation.error_kind for observation in observations] == ["memory"] * 4
-
-
-def test_the_processes_are_the_first_to_go_if_the_machine_runs_out_of_memory(sandbox):
-    sandbox.run("1")
-    for process in (sandbox.first, sandbox.state):
+    for process in (sandbox.first, sandbox.state):  # the first to go if the machine runs out of memory
         assert Path(f"/proc/{process.pid}/oom_score_adj").read_text() == "1000\n"
 
 
@@ -402,16 +365,13 @@ def test_final_answers_that_are_too_large_cost_the_host_no_memory():
 # Messages that the code sends itself. They can change its own observation, and nothing else.
 
 FORGERIES = {
-    "garbage": "os.write(3, os.urandom(1000))",
     "huge": "os.write(3, b'\\xff' * 8)",
     "not_an_object": "send(b'[1]')",
     "deep_final": "send(b'{\"final\":' + b'[' * 600 + b']' * 600 + b'}')",
     "infinity": "send(b'{\"final\": 1e999}')",
     "unknown_tool": "send(b'{\"tool\": \"os.system\", \"args\": [], \"kwargs\": {}}')",
-    "no_arguments": "send(b'{\"tool\": \"add\"}')",
     "descriptors": "socket.send_fds(socket.socket(fileno=3), [b'\\0\\0\\0\\x02{}'], [0, 1, 2])",
     "in_flight": "a, b = socket.socketpair()\nfor _ in range(9): socket.send_fds(a, [b'x'], [0] * 200)",
-    "half": "os.write(3, b'\\0\\0\\1\\0{')\ntime.sleep(60)",
     "trickle": "os.write(3, b'\\0\\0\\xff\\0')\nwhile True: os.write(3, b' '); time.sleep(0.01)",
     "urgent": "socket.socket(fileno=3).send(b'x', socket.MSG_OOB)",
     "not_reading": "for _ in range(9): send(b'{\"tool\": \"large\", \"args\": [], \"kwargs\": {}}')\ntime.sleep(60)",
@@ -456,16 +416,12 @@ def test_candidates_do_not_see_each_other(sandbox):
     assert all("PermissionError" in observation.error for observation in sandbox.run_candidates(shared))
 
 
-def test_sandboxes_do_not_see_each_other():
-    poison = "import builtins, math, numpy, sympy, json, os\nbuiltins.sum = lambda x: 13\nmath.pi = 3\nsympy.pi = 3\nnumpy.ones = None\nx = 1"
-    with Sandbox() as one:
-        one.run(poison)
-        assert one.run("import math\nmath.pi").result == "3"
-        with Sandbox() as other:
-            code = "import math, sympy, numpy\nsum([1, 1]), math.pi > 3, sympy.pi, numpy.ones(1)[0] == 1"
-            assert other.run(code).result == "(2, True, pi, np.True_)"
-            assert other.run("x").error_kind == "runtime"
-            assert other.run(f"import os\nos.kill({one.state.pid}, 9)").error and one.run("x").result == "1"
+def test_sandboxes_do_not_see_each_other(sandbox):
+    sandbox.run("import math, numpy\nmath.pi = 3\nnumpy.ones = None\nx = 1")
+    with Sandbox() as other:
+        assert other.run("import math, numpy\nmath.pi > 3, numpy.ones(1)[0] == 1").result == "(True, np.True_)"
+        assert other.run("x").error_kind == "runtime"
+        assert other.run(f"import os\nos.kill({sandbox.state.pid}, 9)").error and sandbox.run("x").result == "1"
 
 
 # The state, as in a REPL.
@@ -476,34 +432,31 @@ def slow(x):
     return x
 
 
-class Unprintable(Exception):
-    def __str__(self):
-        raise ValueError("no text")
-
-
 def unprintable():
-    raise Unprintable(1, 2)
+    raise type("Unprintable", (Exception,), {"__str__": None})(1, 2)
 
 
-TOOLS = {"calc": lambda *values: list(values), "slow": slow, "unprintable": unprintable}
+TOOLS = {"calc": lambda *values: list(values), "slow": slow, "unprintable": unprintable,
+         "size": len, "full": lambda: [0] * 10**15}  # fmt: skip
 POOL = "from concurrent.futures import ThreadPoolExecutor\npool = ThreadPoolExecutor(4)\n"
 ALARM = "import signal\ndef handler(*_): {}\nsignal.signal(signal.SIGALRM, handler)\nsignal.setitimer(signal.ITIMER_REAL, 0.2)\n"
 # name: the steps, and what the last observation has: its result; or a part of its output (">"), of its error ("!")
 PROGRAMS = {
-    "persists": (["import math\nx = [1]\ndef f(n): return n + len(x)", "x.append(2)\nf(40)"], "42"),
-    "error_keeps": (["y = 1\n1 / 0\ny = 2", "y"], "1"),
     "pickle": (["class A: pass", "import pickle\npickle.loads(pickle.dumps(A())).__class__ is A"], "True"),
     "source": (["def f(n): return n", "import inspect\ninspect.getsource(f)"], "'def f(n): return n'"),
     "both_lines": (["def f(n):\n  return 1 / n", "x = 0\nf(x)"],
                    "!division by zero (line 2: f(x); in f, step 1, line 2: return 1 / n)"),
     "cause": (["try: {}['a']\nexcept KeyError as e: raise ValueError('b') from e"], "!caused by KeyError: 'a' (line 1: try"),
     "form_feed": (["x = 'a\x0cb'\n1 / 0"], "!(line 2: 1 / 0)"),
+    "own_syntax_error": (["raise SyntaxError('x', ('f', 1, 2, 3))"], "!SyntaxError: x"),
     "old_stdout": (["import sys\nold = sys.stdout\nsys.stdout = None", "print('x')\nprint('y', file=old)"], ">x\ny\n"),
     "builtins_replaced": (["import builtins\nfor name in ('open', 'len', 'isinstance', 'getattr', 'type', 'str', 'max', '__import__'): setattr(builtins, name, None)", "print(len)"], ">None\n"),
     "sockets_replaced": (["import socket, json\nsocket.socket = json.dumps = None", "calc(1)"], "[1]"),
     "large_result": (["x = 'a' * 600_000_000\nx", "len(x)"], "600000000"),
     # threads, pools, timers and signal handlers
     "thread_in_a_call": (["import threading\nthreading.Thread(target=lambda: slow(1)).start()\nx = 5", "x"], "5"),
+    "pool_in_a_call": ([POOL + "f = pool.submit(slow, 1)\nx = 5", "x"], "5"),
+    "large_call_at_the_end": (["import threading\nthreading.Thread(target=size, args=('x' * 3_000_000,)).start()\nx = 5", "x"], "5"),
     "timer": (["import threading\nthreading.Timer(0.1, globals().clear).start()\nthreading.Timer(60, print).start()\nx = 5", "x = x if 'x' in globals() else 5\nx"], "5"),
     "interrupted_call": ([ALARM.format("raise TimeoutError") + "try: slow('slow')\nexcept TimeoutError: pass\ncalc(1), calc(2)"], "([1], [2])"),
     "call_in_a_handler": ([ALARM.format("print(calc(1))") + "slow(2)"], ">[1]\n"),
@@ -513,6 +466,7 @@ PROGRAMS = {
     "huge_integer": (["calc(10**5000)"], "!calc() takes JSON values only"),
     "deep": (["x = []\nfor _ in range(200): x = [x]\ncalc(x)"], "!nested more than 100 deep"),
     "unprintable_error": (["unprintable()"], "!RuntimeError: Unprintable"),
+    "tool_out_of_memory": (["full()"], "!RuntimeError: MemoryError"),
     "two_answers": (["final_answer(1, 2)"], "!takes 1 argument but 2 were given"),
     # files that Python's own library reads
     "time_zone": (["from zoneinfo import ZoneInfo\nimport datetime\nstr(datetime.datetime(2020, 1, 1, tzinfo=ZoneInfo('America/New_York')).utcoffset())"], "'-1 day, 19:00:00'"),
@@ -540,22 +494,10 @@ def test_program(name):
 
 
 @pytest.mark.parametrize(
-    ("code", "result"),
-    [("1 + 1", "2"), ("x = 1", None), ("None", None), ("x = 1\nx;", "1"), ("", None), ("for i in range(3): i", None),
-     ("import sympy\nsympy.Rational(1, 2)", "1/2"), ("[i async for i in x]", None)],
-)  # fmt: skip
-def test_result_is_the_repr_of_a_last_expression(shared, code, result):
-    assert shared.run(code).result == result
-
-
-@pytest.mark.parametrize(
     ("code", "kind", "parts"),
-    [("x = (1,", "syntax", ["SyntaxError", "line 1", "x = (1,"]),
-     ("x = 1\nfor i in range(3)\n  pass", "syntax", ["line 2", "for i in range(3)", "expected ':'"]),
+    [("x = 1\nfor i in range(3)\n  pass", "syntax", ["line 2", "for i in range(3)", "expected ':'"]),
      ("x = 1\n1 / 0", "runtime", ["ZeroDivisionError: division by zero", "line 3: 1 / 0"]),
-     ("def f(n):\n  return 1 / n\nf(0)", "runtime", ["line 4: f(0)", "in f, line 3: return 1 / n"]),
      ("raise SystemExit(3)", "runtime", ["SystemExit: 3"]),
-     ("def f(): f()\nf()", "runtime", ["RecursionError"]),
      ("class E(Exception):\n  def __str__(self): 1 / 0\nraise E", "runtime", ["E: <exception str() failed>"]),
      ("raise ValueError('x' * 10**6)", "runtime", ["characters not shown"]),
      ("import os\nos._exit(3)", "killed", ["process ended"]),
@@ -573,6 +515,8 @@ def test_errors(shared, code, kind, parts):
 
 
 def test_everything_printed_is_kept(sandbox):
+    results = [sandbox.run(code).result for code in ("x = 1", "None", "x;", "", "for i in [3]: i")]
+    assert results == [None, None, "1", None, None]
     observation = sandbox.run("import sys, os\nprint('a')\nprint('b', file=sys.stderr)\nsys.stdout.write('c\\n')\n"
                               "sys.stdout.buffer.write(b'd\\n')\nprint('é', end='')\nos.write(1, b'raw')")  # fmt: skip
     assert observation.stdout == "a\nb\nc\nd\néraw"
@@ -625,11 +569,7 @@ def test_a_final_answer_ends_the_action_and_stands(code, printed):
     with Sandbox(tools={"hang": lambda: done.wait(30)}, timeout=2) as sandbox:
         observation = sandbox.run(code)
         assert observation.is_final and (observation.final_answer, observation.error) == (1, None)
-        assert (
-            observation.error_kind is None
-            and printed in observation.stdout
-            and bool(printed) == bool(observation.stdout)
-        )
+        assert observation.stdout.startswith(printed) and bool(printed) == bool(observation.stdout)
         assert sandbox.run("final_answer = 5\n6 * 7").result == "42"
         assert sandbox.run("final_answer('again')").final_answer == "again"
     done.set()
@@ -647,14 +587,10 @@ def test_unseeded_draws_repeat_and_seeded_ones_continue():
 
 def test_a_state_in_odd_shape_still_runs_steps(sandbox):
     for code in (
-        "import os\nos.chdir('/')",
-        "f = [os.open('/dev/null', 0) for _ in range(99)]",
+        "import os, sys\nf = [os.open('/dev/null', 0) for _ in range(99)]",
         "os.close(0), os.close(1), os.close(2)",
         "a = []\nwhile True: a.append(bytearray(10**6))",
-        "import sys\nsys.setrecursionlimit(10**6)\ndef f(n): return f(n + 1)\nf(0)",
-        "import gc\ngc.disable()\ngc.set_threshold(1)",
         "sys.path[:] = []\nsys.modules.clear()",
-        "import builtins\nbuiltins.print = builtins.repr = None",
         "globals().clear()",
     ):
         sandbox.run(code)
@@ -675,10 +611,7 @@ def test_commit(sandbox):
     sandbox.commit(2)
     with pytest.raises(RuntimeError):
         sandbox.commit(1)
-    assert sandbox.run("x").result == "3"
     sandbox.run_candidates(["x = 5", "import os\nos._exit(0)"])
-    with pytest.raises(IndexError):
-        sandbox.commit(2)
     sandbox.commit(1)  # it has no state
     assert sandbox.run("x").result == "3"
     observations = sandbox.run_candidates(["import time\ntime.sleep(0.5)"] * 8)
@@ -701,14 +634,12 @@ def test_tools():
     with Sandbox(tools=tools, timeout=30) as sandbox:
         assert sandbox.run("search('é', k=3)").result == "{'hits': ['é', 'é', 'é']}"
         assert sandbox.run("try: fail('no luck')\nexcept ValueError as e: print(e)").stdout == "no luck\n"
-        assert "no luck" in sandbox.run("fail('no luck')").error
         assert "not JSON serializable" in sandbox.run("odd()").error
-        assert sandbox.run("quit()").error_kind == "runtime"
+        assert "SystemExit" in sandbox.run("quit()").error
         assert "missing 1 required" in sandbox.run("search()").error
         sandbox.run("search = 5")
         assert sandbox.run("search('a'), search.__doc__").result == "({'hits': ['a', 'a']}, 'Search it.')"
         assert sandbox.run(POOL + "len(list(pool.map(search, 'abcdefgh')))").result == "8"
-        assert len(sandbox.run("len(search('x' * 10**6, 3)['hits'][2])").result) == 7
         for _ in range(5):  # from a state whose step has called a tool, too
             assert [o.result for o in sandbox.run_candidates(["meet()"] * 4)] == ["True"] * 4  # at the same time
             sandbox.commit(0)
@@ -735,9 +666,9 @@ def test_an_input_error_of_a_tool_ends_the_run(seconds):
 def test_many_sandboxes_in_many_threads_leave_nothing_behind():
     """Neither processes nor descriptors nor threads."""
     Sandbox().close()  # starts the warm interpreter
-    others = set(descendants(os.getpid())) - {module._warm.popen.pid}  # of sandboxes that other tests use
-    now = lambda: (len(os.listdir("/proc/self/fd")), threading.active_count())  # noqa: E731
-    before, failures, warm = now(), [], module._warm.popen.pid
+    time.sleep(0.5)
+    now = lambda: (len(os.listdir("/proc/self/fd")), threading.active_count(), len(descendants(os.getpid())))  # noqa: E731
+    before, failures, warm = now(), [], module._warm
 
     def work(number):
         with Sandbox(tools={"add": lambda a, b: a + b}, timeout=30) as sandbox:
@@ -753,9 +684,8 @@ def test_many_sandboxes_in_many_threads_leave_nothing_behind():
         thread.start()
     for thread in threads:
         thread.join(120)
-    assert failures == []
-    assert eventually(lambda: now() <= before), (before, now())
-    assert eventually(lambda: set(descendants(os.getpid())) <= others | {warm}), (warm, descendants(os.getpid()))
+    assert failures == [] and warm is module._warm
+    assert eventually(lambda: all(a <= b for a, b in zip(now(), before, strict=True))), (before, now())
 
 
 def test_everything_dies_with_the_host():
@@ -765,32 +695,24 @@ def test_everything_dies_with_the_host():
         "one.run('1')\none.run_candidates(['1'] * 3); time.sleep(1)\n"
         "print(1, flush=True)\ntime.sleep(60)"
     )
-    for number in (signal.SIGKILL, signal.SIGTERM):
-        host = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=ROOT)
-        host.stdout.readline()
-        below = set(descendants(host.pid))
-        # The warm interpreter, two first processes, a state, three candidates, one that runs.
-        assert len(below) >= 8
-        host.send_signal(number)
-        host.wait()
-        assert eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below))  # noqa: B023
-        host.stdout.close()
+    host = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=ROOT)
+    host.stdout.readline()
+    below = descendants(host.pid)  # the warm interpreter, two first processes, a state, three candidates, one that runs
+    assert len(below) >= 8
+    host.kill()
+    host.communicate()
+    assert eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below))
 
 
 def test_a_fork_of_the_host_makes_its_own_sandboxes():
     """Its sandboxes start from a warm interpreter of its own."""
     with Sandbox() as sandbox:
         sandbox.run("x = 42")
-        read, write = os.pipe()
         child = os.fork()
         if child == 0:
             with Sandbox() as own:
-                os.write(write, own.run("6 * 7").result.encode())
-            os._exit(0)
-        os.close(write)
-        assert os.read(read, 10) == b"42"
-        os.close(read)
-        os.waitpid(child, 0)
+                os._exit(own.run("6 * 7").result != "42")
+        assert os.waitpid(child, 0)[1] == 0
         assert sandbox.run("x").result == "42"
 
 
@@ -829,24 +751,15 @@ def test_a_start_that_fails_is_tried_again(monkeypatch, tmp_path, times):
             Sandbox()
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"timeout": 0}, {"timeout": float("inf")}, {"timeout": 3e6}, {"timeout": float("nan")}, {"timeout": "5"}, {"memory_mb": 0},
-     {"memory_mb": 10**14}, {"isolation": "maybe"}, {"tools": {"a b": print}}, {"tools": {"final_answer": print}},
-     {"tools": {"x": 5}}, {"tools": {"class": print}}, {"tools": {"__name__": print}}],
-)  # fmt: skip
-def test_wrong_options_are_refused(options):
-    with pytest.raises(InputError):
-        Sandbox(**options)
-
-
-def test_wrong_use_is_refused(sandbox):
+def test_wrong_options_and_wrong_use_are_refused(sandbox):
+    names = [{"tools": {name: print}} for name in ("a b", "final_answer", "class", "__name__")]
+    for options in (*({"timeout": t} for t in (0, 3e6, float("inf"), float("nan"), "5")), {"memory_mb": 0},
+                    {"memory_mb": 10**14}, {"isolation": "maybe"}, {"tools": {"x": 5}}, *names):  # fmt: skip
+        with pytest.raises(InputError):
+            Sandbox(**options)
     for codes in ([5], ["1"] * 101):
         with pytest.raises(ValueError):
             sandbox.run_candidates(codes)
-    with pytest.raises(RuntimeError):
-        sandbox.commit(0)
-    sandbox.close()
     sandbox.close()
     with pytest.raises(RuntimeError):
         sandbox.run("1")
@@ -855,21 +768,19 @@ def test_wrong_use_is_refused(sandbox):
 # Machines that offer less: a container whose filter denies Landlock, or seccomp.
 
 POORER_MACHINE = """
-import ctypes, struct
+import ctypes, struct, warnings
 from common import inside
-from common.inside import LOAD, RETURN, ALLOW, DENY, ALL_BITS, _rule
+from common.inside import LOAD, RETURN, ALLOW, DENY, _rule
 program = [*_rule(*{refused}, DENY), (RETURN, 0, 0, ALLOW)]
 code = b"".join(struct.pack("=HBBI", *step) for step in program)
 buffer = ctypes.create_string_buffer(code, len(code))
 inside._call("prctl", 38, 1, 0, 0, 0)
 inside._call("prctl", 22, 2, struct.pack("=H6xQ", len(program), ctypes.addressof(buffer)), 0, 0)
-import warnings
-from common import InputError
-from sandbox import Sandbox
+from sandbox import InputError, Sandbox
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("default")
     one, two = Sandbox(timeout=2), Sandbox()
-    print([str(warning.message).split("missing: ")[1] for warning in caught])
+print(*[str(warning.message).split("missing: ")[1] for warning in caught])
 try: Sandbox(isolation="require")
 except InputError as error: print("refused")
 one.run("x = 41")
@@ -886,7 +797,7 @@ print(one.run("x = 0\\nwhile True: pass").error_kind, one.run("x + 1").result)
 def test_a_machine_that_offers_less(tmp_path, refused, missing, kinds):
     script = f"import sys; sys.path.insert(0, {str(ROOT)!r})" + POORER_MACHINE.format(refused=refused)
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    assert result.stdout == f"['{missing}']\nrefused\n{kinds}\ntimeout 42\n", result.stderr
+    assert result.stdout == f"{missing}\nrefused\n{kinds}\ntimeout 42\n", result.stderr
 
 
 # socket, connect, sendmsg, bind, execve, kill, tkill, tgkill, ptrace, setsid, setpgid, unlinkat, renameat, linkat, symlinkat,
