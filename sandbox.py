@@ -53,7 +53,8 @@ class _Process:
     def __init__(self, group=None):
         self.socket, self.remote = socket.socketpair()
         self.channel = Connection(os.dup(self.socket.fileno()))
-        self.output = tempfile.TemporaryFile()
+        in_memory = hasattr(os, "memfd_create")
+        self.output = open(os.memfd_create("output"), "rb") if in_memory else tempfile.TemporaryFile()
         self.sending = threading.Lock()  # held while a request to fork is sent
         self.started = threading.Event()  # also set if it has failed to start
         self.group = group  # the process group of its sandbox
@@ -86,14 +87,14 @@ class _Process:
 
 
 _warm_lock = threading.Lock()
-_warm = None  # a _Process with its subprocess.Popen, and the PID of the host: a fork of the host starts its own
+_warm = None  # a _Process with its subprocess.Popen; in a fork of the host, poll says that it has ended
 
 
 def _warm_interpreter():
     """Returns the process that forks the first process of every sandbox. It has nothing of the host's memory."""
     global _warm
     with _warm_lock:
-        if _warm and _warm.host == os.getpid() and _warm.popen.poll() is None:
+        if _warm and _warm.popen.poll() is None:
             return _warm
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # 64 sandboxes with 8 candidates each need 3,000
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
@@ -105,7 +106,6 @@ def _warm_interpreter():
             environment[name] = os.environ[name]  # some Pythons do not start without them
         packages = [path for path in sys.path if os.path.basename(path) in ("site-packages", "dist-packages")]
         process = _Process()
-        process.host = os.getpid()
         with process.remote as remote:
             process.popen = subprocess.Popen(
                 [sys.executable, "-sB", inside.__file__, str(remote.fileno()), *packages],
@@ -127,17 +127,17 @@ def _warm_interpreter():
 class Sandbox(AbstractContextManager):
     """Runs untrusted Python; variables persist from run to run, threads end with their step.
 
-    tools: {name: function}. Functions run in this process, perhaps in several threads at once, and take and return
-    JSON values. The code sees their exceptions, except an InputError: run and run_candidates raise it in the host; if
-    the step has timed out by then, the next call does. timeout: seconds of wall clock per step, once its process has
-    started, which may take FORK_SECONDS more. memory_mb: what a step's process can allocate. isolation: "auto" warns
-    once if a protection is missing on this machine, "require" raises InputError instead, "off" has time-outs and
-    rlimits only. Raises InputError for bad arguments, and if no process starts. Threads can use different sandboxes at
-    once, but not the same.
+    tools: {name: function}. Functions run in this process and take and return JSON values; a step's calls run one after
+    another, and the step ends when they have. The code sees their exceptions, except an InputError: run and
+    run_candidates raise it in the host; if the step has timed out by then, the next call does. timeout: seconds of wall
+    clock per step, once its process has started, which may take FORK_SECONDS more. memory_mb: what a step's process can
+    allocate. isolation: "auto" warns once if a protection is missing on this machine, "require" raises InputError
+    instead, "off" has time-outs and rlimits only. Raises InputError for bad arguments, and if no process starts.
+    Threads can use different sandboxes at once, but not the same.
 
     Covered, on Linux 5.13 and later, as root or not: the code reads nothing but Python's libraries, time zones and MIME
     types, and writes no file; it has no network, starts no program, signals no process and sees no other candidate;
-    wall clock, CPU time, memory, open files and printed output have limits; no process outlives the host.
+    wall clock, CPU time, memory, open files and printed output have limits; no process outlives the host and its forks.
     Not covered: bugs of the kernel, side channels, CPU use up to the time-out; what stat, access, readlink, getcwd and
     getpgid tell about files and processes; the number of threads; descriptors that a step leaves open, which the
     candidates of the next share (also those of an asyncio loop: use asyncio.run in each step); a program that finds the

@@ -105,6 +105,14 @@ def call(number, *arguments):
 
 # name: code, or (code, "strong") if the attack fails without containment too, for lack of rights or of a target
 ATTACKS = {
+    # what is inherited; the first row comes first, because other attacks leave descriptors open
+    "descriptors": (
+        "import stat\nkinds = []\nfor fd in range(256):\n  try: kinds.append((fd, os.fstat(fd).st_mode))\n"
+        "  except OSError: pass\n"
+        # 0: /dev/null; 1 and 2: the output; 3: the channel
+        "through([fd for fd, _ in kinds] != [0, 1, 2, 3] or [fd for fd, mode in kinds if stat.S_ISSOCK(mode)] != [3])",
+        "strong"),
+    "environment_by_libc": ("libc.getenv.restype = ctypes.c_char_p\nthrough(libc.getenv(b'PATH') or libc.getenv(b'SANDBOX_TEST_KEY'))", "strong"),
     # files: reading
     "read_answers": "through('42' in open(SECRET).read())",
     "read_by_syscall": "fd = libc.open(SECRET.encode(), 0)\nthrough(fd >= 0 and os.read(fd, 9))",
@@ -140,8 +148,6 @@ ATTACKS = {
     # the kernel
     "seccomp_again": ("through(libc.prctl(22, 1, 0, 0, 0) == 0)", "strong"),
     "undumpable": "through(libc.prctl(4, 1, 0, 0, 0) == 0)",
-    # what is inherited
-    "environment_by_libc": ("libc.getenv.restype = ctypes.c_char_p\nthrough(libc.getenv(b'PATH') or libc.getenv(b'SANDBOX_TEST_KEY'))", "strong"),
 }  # fmt: skip
 
 
@@ -187,7 +193,6 @@ LOOPS = {
     "signals_ignored": "import signal\nfor s in range(1, 65):\n  try: signal.signal(s, signal.SIG_IGN)\n  except (OSError, ValueError): pass\nwhile True: pass",
     "printing": "while True:\n  try: print('x' * 1000)\n  except OSError: pass",
     "stopped": "import os, signal\ntry: os.kill(os.getpid(), signal.SIGSTOP)\nexcept OSError: pass\nwhile True: pass",
-    "channel_flood": "import os\nwhile True: os.write(3, b'\\0\\0\\0\\x01' b'0')",
     "tool": "hang()",
 }  # fmt: skip
 
@@ -202,8 +207,7 @@ def test_time_out(name):
         observation = sandbox.run("print('before')\nkept = 0\n" + LOOPS[name])
         elapsed = time.monotonic() - started
         assert observation.stdout.startswith("before\n")
-        assert observation.error_kind == ("killed" if name == "channel_flood" else "timeout")
-        assert elapsed < 4 and (elapsed >= 1 or name == "channel_flood")
+        assert observation.error_kind == "timeout" and 1 <= elapsed < 4
         sandbox.timeout = 20
         assert sandbox.run("kept + 1").result == "42"
         assert eventually(lambda: len(in_group(sandbox.first.group)) == 2)  # the first process and the state
@@ -248,21 +252,11 @@ def test_a_state_that_does_not_fork_as_asked_is_given_up(name, monkeypatch):
         assert sandbox.run(TAKE_OVER.format(TAKEOVERS[name])).error is None
         monkeypatch.setattr(module, "FORK_SECONDS", 0.5)
         started = time.monotonic()
-        for after in sandbox.run_candidates(["'x' in globals()"] * 2):
+        for after in sandbox.run_candidates(["'x' in globals()" + " " * 500_000] * 2):  # more than a socket takes
             assert after.result == "False" and "variables are gone" in after.stdout
         assert time.monotonic() - started < 10
         assert sandbox.run("1").stdout == ""
         assert eventually(lambda: not in_group(group))
-
-
-def test_a_state_that_does_not_read_is_given_up(monkeypatch):
-    """The thread that sends the request must not keep the host from going on."""
-    code = SEND + """send(b'{"done": [null, null, null, false]}')\ntime.sleep(60)"""
-    with Sandbox(timeout=2) as sandbox:
-        assert sandbox.run(code).error is None
-        monkeypatch.setattr(module, "FORK_SECONDS", 0.5)
-        after = sandbox.run("1" + " " * 500_000)
-        assert "variables are gone" in after.stdout and after.result == "1"
 
 
 @pytest.mark.parametrize("kill", [lambda s: os.killpg(s.first.group, 9), lambda s: os.kill(s.state.pid, 9)])
@@ -302,9 +296,6 @@ def test_threads_left_behind_end_with_their_step(sandbox):
     before = used()
     time.sleep(0.5)
     assert used() - before <= 2  # hundredths of a second
-
-
-# Resources.
 
 
 def test_memory_is_bounded(sandbox):
@@ -368,9 +359,9 @@ FORGERIES = {
     "huge": "os.write(3, b'\\xff' * 8)",
     "not_an_object": "send(b'[1]')",
     "deep_final": "send(b'{\"final\":' + b'[' * 600 + b']' * 600 + b'}')",
+    "flood": "while True: send(b'0')",
     "infinity": "send(b'{\"final\": 1e999}')",
     "unknown_tool": "send(b'{\"tool\": \"os.system\", \"args\": [], \"kwargs\": {}}')",
-    "descriptors": "socket.send_fds(socket.socket(fileno=3), [b'\\0\\0\\0\\x02{}'], [0, 1, 2])",
     "in_flight": "a, b = socket.socketpair()\nfor _ in range(9): socket.send_fds(a, [b'x'], [0] * 200)",
     "trickle": "os.write(3, b'\\0\\0\\xff\\0')\nwhile True: os.write(3, b' '); time.sleep(0.01)",
     "urgent": "socket.socket(fileno=3).send(b'x', socket.MSG_OOB)",
@@ -408,11 +399,8 @@ def test_candidates_do_not_see_each_other(sandbox):
     """Neither another candidate's output, nor memory that both could write."""
     look = "import os, time\ntime.sleep(0.3)\nfor pid in range(os.getpid() - 9, os.getpid() + 9):\n  if pid != os.getpid():\n    try: print(open(f'/proc/{pid}/fd/1').read())\n    except OSError: pass"
     assert sandbox.run_candidates(["print('se' + 'cret')\nimport time\ntime.sleep(1)", look])[1].stdout == ""
-    shared = [
-        "import mmap\nmmap.mmap(-1, 8)",
-        "print(8 * 'x')\nimport mmap\nmmap.mmap(1, 8)",
-        "import os\nos.memfd_create('x')",
-    ]
+    shared = ["mmap.mmap(-1, 8)", "print(8 * 'x')\nmmap.mmap(1, 8)", "os.memfd_create('x')"]
+    shared = [f"import mmap, os\n{code}" for code in shared]
     assert all("PermissionError" in observation.error for observation in sandbox.run_candidates(shared))
 
 
@@ -597,16 +585,11 @@ def test_a_state_in_odd_shape_still_runs_steps(sandbox):
         assert sandbox.run("__import__('time').sleep(0)\n6 * 7").error_kind in (None, "memory", "runtime")
 
 
-# Candidates.
-
-
 def test_commit(sandbox):
     sandbox.run("x = 0")
     assert sandbox.run_candidates([]) == []
     with pytest.raises(RuntimeError):
         sandbox.commit(0)
-    sandbox.run_candidates(["x = 1", "x = 2"])
-    assert sandbox.run("x").result == "0"  # not committed: dropped
     sandbox.run_candidates(["x = 1", "x = 2", "x = 3\n1 / 0", "x = 4\nimport os\nos._exit(0)"])
     sandbox.commit(2)
     with pytest.raises(RuntimeError):
@@ -614,11 +597,6 @@ def test_commit(sandbox):
     sandbox.run_candidates(["x = 5", "import os\nos._exit(0)"])
     sandbox.commit(1)  # it has no state
     assert sandbox.run("x").result == "3"
-    observations = sandbox.run_candidates(["import time\ntime.sleep(0.5)"] * 8)
-    assert max(o.seconds for o in observations) < 4 and not any(o.error for o in observations)  # at the same time
-
-
-# Tools.
 
 
 def test_tools():
