@@ -78,12 +78,12 @@ class _Process:
 
     def kill(self):
         """End the process. If it is the first of a sandbox, it ends all others."""
-        with suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)
         with suppress(OSError, OverflowError):
             # Only processes of this sandbox are in its group: a process that got the same PID later is not killed.
             if self.pid and self.pid != self.group == os.getpgid(self.pid):
                 os.kill(self.pid, signal.SIGKILL)
+        with suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
 
 
 _warm_lock = threading.Lock()
@@ -94,7 +94,7 @@ def _warm_interpreter():
     """Returns the process that forks the first process of every sandbox. It has nothing of the host's memory."""
     global _warm
     with _warm_lock:
-        if _warm and _warm.popen.poll() is None:
+        if _warm and _warm.popen.poll() is None and not _warm.channel.poll():  # it is readable if it has ended
             return _warm
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # 64 sandboxes with 8 candidates each need 3,000
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))

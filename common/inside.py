@@ -246,6 +246,7 @@ class Process:
                 given_up = select.select(descriptors[:1], [], [], 0)[0]  # the host has closed the other side
                 child = not given_up and _fork(message.pop("key")) == 0
                 if child:
+                    self.key = None
                     os.dup2(descriptors[0], CHANNEL)
                     os.dup2(descriptors[1], 1)
                     os.dup2(descriptors[1], 2)
@@ -257,8 +258,10 @@ class Process:
         except BaseException:
             os.write(2, traceback.format_exc().encode("utf-8", "replace"))
         finally:
-            if self.key:
-                _keyed_call(KILL, 0, signal.SIGKILL, self.key) if SUPPORTED else os.killpg(0, signal.SIGKILL)
+            if self.key and SUPPORTED:
+                _keyed_call(KILL, 0, signal.SIGKILL, self.key)
+            elif self.key:
+                os.killpg(0, signal.SIGKILL)
             os._exit(1)
 
     def begin(self, code=None, settings=None):
@@ -266,7 +269,6 @@ class Process:
         # New locks: a thread of the parent, which the fork does not have, may hold the old ones.
         self.calling = threading.Lock()  # from a tool call to its reply
         self.writing = threading.RLock()
-        self.key = None
         missing = self.protect(**settings) if settings else []
         self.write(pack({"pid": os.getpid(), "missing": missing}))
         if code is not None:
@@ -370,7 +372,7 @@ class Process:
                 message = pack({"tool": name, "args": args, "kwargs": kwargs})
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{name}() takes JSON values only: {error}") from None
-            # In a thread of its own, which a signal handler of the code does not interrupt.
+            # In another thread, which a signal handler of the code cannot interrupt.
             reply = ThreadPoolExecutor(1).submit(self.exchange, message).result()
             if "error" not in reply:
                 return reply["value"]
