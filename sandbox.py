@@ -65,6 +65,10 @@ class _Process:
         self.failure = None  # error and its kind, if the process cannot become the state
         self.seconds = 0.0
 
+    def __del__(self):
+        self.socket.close()
+        self.output.close()
+
     def receive(self):
         """Returns the next message. Raises EOFError or OSError if the process has ended."""
         return inside.unpack(self.channel.recv_bytes(inside.MESSAGE_BYTES))
