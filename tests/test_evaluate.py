@@ -489,7 +489,7 @@ def test_another_question_an_error_and_another_model_are_no_finished_rows(tmp_pa
 
     with serve(behave) as (base, seen):
         assert run([("wrong", "1")]) == (1, ["wrong"])
-        assert "1 errors; most often: 400: too long" in capsys.readouterr().err
+        assert "1 errors, most often: 400: too long" in capsys.readouterr().out
         assert run([("1", "1"), ("wrong", "2")]) == (0, ["1", "wrong"])
         answer.clear()
         assert run([("1", "1"), ("wrong", "2")]) == (0, ["wrong"])
@@ -603,7 +603,7 @@ def test_the_judge_is_asked_once_over_all_processes_and_its_grades_stay(place, m
         (place / "judge-prompts" / "judge.txt").write_text("Another judge. {question} {answer} {prediction}")
         evaluate.regrade(again)  # another prompt: asked anew
     shown = capsys.readouterr()
-    assert f"{len(rows)} grades changed" in shown.out and f"{len(rows)} answers have no verdict" in shown.err
+    assert f"{len(rows)} grades changed" in shown.out and f"{len(rows)} answers without a verdict" in shown.out
     assert {row["why"] for row in rows_of(place, "judged")} == {"judge: no verdict"}
     evaluate.regrade(evaluate.RegradeConfig(folder=str(place / "judged")))
     assert {row["why"] for row in rows_of(place, "judged")} <= {"different", "exact", "alias", "no answer"}
@@ -625,7 +625,7 @@ def test_the_judge_is_asked_once_over_all_processes_and_its_grades_stay(place, m
         ({"choose": "os.getcwd", "method": "cot"}, "--choose os.getcwd: only --method agent"),
         ({"tools": "platform.node"}, "--tools platform.node: {name: function} was expected"),
         ({"sc": 8, "temperature": 0.0}, "--temperature 0 samples equal candidates"),
-        ({"temperature": 0.7}, "--temperature 0.7: not used with greedy answers"),
+        ({"top_p": 0.7}, "--top-p 0.7: not used with greedy answers"),
         ({"top_p": 0.9}, "--top-p 0.9: not used with greedy answers"),
         ({"url": "http://127.0.0.1:9", "batch": 4}, "--batch 4: not used with --url"),
     ],
