@@ -28,55 +28,12 @@ from typing import Literal
 
 import common
 import retriever
-from common import REQUIRED, InputError, grading, option, read_jsonl, read_text, stable_seed
+from common import REQUIRED, InputError, Prompts, grading, option, read_jsonl, stable_seed
 from common.client import BadRequest, Client, Served, in_parallel
 from common.report import FIELDS, KEY, table
 from sandbox import Observation, Sandbox
 
 # ------------- Prompts and tools: what an episode is given
-
-SHOWN = {  # method: the prompts that its episodes show, besides the system prompt
-    "agent": ["question", "observation", "error", "no_code", "search_result"],
-    "cot": [],
-    "cot-rag": ["cot_rag_question", "search_result"],
-}
-
-
-class Prompts:
-    """Every text that a model is shown, one file each: `prompts.question` is prompts/question.txt."""
-
-    default = Path(__file__).parent / "prompts"
-
-    def __init__(self, folder=default):
-        self.folder = Path(folder)
-
-    def __getattr__(self, name):
-        text = read_text(self.folder / f"{name}.txt")
-        setattr(self, name, text)
-        return text
-
-    def fill(self, name, **values):
-        """Returns the prompt with its {placeholders} replaced, in one pass: braces inside a value stay as they are."""
-        return re.sub(r"\{(\w+)\}", lambda m: str(values.get(m[1], m[0])), getattr(self, name))
-
-    def system(self, name, tools, max_steps=5):
-        """Returns a system prompt. {tools} becomes the descriptions of the tools, {calls} a list of their signatures.
-
-        tools: names. Raises InputError for a tool that prompts/tools/NAME.txt does not describe.
-        """
-        described, calls = [], []
-        for tool in (*tools, "final_answer"):
-            path = self.folder / "tools" / f"{tool}.txt"
-            text = read_text(path) if path.exists() else ""
-            if not text.startswith(f"{tool}(") or ")" not in text:
-                raise InputError(f"{path}: describes a tool of --tools, as {tool}(argument: type): what it does")
-            described.append(f"- {text}")
-            calls.append(re.sub(r":(\[[^\]]*\]|[^,)])*", "", text[: text.index(")") + 1]))  # without annotations
-        return self.fill(name, tools="\n".join(described), calls=", ".join(calls), max_steps=max_steps)
-
-    def sha256(self, method):
-        """Returns a hash of the texts of SHOWN. Results made with other texts must not be mixed with these."""
-        return hashlib.sha256(json.dumps([getattr(self, name) for name in SHOWN[method]]).encode()).hexdigest()
 
 
 def check_options(config, prompts, kinds=()):
@@ -606,7 +563,7 @@ def read_trajectories(path):
     rows = []
     for number, row in read_jsonl(path):
         for field, kind in (FIELDS | KEY | {"method": str, "messages": list}).items():
-            if not isinstance(row.get(field), kind) or (field == "method" and row[field] not in SHOWN):
+            if not isinstance(row.get(field), kind) or (field == "method" and row[field] not in common.SHOWN):
                 raise InputError(f"{path}:{number}: not a trajectory: the field {field!r} is missing or wrong")
         for field, names in (("messages", ["role", "content"]), ("steps", ["error_kind"])):
             if not all(isinstance(x, dict) and x.keys() >= set(names) for x in row[field]):

@@ -11,6 +11,7 @@ import json
 import operator
 import os
 import pkgutil
+import re
 import sys
 import threading
 import traceback
@@ -366,6 +367,53 @@ def keep_config(path, config, *, binding=True, notes=None, **facts):
                 made = f"made with {name.replace('_', '-')} {old[name]}, not {value}"
                 raise InputError(f"{path}: these results were {made}: name another --out to keep both, or delete it")
     write_json(path, settings | (notes or {}))
+
+
+# ------------- Prompts
+
+SHOWN = {  # method: the prompts that its episodes show, besides the system prompt
+    "agent": ["question", "observation", "error", "no_code", "search_result"],
+    "cot": [],
+    "cot-rag": ["cot_rag_question", "search_result"],
+}
+
+
+class Prompts:
+    """Every text that a model is shown, one file each: `prompts.question` is prompts/question.txt."""
+
+    default = Path(__file__).parent.parent / "prompts"
+
+    def __init__(self, folder=default):
+        self.folder = Path(folder)
+
+    def __getattr__(self, name):
+        text = read_text(self.folder / f"{name}.txt")
+        setattr(self, name, text)
+        return text
+
+    def fill(self, name, **values):
+        """Returns the prompt with its {placeholders} replaced, in one pass: braces inside a value stay as they are."""
+        return re.sub(r"\{(\w+)\}", lambda m: str(values.get(m[1], m[0])), getattr(self, name))
+
+    def system(self, name, tools, max_steps=5):
+        """Returns a system prompt. {tools} becomes the descriptions of the tools, {calls} a list of their signatures.
+
+        tools: names. Raises InputError for a tool that prompts/tools/NAME.txt does not describe.
+        """
+        described, calls = [], []
+        for tool in (*tools, "final_answer"):
+            path = self.folder / "tools" / f"{tool}.txt"
+            text = read_text(path) if path.exists() else ""
+            if not text.startswith(f"{tool}(") or ")" not in text:
+                raise InputError(f"{path}: describes a tool of --tools, as {tool}(argument: type): what it does")
+            described.append(f"- {text}")
+            calls.append(re.sub(r":(\[[^\]]*\]|[^,)])*", "", text[: text.index(")") + 1]))  # without annotations
+        return self.fill(name, tools="\n".join(described), calls=", ".join(calls), max_steps=max_steps)
+
+    def sha256(self, method):
+        """Returns a hash of the texts that a method shows. Results made with other texts must not be mixed."""
+        texts = [getattr(self, name) for name in SHOWN[method]]
+        return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
 # ------------- HTTP: one way to serve JSON; the clients are in common/client.py

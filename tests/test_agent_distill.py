@@ -17,7 +17,7 @@ import pytest
 import agent_distill
 import retriever
 from agent_distill import EpisodeConfig, Prompts, Running, agent_episode, first_step, open_tools, parse_action
-from common import InputError
+from common import SHOWN, InputError
 from common.client import BadRequest
 from conftest import write_jsonl
 from sandbox import Sandbox
@@ -160,7 +160,7 @@ def test_every_tool_is_described_to_teacher_and_student(tmp_path):
 def test_the_hash_covers_the_prompts_that_are_used(tmp_path):
     shutil.copytree(Prompts.default, tmp_path / "prompts")
     for name, methods in (("judge", []), ("error", ["agent"]), ("search_result", ["agent", "cot-rag"])):
-        before = {method: Prompts(tmp_path / "prompts").sha256(method) for method in agent_distill.SHOWN}
+        before = {method: Prompts(tmp_path / "prompts").sha256(method) for method in SHOWN}
         (tmp_path / "prompts" / f"{name}.txt").write_text("Another text")
         after = Prompts(tmp_path / "prompts")
         assert [method for method in before if before[method] != after.sha256(method)] == methods
