@@ -306,6 +306,8 @@ def run_lockstep(episodes, student, stop=(), workers=16):
 
 # ------------- Who answers: a model loaded here, or one behind a server
 
+SC_TEMPERATURE = 0.4  # the paper's
+
 
 @dataclasses.dataclass(kw_only=True)
 class SolverConfig(agent_distill.EpisodeConfig):
@@ -327,7 +329,7 @@ class SolverConfig(agent_distill.EpisodeConfig):
 
 def sampling(config):
     """Returns the settings of generation: temperature (0 is greedy), max_tokens and, where it is sampled, top_p."""
-    temperature = (0.4 if config.sc > 1 else 0.0) if config.temperature is None else config.temperature
+    temperature = (SC_TEMPERATURE if config.sc > 1 else 0.0) if config.temperature is None else config.temperature
     nucleus = {"top_p": config.top_p} if temperature > 0 else {}
     return {"temperature": temperature, "max_tokens": config.max_tokens} | nucleus
 
