@@ -28,9 +28,9 @@ from typing import Literal
 
 import common
 import retriever
-from common import REQUIRED, InputError, Prompts, grading, option, read_jsonl, stable_seed
+from common import REQUIRED, InputError, Prompts, grading, option, stable_seed
 from common.client import BadRequest, Client, Served, in_parallel
-from common.report import FIELDS, KEY, table
+from common.report import FIELDS, GRADED, KEY, table, transcripts
 from sandbox import Observation, Sandbox
 
 # ------------- Prompts and tools: what an episode is given
@@ -455,8 +455,10 @@ def collect(config):
     facts["system_prompt_sha256"] = hashlib.sha256(system.encode()).hexdigest()
     prefixes = first_thoughts(config.first_thought, tasks) if config.first_thought else {}
     items = {(*task_key(task), sample): (task, sample) for task in tasks for sample in range(config.samples)}
-    with common.Journal(config.out, ("task", "id", "question", "answer", "sample", "stop", "model")) as journal:
-        done = {(*task_key(row), row["sample"]) for row in journal.rows if row["stop"] != "error"}
+    with common.Journal(config.out, GRADED | {"sample": int, "usage": dict, "model": str}) as journal:
+        # A question that ended in an error is asked again. Of its rows, the last one counts; see report.transcripts.
+        journal.rows = [row for row in journal.rows if row["stop"] != "error"]
+        done = {(*task_key(row), row["sample"]) for row in journal.rows}
         todo = [item for key, item in items.items() if key not in done]
         facts["model"] = config.model or (journal.rows[0]["model"] if done else None)
         common.keep_config(f"{config.out}.run.json", config, binding=bool(done), **facts)
@@ -465,7 +467,6 @@ def collect(config):
             facts["model"] = client.model  # refused if the server has another model now
             common.keep_config(f"{config.out}.run.json", config, binding=bool(done), **facts)
             ask = teacher(config, prompts, system, prefixes, client)
-            journal.drop(lambda row: row["stop"] == "error")
             before = len(items) - len(todo)
             with common.progress(total=len(items), done=before, desc=config.method, quiet=config.quiet) as bar:
                 for row in in_parallel(ask, todo, config.concurrency):
@@ -560,17 +561,14 @@ def drop_reason(row):
 
 def read_trajectories(path):
     """Returns the rows of a file that `collect` wrote. Raises InputError in one line for anything else."""
-    rows = []
-    for number, row in read_jsonl(path):
-        for field, kind in (FIELDS | KEY | {"method": str, "messages": list}).items():
-            if not isinstance(row.get(field), kind) or (field == "method" and row[field] not in common.SHOWN):
-                raise InputError(f"{path}:{number}: not a trajectory: the field {field!r} is missing or wrong")
-        for field, names in (("messages", ["role", "content"]), ("steps", ["error_kind"])):
-            if not all(isinstance(x, dict) and x.keys() >= set(names) for x in row[field]):
-                raise InputError(f"{path}:{number}: not a trajectory: {field} must be a list of objects with {names}")
-        if row["method"] == "agent" and not isinstance(row.get("tools"), list):
-            raise InputError(f'{path}:{number}: the tools are not stated: add a list, as "tools": ["web_search"]')
-        rows.append(row)
+    parts = {"messages": ["role", "content"], "steps": ["error_kind"]}
+    rows = transcripts(path, FIELDS | KEY | parts | {"method": str, "tools?": list})
+    for row in rows:
+        where = f"{path}: task {row['task']}, id {row['id']}"
+        if row["method"] not in common.SHOWN:
+            raise InputError(f"{where}: a method {row['method']!r} is not known")
+        if row["method"] == "agent" and "tools" not in row:
+            raise InputError(f'{where}: the tools are not stated: add a list, as "tools": ["web_search"]')
     return rows
 
 

@@ -41,7 +41,7 @@ import agent_distill
 import common
 from agent_distill import STOP, Prompts, Running, TurnFailed, drive, task_key
 from common import REQUIRED, InputError, grading, models, option, pictures, report, stable_seed
-from common.client import BadRequest, Client, Judge, Served, cut_at_stop, in_parallel
+from common.client import VERDICT, BadRequest, Client, Judge, Served, cut_at_stop, in_parallel
 
 # ------------- The student
 
@@ -466,14 +466,14 @@ def run(config):
         task.setdefault("domain", report.TASKS[task["task"]].domain if task["task"] in report.TASKS else "out")
     prompts, system, facts = check(config, {task["kind"] for task in tasks})
     mine = {task_key(task): task for task in tasks[rank::size]}
-    with common.Journal(out / f"transcripts.{rank}.jsonl", fields=("task", "id", "question", "stop")) as journal:
-        rows = [row for path in report.transcript_files(out) for row in report.transcripts(path)]
-        done = {task_key(row) for row in rows if row["stop"] != "error" or row["error"] == TOO_LONG}
+    with common.Journal(out / f"transcripts.{rank}.jsonl", report.GRADED) as journal:
+        rows = [row for path in report.transcript_files(out) for row in report.transcripts(path, report.GRADED)]
+        done = {task_key(row) for row in rows if row["stop"] != "error" or row.get("error") == TOO_LONG}
         todo = {key: task for key, task in mine.items() if key not in done}
         client = Client(config.url, config.model, config.api_key_env) if config.url and todo else None
         if config.url and not config.model:
             about = out / "model.json"
-            known = common.parse_object(common.read_text(about), about)["model"] if about.exists() else None
+            known = common.parse_object(about.read_bytes(), about).get("model") if about.exists() else None
             facts["model"] = client.model if client else known
         notes = {"questions": collections.Counter(task["task"] for task in tasks)}
         common.keep_config(out / "run.json", config, binding=bool(done), notes=notes, **facts)
@@ -521,9 +521,8 @@ def open_judge(config, folder, rank=0):
         yield None
         return
     client = Client(config.judge_url, config.judge_model, config.judge_key_env, timeout=120.0)
-    caches = sorted(Path(folder).glob("judge.*.jsonl"))
-    with common.Journal(Path(folder) / f"judge.{rank}.jsonl", fields=("key", "verdict")) as journal:
-        yield Judge(client, Prompts(config.prompts), journal, caches)
+    with common.Journal(Path(folder) / f"judge.{rank}.jsonl", VERDICT) as journal:
+        yield Judge(client, Prompts(config.prompts), journal)
 
 
 def regrade_file(path, judge, quiet=False, current=None):
@@ -534,7 +533,7 @@ def regrade_file(path, judge, quiet=False, current=None):
     """
 
     def grade(row):
-        if current and not judge and row["why"].startswith("judge"):
+        if current and not judge and str(row.get("why")).startswith("judge"):
             return row
         answer = row["answer"], row.get("aliases") or (), row["question"]
         verdict = grading.grade(row["kind"], row["prediction"], *answer, judge)
@@ -542,7 +541,7 @@ def regrade_file(path, judge, quiet=False, current=None):
 
     with common.Journal(path) as journal, concurrent.futures.ThreadPoolExecutor(8 if judge else 1) as pool:
         keys = current or {}
-        rows = report.transcripts(path, report.FIELDS | {"answer": (str, int, float, list)})
+        rows = report.transcripts(path, report.GRADED)
         old = [row for row in rows if keys.get(task_key(row)[:2]) in (None, task_key(row))]
         new = list(common.progress(pool.map(grade, old), total=len(old), desc="grade", unit="answer", quiet=quiet))
         if new != journal.rows:

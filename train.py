@@ -473,10 +473,10 @@ def run_steps(config, trainer, conversations, held_out):
         data.update(example.ids.numpy().tobytes() + example.weights.numpy().tobytes())
     done = trainer.load(checkpoint, data.hexdigest())
     if main:
-        with common.Journal(out / "metrics.jsonl", fields=("step", "loss")) as metrics:
+        with common.Journal(out / "metrics.jsonl", fields={"step": int, "loss": float}) as metrics:
             rows = [row for row in metrics.rows if row["step"] <= done]  # later steps are done again
         common.write_jsonl(out / "metrics.jsonl", rows)
-        metrics = common.Journal(out / "metrics.jsonl", fields=("step", "loss"))
+        metrics = common.Journal(out / "metrics.jsonl", fields={"step": int, "loss": float})
     tokens, loss, began = 0, None, time.monotonic()
     with common.progress(total=len(steps), done=done, desc=f"training {out.name}", unit="step", quiet=quiet) as bar:
         for step in range(done, len(steps)):

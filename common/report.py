@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
-from common import InputError, parse_object, read_text, write_json
+from common import InputError, parse_object, read_jsonl, read_text, write_json
 
 
 class Task(NamedTuple):
@@ -40,8 +40,11 @@ LABELS = {name: task.label for name, task in TASKS.items()}
 METHODS = {"cot": "CoT", "cot-rag": "CoT + RAG", "agent": "agent"}
 TRAININGS = {"none": "prompting", "distill": "distilled", "distill+prefix": "distilled + prefix"}
 SEED = re.compile(r"(seed[-_]?)\d+")
-KEY = {"task": str, "id": (str, int)}  # fields of any row, and of a transcript, with their types
-FIELDS = dict.fromkeys(("id", "task", "kind", "question", "stop"), str) | {"correct": bool, "steps": list}
+# Fields with their types (see common.parse_object): of any row, of a finished question, and of one to be graded.
+KEY = {"task": str, "id": (str, int), "sample?": int}
+FIELDS = dict.fromkeys(("task", "id", "kind", "question", "stop"), str)
+FIELDS |= {"correct": bool, "steps": [], "sample?": int, "usage?": dict}
+GRADED = FIELDS | {"answer": (str, int, float, list), "prediction": object}
 
 
 # ------------- One run
@@ -59,11 +62,7 @@ def transcripts(where, fields=KEY):
     """
     rows = {}
     for path in [Path(where)] if Path(where).is_file() else transcript_files(where):
-        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-            row = parse_object(line, f"{path}:{number}")
-            wrong = [name for name, kind in fields.items() if not isinstance(row.get(name), kind)]
-            if wrong:
-                raise InputError(f"{path}:{number}: not a transcript: the field {wrong[0]!r} is missing or wrong")
+        for _, row in read_jsonl(path, fields, growing=True):
             key = row["task"], row["id"], row.get("sample", 0)
             if key not in rows or row.get("stop") != "error":
                 rows[key] = row

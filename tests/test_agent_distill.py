@@ -461,17 +461,17 @@ NOT_TRAJECTORIES = {
     "the field 'question' is .*wrong": row(0) | {"question": None},
     "the field 'task' is .*wrong": row(0) | {"task": ["t"]},
     "the field 'correct' is .*wrong": row(0) | {"correct": "no"},
-    "the field 'method' is .*wrong": row(0) | {"method": "react"},
+    "a method 'react'": row(0) | {"method": "react"},
     "the field 'messages' is .*wrong": row(0) | {"messages": {"role": "user", "content": "x"}},
     "the tools are not stated": {name: value for name, value in row(0).items() if name != "tools"},
-    "messages must be a list": row(0) | {"messages": [{"content": "x"}]},
-    "steps must be a list": row(0) | {"steps": [{}]},
+    "the field 'messages' is .* wrong": row(0) | {"messages": [{"content": "x"}]},
+    "the field 'steps' is .*wrong": row(0) | {"steps": [{}]},
 }
 
 
 @pytest.mark.parametrize("message", NOT_TRAJECTORIES)
 def test_filter_refuses_what_is_no_trajectory(tmp_path, message):
-    with pytest.raises(InputError, match=f"a:1: .*{message}"):
+    with pytest.raises(InputError, match=f"a:.* .*{message}"):
         filtered(tmp_path, [NOT_TRAJECTORIES[message]])
 
 

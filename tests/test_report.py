@@ -58,7 +58,7 @@ def test_bad_folders_and_rows_are_one_line(tmp_path):
     for field in ("steps", "question", "correct", "id", "stop", "kind", "task"):
         for bad in (row | {field: None}, row | {field: 3}, {name: row[name] for name in row if name != field}):
             write_jsonl(path, [row, bad])
-            with pytest.raises(InputError, match=f"transcripts.0.jsonl:2: not a transcript: the field '{field}' is"):
+            with pytest.raises(InputError, match=f"transcripts.0.jsonl:2: the field '{field}' is"):
                 report.markdown(tmp_path)
     write_json(tmp_path / "a" / "run.json", {"lr": 1})
     with pytest.raises(InputError, match=r"run.json: not the configuration of an evaluation"):
