@@ -723,7 +723,7 @@ def test_the_loss_of_held_out_rows_is_reported_once_per_epoch(config, data_path)
 def test_a_checkpoint_of_other_data_is_refused(config, tmp_path):
     trainer, examples = make_trainer(config())
     gradients(trainer, examples[:2])
-    trainer.update(1e-3, 1.0)
+    trainer.optimizer.step()
     trainer.save(Path(config().out) / "checkpoint" / "state.pt", 1, "other")
     with pytest.raises(InputError, match="other data"):
         train.fit(config())
