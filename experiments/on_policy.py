@@ -97,7 +97,7 @@ def distill(config, student, out):
                 each = divergence(trainer.model, teacher, prompt, written)  # (tokens written,)
                 (each.sum() / total).backward()
                 losses.append(each.sum().item())
-            trainer.gradient.mul_(min(1.0, 1 / (trainer.gradient.norm().item() + 1e-6)))
+            torch.nn.utils.clip_grad_norm_(trainer.parameters, 1.0)
             trainer.optimizer.param_groups[0]["lr"] = config.policy_lr * (1 - step / config.steps)
             trainer.optimizer.step()
             trainer.save(state, step + 1, student)
