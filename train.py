@@ -364,13 +364,6 @@ class Trainer:
         gc.collect()
         torch.cuda.empty_cache()
 
-    def update(self, rate, scale):
-        """Take an optimiser step with the gradients times scale (at most 1)."""
-        self.gradient.mul_(min(1.0, scale))
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-
     def validate(self, examples):
         """Returns the loss of examples, as accumulate does, without dropout."""
         self.model.eval()
@@ -485,7 +478,9 @@ def run_steps(config, trainer, conversations, held_out):
             if not math.isfinite(loss + norm):
                 raise InputError(f"step {step + 1}: loss {loss}, gradient norm {norm}; a lower --lr may help")
             rate = learning_rate(step, len(steps), config)
-            trainer.update(rate, config.clip / (norm + 1e-6))
+            trainer.gradient.mul_(min(1.0, config.clip / (norm + 1e-6)))
+            trainer.optimizer.param_groups[0]["lr"] = rate
+            trainer.optimizer.step()
             row = {"step": step + 1, "loss": loss, "lr": rate, "gradient_norm": norm}
             row["tokens"] = sum(len(example.ids) for example in steps[step])
             tokens += row["tokens"]
@@ -563,11 +558,8 @@ def show(config):
 
 
 def main(argv=None):
-    commands = {
-        "fit": (Config, run_fit),
-        "show": (ShowConfig, show),
-        "merge": (models.MergeConfig, models.merge_adapter),
-    }
+    merge = models.MergeConfig, models.merge_adapter
+    commands = {"fit": (Config, run_fit), "show": (ShowConfig, show), "merge": merge}
     common.run_command_line(__doc__, commands, default="fit", argv=argv)
 
 

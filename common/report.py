@@ -278,6 +278,11 @@ def tables(systems):
     return shown
 
 
+def averages_table(folder):
+    """Returns the first table of the report. Makefile prints it after each row."""
+    return table(*tables(load_systems(folder))["Accuracy in %: averages"])
+
+
 def markdown(folder):
     """Returns the report as Markdown: accuracies, then the figures of tool use."""
     shown = tables(load_systems(folder))

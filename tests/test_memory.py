@@ -59,7 +59,7 @@ def run_steps(trainer, steps):
     taken = []
     for step in steps:
         taken.append((trainer.accumulate(step, seed=0), trainer.gradient.norm().item()))
-        trainer.update(1e-3, 1.0)
+        trainer.optimizer.step()
     return taken
 
 

@@ -91,7 +91,7 @@ def test_the_five_scripts_are_all_there_is_at_the_root_and_every_named_file_exis
 
 def test_every_experiment_is_short_and_listed():
     for path in (ROOT / "experiments").glob("[a-z]*.py"):
-        assert path.stem in README and len(path.read_text().splitlines()) <= 120
+        assert path.stem in README and len(path.read_text().splitlines()) <= 125
 
 
 def test_every_room_of_the_readme_has_tests():
