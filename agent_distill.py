@@ -43,11 +43,13 @@ def check_options(config, prompts, kinds=()):
     """
     if not config.search and (config.method == "cot-rag" or (config.method == "agent" and "fact" in kinds)):
         raise InputError(f"--method {config.method} needs passages: name an index or a /retrieve URL with --search")
+    if config.method != "agent":
+        common.refuse(config, ("tools", "episode", "choose", "max_steps", "timeout"), "only --method agent uses it")
+    if not config.search:
+        common.refuse(config, ["top_k"], "there is no --search")
     facts = {"prompts_sha256": prompts.sha256(config.method)}
     for name, like in (("tools", lambda: {}), ("episode", agent_episode), ("choose", choose)):
         if dotted := getattr(config, name):
-            if config.method != "agent":
-                raise InputError(f"--{name} {dotted}: only --method agent uses it")
             facts[f"{name}_sha256"] = common.source_hash(common.resolve(dotted, like, f"--{name}"))
     if config.method == "agent":
         facts["tool_names"] = [*further_tools(config), *(["web_search"] if config.search else [])]

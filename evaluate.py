@@ -344,11 +344,10 @@ def check(config, kinds=()):
     temperature = sampling(config)["temperature"]
     if config.sc > 1 and temperature == 0:
         raise InputError("--temperature 0 samples equal candidates: leave out --sc for greedy answers")
-    used = {"top_p": temperature > 0, "batch": not config.url, "precision": not config.url}
-    for field in dataclasses.fields(config):
-        if not used.get(field.name, True) and getattr(config, field.name) != field.default:
-            others = "greedy answers (add --temperature or --sc)" if field.name == "top_p" else "--url"
-            raise InputError(f"--{field.name.replace('_', '-')} {getattr(config, field.name)}: not used with {others}")
+    if temperature == 0:
+        common.refuse(config, ["top_p"], "greedy answers do not use it; add --temperature or --sc")
+    if config.url:
+        common.refuse(config, ["batch", "precision"], "not used with --url")
     prompts = Prompts(config.prompts)
     facts = agent_distill.check_options(config, prompts, kinds) | {"temperature": temperature}
     system = choose_system_prompt(config, prompts, facts.get("tool_names", []))
@@ -465,6 +464,8 @@ def run(config):
     for task in tasks:
         task.setdefault("domain", report.TASKS[task["task"]].domain if task["task"] in report.TASKS else "out")
     prompts, system, facts = check(config, {task["kind"] for task in tasks})
+    if not config.judge_url:
+        common.refuse(config, ["judge_model", "judge_key_env"], "there is no --judge-url")
     mine = {task_key(task): task for task in tasks[rank::size]}
     with common.Journal(out / f"transcripts.{rank}.jsonl", report.GRADED) as journal:
         rows = [row for path in report.transcript_files(out) for row in report.transcripts(path, report.GRADED)]

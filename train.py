@@ -412,10 +412,8 @@ def check_config(config):
     if adapter and (config.rank, config.alpha) != (adapter["r"], adapter["lora_alpha"]):
         kept = f"--rank {adapter['r']} --alpha {adapter['lora_alpha']:g}"
         raise InputError(f"{config.model} is an adapter, which keeps its rank and alpha: give {kept}")
-    for field in dataclasses.fields(config):
-        if config.tuning == "full" and field.name in ("rank", "alpha", "dropout"):
-            if getattr(config, field.name) != field.default:
-                raise InputError(f"--{field.name} has no effect with --tuning full")
+    if config.tuning == "full":
+        common.refuse(config, ("rank", "alpha", "dropout"), "it has no effect with --tuning full")
     models.check_out(config.out, config.model)
 
 

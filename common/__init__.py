@@ -87,6 +87,14 @@ def check_numbers(config):
                 raise InputError(f"--{field.name.replace('_', '-')} {value}: must be {name.replace('_', ' ')} {limit}")
 
 
+def refuse(config, names, reason):
+    """Raises InputError if one of these options was given: `reason` says why it would be ignored."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in names and value != field.default:
+            raise InputError(f"--{field.name.replace('_', '-')} {value}: {reason}")
+
+
 def resolve(dotted, like=None, name="a function"):
     """Returns the function that MODULE.FUNCTION names, which must accept the arguments of the function `like`.
 

@@ -55,7 +55,7 @@ def transcript_files(folder):
 
 
 def transcripts(where, fields=KEY):
-    """Returns the rows of a run folder, or of one file of trajectories: one row for each (task, id, sample).
+    """Returns the rows of a run folder, or of one file of trajectories: one row per question and sample.
 
     The last row of a question counts; one that ended in an error counts only if there is no other. An incomplete last
     line is ignored: it is being written, or a kill left it. Raises InputError for a row without {field: type}.
@@ -63,7 +63,7 @@ def transcripts(where, fields=KEY):
     rows = {}
     for path in [Path(where)] if Path(where).is_file() else transcript_files(where):
         for _, row in read_jsonl(path, fields, growing=True):
-            key = row["task"], row["id"], row.get("sample", 0)
+            key = row["task"], row["id"], row.get("question"), row.get("sample", 0)
             if key not in rows or row.get("stop") != "error":
                 rows[key] = row
     return list(rows.values())

@@ -373,7 +373,8 @@ def url(place):
 
 def run_config(place, out, **more):
     tests = sorted(str(path) for path in (place / "world" / "test").glob("*.jsonl"))
-    defaults = {"search": str(place / "index"), "max_tokens": 20, "max_steps": 2, "precision": "fp32", "quiet": True}
+    defaults = {"search": str(place / "index"), "max_tokens": 20, "precision": "fp32", "quiet": True}
+    defaults |= {"max_steps": 2} if more.get("method", "agent") == "agent" else {}
     defaults |= {"tasks": tests, "model": str(place / "student"), "out": str(place / out)}
     return evaluate.RunConfig(**defaults | ({"precision": "auto"} if "url" in more else {}) | more)
 
@@ -626,11 +627,13 @@ def test_the_judge_is_asked_once_over_all_processes_and_its_grades_stay(place, m
         ({"name": "two\nlines"}, "--name 'two.*one line"),
         ({"choose": "nowhere.vote"}, "--choose nowhere.vote: ModuleNotFoundError"),
         ({"choose": "shutil.disk_usage"}, r"--choose shutil.disk_usage: .* called with \(actions, observations, rng\)"),
+        ({"judge_model": "m"}, "--judge-model m: there is no --judge-url"),
+        ({"search": None, "method": "cot", "top_k": 2}, "--top-k 2: there is no --search"),
+        ({"method": "cot", "timeout": 5.0}, "--timeout 5.0: only --method agent uses it"),
         ({"choose": "os.getcwd", "method": "cot"}, "--choose os.getcwd: only --method agent"),
         ({"tools": "platform.node"}, "--tools platform.node: {name: function} was expected"),
         ({"sc": 8, "temperature": 0.0}, "--temperature 0 samples equal candidates"),
-        ({"top_p": 0.7}, "--top-p 0.7: not used with greedy answers"),
-        ({"top_p": 0.9}, "--top-p 0.9: not used with greedy answers"),
+        ({"top_p": 0.7}, "--top-p 0.7: greedy answers do not use it"),
         ({"url": "http://127.0.0.1:9", "batch": 4}, "--batch 4: not used with --url"),
     ],
 )

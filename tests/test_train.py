@@ -542,7 +542,7 @@ def test_an_adapter_is_saved_loaded_merged_and_continued(config, tmp_path, capsy
     ]:
         with pytest.raises(InputError, match=reason):
             train.fit(config(model=str(out), out=str(tmp_path / "other"), **options))
-    with pytest.raises(InputError, match="--dropout has no effect"):
+    with pytest.raises(InputError, match="--dropout 0.1: it has no effect"):
         train.fit(config(tuning="full", dropout=0.1, out=str(tmp_path / "other")))
 
 
