@@ -428,10 +428,9 @@ class CollectConfig(EpisodeConfig):
     samples: int = option(1, "trajectories per question (paper: 1); more need a temperature", above=0)
     temperature: float = option(0.0, "0 is greedy", at_least=0)
     top_p: float = option(1.0, "nucleus sampling", above=0, at_most=1)
-    prefix_mode: Literal["continue", "completions"] = option(
-        "continue", "how the server continues a prefix: continue_final_message (vLLM), or the text of the whole chat"
+    prefix_tokenizer: str | None = option(
+        None, "tokenizer of the teacher, for a server that does not continue a message: it is sent the chat as text"
     )
-    tokenizer: str | None = option(None, "whose chat template --prefix-mode completions renders (default: --model)")
     chat_template_kwargs: str | None = option(None, """JSON for its template, such as '{"enable_thinking": false}'""")
     concurrency: int = option(16, "episodes at once", above=0, changes_results=False)
     seed: int = option(0, "seeds every request")
@@ -510,7 +509,7 @@ def teacher(config, prompts, system, prefixes, client):
     template = config.chat_template_kwargs and common.parse_object(
         config.chat_template_kwargs, "--chat-template-kwargs"
     )
-    served = Served(client, config.prefix_mode, config.tokenizer or client.model, template, **sampling)
+    served = Served(client, config.prefix_tokenizer, template, **sampling)
     served.probe(opening=bool(prefixes))
     facts = {"model": client.model, "tools": list(tools), "prompts_sha256": prompts.sha256(config.method)}
 

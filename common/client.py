@@ -234,15 +234,13 @@ def cut_at_stop(text, stop):
 class Served:
     """A served model that answers turns.
 
-    mode: how the server is made to continue an opening. "continue": by continue_final_message, as vLLM has it, or by
-    itself, as llama.cpp does (probed). "completions": the chat is rendered here with the tokenizer's template and sent
-    to /v1/completions. tokenizer: or its name. template_options: further arguments of the chat template.
-    sampling: temperature, max_tokens, ...
+    A server continues an opening by continue_final_message, as vLLM has it, or by itself, as llama.cpp does (probed).
+    tokenizer: the model's, or its name, for a server that does neither: the chat is then rendered here with its template
+    and sent to /v1/completions. template_options: further arguments of the template. sampling: temperature, ...
     """
 
-    def __init__(self, client, mode="continue", tokenizer=None, template_options=None, **sampling):
+    def __init__(self, client, tokenizer=None, template_options=None, **sampling):
         self.client = client
-        self.mode = mode
         self.tokenizer = tokenizer
         self.template_options = template_options
         self.sampling = _NO_DEFAULTS | sampling
@@ -255,7 +253,7 @@ class Served:
         if turn.opening:
             messages = [*messages, {"role": "assistant", "content": turn.opening}]
             fields |= self.continuing
-        if turn.opening and self.mode == "completions":
+        if turn.opening and self.tokenizer:
             messages = self._render(messages)
             fields = {"n": n, "seed": seed}
         texts, used = self.client.chat(messages, **self.sampling, **fields)
@@ -270,7 +268,7 @@ class Served:
         needed = [name for name in ("temperature", "top_p") if self.sampling.get(name) not in (None, 1)]
         fields = self.sampling | {"n": n, "seed": 0, "needed": needed}
         self.client.probe(chat_template_kwargs=self.template_options, **fields)
-        if opening and self.mode == "completions":
+        if opening and self.tokenizer:
             self.client.probe(self._render(_OPENED), **fields)
         elif opening:
             self._probe_continuing()
@@ -293,19 +291,21 @@ class Served:
                     return
             except BadRequest as error:
                 refusal = error
-        raise InputError(f"the server does not continue a message ({refusal}): name --prefix-mode completions")
+        raise InputError(
+            f"the server does not continue a message ({refusal}): name its model's tokenizer with --prefix-tokenizer"
+        )
 
     def _render(self, opened):
         """Returns a chat as text that ends with its last message, by the model's own template."""
         if isinstance(self.tokenizer, str):
-            from common.models import load_tokenizer  # imports torch, which only this mode needs
+            from common.models import load_tokenizer  # imports torch, which a teacher behind a server does not need
 
             self.tokenizer = load_tokenizer(self.tokenizer)
         options = {"continue_final_message": True, "tokenize": False} | (self.template_options or {})
         try:
             text = self.tokenizer.apply_chat_template(opened, **options)
         except ValueError as error:  # it has no template, or one that changes the message
-            raise InputError(f"--tokenizer {self.tokenizer.name_or_path}: {error}") from None
+            raise InputError(f"--prefix-tokenizer {self.tokenizer.name_or_path}: {error}") from None
         # The server adds the beginning-of-text token again where the tokenizer does so itself.
         begins = self.tokenizer.bos_token and self.tokenizer("").input_ids[:1] == [self.tokenizer.bos_token_id]
         return text.removeprefix(self.tokenizer.bos_token) if begins else text

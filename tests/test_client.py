@@ -253,7 +253,7 @@ def test_the_probe_tells_a_server_that_continues_from_those_that_do_not():
     refused = {"ignores continue_final_message": {"flag": False}, "422: unknown field": {"strict": True}}
     for words, options in (refused | {"sends no token counts": {"usage": False}}).items():
         with serve(continuing(**options)) as (url, _):
-            with pytest.raises(InputError, match=f"{words}.*: name --prefix-mode completions"):
+            with pytest.raises(InputError, match=f"{words}.*: name .* with --prefix-tokenizer"):
                 Served(Client(url)).probe(opening=True)
 
 
@@ -270,7 +270,7 @@ def test_a_rendered_chat_begins_once(tiny_tokenizer, own_bos):
         ids = [("<|endoftext|>", tokenizer.bos_token_id)]
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<|endoftext|> $A", None, ids)
     with serve(lambda *request: {"choices": [{"text": "lo"}]}) as (url, seen):
-        served = Served(Client(url), "completions", tokenizer, {"date_string": "today"})
+        served = Served(Client(url), tokenizer, {"date_string": "today"})
         assert served.answer(SimpleNamespace(messages=HELLO, opening="Hel"), collections.Counter()) == ["lo"]
     ids = tokenizer(seen[0][1]["prompt"]).input_ids
     assert tokenizer.decode(ids) == ("<|endoftext|>today<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nHel")
@@ -282,11 +282,11 @@ def test_a_tokenizer_that_cannot_render_is_one_line(tiny_tokenizer, tmp_path):
     bare.chat_template = None
     with serve(lambda *request: completion("hello")) as (url, _):
         for tokenizer, message in (
-            (bare, "^--tokenizer .*template"),
+            (bare, "^--prefix-tokenizer .*template"),
             (str(tmp_path / "no"), "^model .*no such folder"),
         ):
             with pytest.raises(InputError, match=f"{message}[^\n]*$"):
-                Served(Client(url), "completions", tokenizer).probe(opening=True)
+                Served(Client(url), tokenizer).probe(opening=True)
 
 
 # ------------- Many at once

@@ -110,10 +110,10 @@ def ask(lesson, url, out, **options):
 def test_as_a_teacher_it_writes_what_generate_writes(lesson, merged, server, continuation, prefixed):
     """Each message is what plain generate, with the same weights, writes after the messages before it."""
     name, url = server
-    options = {"model": str(merged), "tokenizer": str(merged)}
+    options = {"model": str(merged)}
     if prefixed:
         options["first_thought"] = str(lesson.folder / "cot.jsonl")
-        options["prefix_mode"] = "completions" if name == "transformers" else "continue"
+        options["prefix_tokenizer"] = str(merged) if name == "transformers" else None
     rows = ask(lesson, url, f"teacher-{name}-{prefixed}", **options)
     prefixes = {row["id"]: agent_distill.first_step(row["messages"][-1]["content"]) for row in lesson.rows("cot")}
     model, tokenizer = models.load_model(merged)
@@ -195,7 +195,7 @@ def test_as_a_judge_it_is_asked_once_for_each_answer(llama_cpp, tmp_path, monkey
 def test_what_the_server_lacks_is_one_line_before_any_question(lesson, merged, transformers_url, monkeypatch):
     monkeypatch.setattr("common.client.BACKOFF", 0.01)
     prefixed = {"model": str(merged), "first_thought": str(lesson.folder / "cot.jsonl")}
-    cases = {r"does not continue a message \(422.*--prefix-mode completions": prefixed, "400": {"model": "nobody"}}
+    cases = {r"does not continue a message \(422.*--prefix-tokenizer": prefixed, "400": {"model": "nobody"}}
     for message, options in (cases | {"/models: ": {}}).items():  # it cannot list a model that is a folder
         with pytest.raises(InputError, match=f"^[^\n]*{message}[^\n]*$"):
             ask(lesson, transformers_url, "refused", **options)
