@@ -235,8 +235,8 @@ class Served:
     """A served model that answers turns.
 
     A server continues an opening by continue_final_message, as vLLM has it, or by itself, as llama.cpp does (probed).
-    tokenizer: the model's, or its name, for a server that does neither: the chat is then rendered here with its template
-    and sent to /v1/completions. template_options: further arguments of the template. sampling: temperature, ...
+    tokenizer: the model's, or its name, for a server that does neither: the chat is rendered here with its template, and
+    sent to /v1/completions. template_options: further arguments of the template. sampling: temperature, ...
     """
 
     def __init__(self, client, tokenizer=None, template_options=None, **sampling):
@@ -291,9 +291,7 @@ class Served:
                     return
             except BadRequest as error:
                 refusal = error
-        raise InputError(
-            f"the server does not continue a message ({refusal}): name its model's tokenizer with --prefix-tokenizer"
-        )
+        raise InputError(f"the server does not continue a message ({refusal}): give --prefix-tokenizer NAME")
 
     def _render(self, opened):
         """Returns a chat as text that ends with its last message, by the model's own template."""
