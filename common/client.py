@@ -235,7 +235,7 @@ class Served:
     """A served model that answers turns.
 
     A server continues an opening by continue_final_message, as vLLM has it, or by itself, as llama.cpp does (probed).
-    tokenizer: the model's, or its name, for a server that does neither: the chat is rendered here with its template, and
+    tokenizer: the model's, or its name, for a server that does neither: its template renders the chat here, which is
     sent to /v1/completions. template_options: further arguments of the template. sampling: temperature, ...
     """
 
