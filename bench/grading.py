@@ -60,7 +60,8 @@ def rewritings(gold, expression):
 def mutations(gold, expression, generator):
     """Answers that differ from gold in value."""
     texts = []
-    digits = [match.start() for match in re.finditer(r"\d", gold)][:11]  # a double may be wrong after the 12th or so
+    exact = gold.partition(r"\approx")[0]
+    digits = [match.start() for match in re.finditer(r"\d", exact)][:11]  # a double may be wrong after the 12th or so
     signs = [match.start() for match in re.finditer(r"(?<=[\w})\s])[-+](?=[\s\w\\])", gold)]
     for at in generator.sample(digits, min(3, len(digits))) + generator.sample(signs, min(2, len(signs))):
         other = {"+": "-", "-": "+"}.get(gold[at]) or str((int(gold[at]) + 1) % 10)
@@ -70,7 +71,7 @@ def mutations(gold, expression, generator):
     if "infty" in gold or "cup" in gold or "[" in gold:
         for bracket, other in [("(", "["), ("[", "("), (")", "]"), ("]", ")")]:
             at = gold.find(bracket)
-            if at >= 0 and "infty" not in gold[max(at - 8, 0) : at + 8]:
+            if at >= 0 and "infty" not in gold[max(at - 12, 0) : at + 12]:
                 texts.append(gold[:at] + other + gold[at + 1 :])
     flat = re.fullmatch(r"\(([^()]*)\)", gold)
     if flat and len(parts := [part.strip() for part in flat[1].split(",")]) > 1:
