@@ -214,8 +214,8 @@ REWRITES = [  # (pattern, replacement, example, what becomes of it); repeated, f
 ]
 LABEL = re.compile(  # what may precede "=" besides a name, and be left out
     r"(?:^|(?<=[,{(\[])|(?<=, ))("
-    r"\([a-z]\w*(?:, ?[a-z]\w*)+\)|[a-z](?:\^\(-1\))?\([a-z]\)|"  # (x, y), f(x)
-    r"[A-Z]+\([^()=]*(?:=[^()]*)?\)|[A-Z][A-Za-z]+|\\text ?\{[^{}]*\})(?= ?[=∈])"  # P(A), AB, Area
+    r"\([a-z]\w*(?:, ?[a-z]\w*)+\)|[a-z](?:\^\(-1\))?\([a-z]\)|"  # (x, y), f(x); then P(A), Area, {mean: 5}
+    r"[A-Z]+\([^()=]*(?:=[^()]*)?\)|[A-Z][A-Za-z]+|\\text ?\{[^{}]*\}|[a-z]{4,}(?=:))(?= ?[=∈:])"
 )
 TOKEN = re.compile(
     rf"""(?x) (?P<name> label_\w+ | (?:\d[\dA-Z]*|[A-Z]\d[\dA-Z]*)_\d+ | [a-zA-Z]_(?:\d+|[a-zA-Z]) )  # 4210_5, x_1
@@ -224,7 +224,7 @@ TOKEN = re.compile(
 )
 # Between a value and a name or bracket: a product, which has a sign of its own because 1/ab is ambiguous.
 PRODUCT = re.compile(r"(?<=[a-zA-Z\d]) +(?=[a-zA-Z(\[{])|(?<=[)\]}]) *(?=[\w(\[{])")
-AMBIGUOUS = re.compile(rf"/ *(?:[a-zA-Z]\w*|\w*\({NESTED}\)) *@")
+AMBIGUOUS = re.compile(rf"/ *(?:[a-zA-Z]\w*|\w* *\({NESTED}\)) *@")
 SIGNS = {"^": "**", "±": "+plus_minus*", "=": "==", "∈": " in ", "≤": "<=", "≥": ">=", ";": ",", "∪": "|"}
 
 
@@ -235,7 +235,7 @@ def to_python(text):
         before = text
         for pattern, replacement, *_ in REWRITES:
             text = re.sub(pattern, replacement, text)
-    text = LABEL.sub(lambda match: "label_" + re.sub(r"\W", "_", match[0]) + "0", text)
+    text = LABEL.sub(lambda match: "label_" + re.sub(r"\W", "_", match[0]) + "x", text)
     text = PRODUCT.sub("@", TOKEN.sub(lambda match: f" {python_token(match.lastgroup, match[0])} ", text))
     if AMBIGUOUS.search(text):
         raise Unreadable("what may be 1/(ab) or b/a")

@@ -99,7 +99,7 @@ LATEX = [  # (pattern, replacement), in this order
     (r"\^\s*(?:\\circ|\{\s*\\circ\s*\})", "°"),  # 60^\circ
     (r"\\([`'^\"~])\s*(?:\{\\?(\w)\}|(\w))", lambda match: (match[2] or match[3]) + ACCENTS[match[1]]),  # M\'elanie
     (r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2"),
-    (rf"\\(?:{FONT})(?![a-zA-Z])\s*|(?<![\\\d ])\$|(?<!\\)[{{}}]|\\[()\[\]]", ""),  # \text{Paris}, {\rm yes}
+    (rf"\\(?:{FONT})(?![a-zA-Z])\s*|(?<!\\)[{{}}$]|\\[()\[\]]", ""),  # \text{Paris}, {\rm yes}
     (r"\\(?=[a-zA-Z]|[^\w\s])", ""),  # A\$AP, Steely \& Clevie, \alpha
 ]
 ACCENTS = dict(zip("`'^\"~", "\u0300\u0301\u0302\u0308\u0303", strict=True))  # combining characters
