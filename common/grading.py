@@ -58,7 +58,7 @@ def grade(kind, prediction, answer, aliases=(), question="", judge=None):
     answers = [gold for gold in answers if gold not in (None, []) and str(gold).strip()]
     if not answers:
         return Verdict(False, "no gold answer")  # three MATH training rows have none
-    if prediction is None or (isinstance(prediction, str) and not prediction.strip()):
+    if prediction in (None, []) or (isinstance(prediction, str) and not prediction.strip()):
         return Verdict(False, "no answer")
     if kind == "math":
         return compare(prediction, answer, question or "")
