@@ -225,7 +225,7 @@ TOKEN = re.compile(
 # Between a value and a name or bracket: a product, which has a sign of its own because 1/ab is ambiguous.
 PRODUCT = re.compile(r"(?<=[a-zA-Z\d]) +(?=[a-zA-Z(\[{])|(?<=[)\]}]) *(?=[\w(\[{])")
 AMBIGUOUS = re.compile(rf"/ *(?:[a-zA-Z]\w*|\w* *\({NESTED}\)) *@")
-SIGNS = {"^": "**", "±": "+plus_minus*", "=": "==", "∈": " in ", "≤": "<=", "≥": ">=", ";": ",", "∪": "|"}
+SIGNS = {"^": "**", "=": "==", "∈": " in ", "≤": "<=", "≥": ">=", ";": ",", "∪": "|"}
 
 
 def to_python(text):
@@ -274,10 +274,22 @@ def read(value):
     if isinstance(value, dict):
         return "", group("{}", [Group("=", (str(name), read(item)[1])) for name, item in value.items()])
     text, unit = split_unit(clean(str(value)))
+    if "±" in text:  # two answers for each
+        text = re.sub(r"^\{(.*)\}$", r"\1", text)
+        trees = parse(text.replace("±", "+"))
+        others = parse(text.replace("±", "-"))
+        trees += [tree for tree in others if ast.unparse(tree) not in map(ast.unparse, trees)]
+    else:
+        trees = parse(text)
+    return unit, group("", map(node, trees))
+
+
+def parse(text):
+    """Returns the ast nodes of the items of an answer."""
     answer = ast.parse(f"({to_python(text)},)", mode="eval").body
     if not isinstance(answer, ast.Tuple) or sum(1 for _ in ast.walk(answer)) > MAX_NODES:
         raise Unreadable("brackets that do not match, or too long an answer")
-    return unit, group("", map(node, answer.elts))
+    return answer.elts
 
 
 def node(tree):
@@ -318,10 +330,8 @@ def relation(sides, signs):
 
 
 def group(kind, items):
-    """Returns a Group, or a single item alone unless it is a row or an interval. An item with ± becomes two."""
+    """Returns a Group, or a single item alone unless it is a row or an interval."""
     items = list(items)
-    if len(items) > 1 or not kind:
-        items = [signed for item in items for signed in both_signs(item)]
     if len(items) == 1 and not (kind and is_group(items[0], "json", "∪", ":", "[]", "(]", "[)")):
         return items[0]
     if kind == "[]" and any(isinstance(item, Group) for item in items):
@@ -336,16 +346,6 @@ def group(kind, items):
         items = [item.items[1] for item in sorted(items, key=lambda item: item.items[0])]
         kind = ", ".join(sorted(names))
     return Group(kind.removeprefix("∈") if kind in ("∈(]", "∈[)") else kind, tuple(items))
-
-
-def both_signs(item):
-    """Returns the two nodes that a node with ± means; for another node, itself."""
-    if is_group(item, "="):
-        return [Group("=", (item.items[0], value)) for value in both_signs(item.items[1])]
-    if isinstance(item, Group) or "plus_minus" not in variables(item):
-        return [item]
-    texts = [ast.unparse(item).replace("plus_minus", sign) for sign in ("1", "(-1)")]
-    return [ast.parse(text, mode="eval").body for text in texts]
 
 
 # ------------- Values

@@ -4,23 +4,22 @@ r"""Is this answer right? Exact match for facts, equality of value for math, and
     grade("math", "0.5", r"\frac{1}{2}")                   # Verdict(correct=True, why="equal")
     same("math", 4, "4.0")                                 # True: one vote
 
-A wrong answer that counts as right is worse than a right answer that is missed: it inflates a result, and as a
-teacher trajectory it trains the student on an error. A text that cannot be read is therefore never right.
+A wrong answer that counts as right inflates a result, and as a teacher trajectory it trains the student on an error. A
+text that cannot be read is therefore never right.
 
 Math: common/expressions.py reads an answer (LaTeX, plain text, Python's or sympy's notation, a JSON value). Words after
 the answer may be left out, but two different units never agree. 50% is 0.5, and 50 if the gold answer has the sign or
 the question asks for percent. A decimal equals the numbers that round to it if it has six decimal places, as in
-Math-Verify, or seven digits: 3.141593 is pi, 3.14159 is not. From other numbers it may differ by 10^-14 (doubles are
-rounded). "x =" before an answer may be left out; two equations are equal if their differences are proportional. x < 2
-is (-oo, 2). "1, 2" is unordered; tuples and vectors are ordered; (a, b] is not [a, b]. [2, 5] may be the list 2, 5, but
-not the set {2, 5}; a program's list may be any of them. 52_8 needs its base unless the question names one. Letters are
-variables, and their case counts; AB and words of four letters are names.
+Math-Verify, or seven digits: 3.141593 is pi, 3.14159 is not. "x =" may be left out; two equations are equal if their
+differences are proportional. x < 2 is (-oo, 2). "1, 2" is unordered; tuples and vectors are ordered. [2, 5] may be the
+list 2, 5, but not the set {2, 5}; a program's list may be any of them. 52_8 needs its base unless the question names
+one. Letters are variables, and their case counts; AB and words of four letters are names.
 
 Not read, and right only as the same text: chains (x = 10/4 = 5/2), inequalities in two variables, x > 2 and x < 5 in
 words, x \ne 2; set-builder notation, unions that touch, set differences; ratios in other terms; repeating decimals;
 [1 2]; products without a sign after a division (1/ab), or after a function without brackets (\sin x/2); odd roots of
 negative numbers; factorials of variables; \max, \sum, vectors with arrows; number words (20 million); single letters as
-units in plain text (5 m), a unit for each item of a list; sentences around an answer; a choice with its value, (B) 16.
+units in plain text (5 m), a unit for each item of a list; sentences around an answer; (B) 16 for the letter.
 """
 
 import dataclasses
@@ -145,13 +144,6 @@ BOX = re.compile(  # \boxed{5} or \boxed 5
 # What a box holds where a reply repeats its instructions: \boxed{}, \boxed{...}, \boxed{\text{answer}}
 NO_ANSWER = re.compile(r"(?i)(?:\\text)?[\s{}.…_]*(?:\\[lc]?dots|(?:(?:your|the|final)\s+)*answer)?[\s{}.…_]*")
 
-
-def boxed_answer(text):
-    r"""Returns the content of the last complete \boxed{...} or \fbox{...} (or `\boxed 5`) with an answer, or None."""
-    contents = [(in_braces or bare).strip() for in_braces, bare in BOX.findall(text)]
-    return next((content for content in reversed(contents) if not NO_ANSWER.fullmatch(content)), None)
-
-
 # How a reply states its answer without a box. What follows the sign is the answer, up to the end of the sentence.
 STATED = re.compile(
     r"""(?imx)
@@ -171,11 +163,11 @@ SENTENCE_END = re.compile(
 
 
 def cot_answer(text):
-    """Returns the boxed answer; else what the last "Final answer: ...", "The answer is ...", "Answer: ..." or
-    "#### ..." states, up to the end of its sentence; else None."""
-    boxed = boxed_answer(text)
-    if boxed is not None:
-        return boxed
+    r"""Returns the content of the last complete \boxed{...} or \fbox{...} with an answer; else what the last "Final
+    answer: ...", "The answer is ..." or "#### ..." states, up to the end of its sentence; else None."""
+    boxes = [(in_braces or bare).strip() for in_braces, bare in BOX.findall(text)]
+    if boxes := [box for box in boxes if not NO_ANSWER.fullmatch(box)]:
+        return boxes[-1]
     stated = STATED.findall(text)
     return SENTENCE_END.split(stated[-1])[0].strip(" *`").removesuffix(".").rstrip(" *`") if stated else None
 
