@@ -70,11 +70,8 @@ def mutations(gold, expression, generator):
         at = gold.find(bracket)
         if at >= 0 and "infty" not in gold[max(at - 12, 0) : at + 12]:
             texts.append(gold[:at] + other + gold[at + 1 :])
-    flat = re.fullmatch(r"\(([^()]*)\)", gold)
-    if flat and len(parts := [part.strip() for part in flat[1].split(",")]) > 1:
-        texts.append(f"({', '.join(parts[:-1])})")
-        if parts[0] != parts[-1]:
-            texts.append(f"({', '.join(parts[::-1])})")
+    if flat := re.fullmatch(r"\(([^()]*), *([^(),]*)\)", gold):
+        texts += [f"({flat[1]})", f"({flat[2]} + 1, {flat[1]})"]
     if not isinstance(expression, sympy.Expr) or expression.has(sympy.oo, sympy.nan) or "%" in gold:
         return texts
     for other in (expression + 1, 2 * expression, expression**2, 1 / (expression or 1)):
@@ -88,12 +85,6 @@ def mutations(gold, expression, generator):
     return texts
 
 
-def expression_of(gold):
-    """The sympy object that math-verify reads in a gold answer; None if there is none, or if it misreads it."""
-    found = [item for item in math_verify.parse(f"${gold}$", raise_on_error=False) if not isinstance(item, str)]
-    return found[0] if found and not MISREAD.search(gold) else None
-
-
 def math_verify_equal(prediction, gold):
     """math-verify with its default settings; the prediction is read with and without $ around it."""
     texts = (f"${gold}$", f"${prediction}$", prediction)
@@ -105,7 +96,8 @@ def make_pairs(answers):
     """Yield (truth, prediction, gold) for each gold answer."""
     generator = random.Random(0)
     for i, gold in enumerate(answers):
-        expression = expression_of(gold)
+        read = [item for item in math_verify.parse(f"${gold}$", raise_on_error=False) if not isinstance(item, str)]
+        expression = read[0] if read and not MISREAD.search(gold) else None
         pairs = [(True, text) for text in rewritings(gold, expression)]
         different = [*mutations(gold, expression, generator), answers[(i + 1) % len(answers)]]
         pairs += [(False, text) for text in different if text != gold]

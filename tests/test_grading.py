@@ -47,50 +47,46 @@ GOLDS = [gold for line in GOLDS.strip().splitlines() for gold in line.split("  |
 
 EQUAL = r"""
 # numbers, separators, currency
-0.5  ==  \frac{1}{2}  |  9/5  ==  1\frac{4}{5}  |  1 4/5  ==  1\frac{4}{5}  |  012  ==  12
-1.2 \times 10^5  ==  120000  |  10080  ==  10,\!080  |  $32,348  ==  \$32,\!348  |  1,000,000  ==  10^6
-81,256  ==  81, 256  |  81,256  ==  81256  |  \$1.85  ==  1.85 USD  |  -$5  ==  -\$5
-\sqrt 3 \frac{1}{2}  ==  \sqrt3/2  |  \frac xy  ==  x/y  |  3.141593  ==  \pi  |  0.333333  ==  \frac13
-\approx 6366.1977  ==  6366.1977  |  x = 2\sqrt{3} \approx 3.46  ==  2\sqrt3  |  2/3  ==  \$\dfrac23 \approx \$0.67
+0.5  ==  \frac{1}{2}  |  9/5  ==  1\frac{4}{5}  |  1.2 \times 10^5  ==  120000  |  10080  ==  10,\!080
+81,256  ==  81, 256  |  81,256  ==  81256  |  \$1.85  ==  1.85 USD  |  \sqrt 3 \frac{1}{2}  ==  \sqrt3/2
+\frac xy  ==  x/y  |  0.333333  ==  \frac13  |  \approx 6366.1977  ==  6366.1977
+x = 2\sqrt{3} \approx 3.46  ==  2\sqrt3  |  2/3  ==  \$\dfrac23 \approx \$0.67
 # degrees, percent, units, ratios, bases
 90 deg  ==  90^\circ  |  pi/2  ==  90^\circ  |  \tan 15^\circ  ==  2-\sqrt3  |  5  ==  5 \text{ cm}
 $5$ cm  ==  5\text{ cm}  |  \text{5 cm}  ==  5\text{ centimeters}  |  864 square inches  ==  864 \mbox{ inches}^2
-5 km/h  ==  5 \text{ km/h}  |  60 mph  ==  60\text{ miles per hour}  |  8:34 pm  ==  8\!:\!34 \text{ p.m.}
-3 : 5  ==  3:5  |  4210_5  ==  4210_{5}
+5 km/h  ==  5 \text{ km/h}  |  8:34 pm  ==  8\!:\!34 \text{ p.m.}  |  3 : 5  ==  3:5  |  4210_5  ==  4210_{5}
 # delimiters, text
-$5$  ==  5  |  \text{5}  ==  5  |  \large 5  ==  5  |  5 \text{ and } 13  ==  5,13  |  \text{5 and 13}  ==  5, 13
-$x=5$ or $x=6$  ==  5,6  |  evelyn  ==  \text{Evelyn}  |  C  ==  \text{(C)}  |  B.  ==  \text{(B)}  |  \text{DC}  ==  DC
-east  ==  \text{east}  |  ['A', 'B']  ==  \text{A,B}  |  \textbf{(B)}\ 16  ==  16
-no solution  ==  \text{No solution}
+$5$  ==  5  |  \text{5}  ==  5  |  5 \text{ and } 13  ==  5,13  |  \text{5 and 13}  ==  5, 13
+$x=5$ or $x=6$  ==  5,6  |  C  ==  \text{(C)}  |  east  ==  \text{east}  |  ['A', 'B']  ==  \text{A,B}
+\textbf{(B)}\ 16  ==  16  |  no solution  ==  \text{No solution}
 # lists, sets, tuples
--2, 1  ==  1,-2  |  {1, -2}  ==  1,-2  |  x = 1 or x = -2  ==  1,-2  |  5  ==  \{5\}  |  x_1 = 1, x_2 = -2  ==  1,-2
-(3, pi/2)  ==  (3, \frac{\pi}{2})  |  (x,y) = (1,2)  ==  (1,2)  |  x = 1, y = 2  ==  (1,2)
-y = 2, x = 1  ==  x = 1, y = 2  |  ⟨7,-8⟩  ==  \langle 7,-8 \rangle  |  1-sqrt(19), 1+sqrt(19)  ==  1 \pm \sqrt{19}
-x = \pm 3  ==  3,-3  |  \frac{1 \pm \sqrt5}{2}  ==  \frac{1+\sqrt5}{2},\frac{1-\sqrt5}{2}
+-2, 1  ==  1,-2  |  {1, -2}  ==  1,-2  |  x = 1 or x = -2  ==  1,-2  |  x_1 = 1, x_2 = -2  ==  1,-2
+(x,y) = (1,2)  ==  (1,2)  |  x = 1, y = 2  ==  (1,2)  |  y = 2, x = 1  ==  x = 1, y = 2
+⟨7,-8⟩  ==  \langle 7,-8 \rangle  |  1-sqrt(19), 1+sqrt(19)  ==  1 \pm \sqrt{19}  |  x = \pm 3  ==  3,-3
+\frac{1 \pm \sqrt5}{2}  ==  \frac{1+\sqrt5}{2},\frac{1-\sqrt5}{2}
 # intervals, inequalities, unions
 [-2,7]  ==  x \in [-2,7]  |  x < 2  ==  (-\infty, 2)  |  2 > x  ==  (-\infty, 2)  |  2 <= x <= 5  ==  [2,5]
-5 \ge x > 2  ==  (2,5]  |  x = (3,4]  ==  (3,4]  |  x < 2 or x >= 3  ==  (-\infty, 2) \cup [3, \infty)
+5 \ge x > 2  ==  (2,5]  |  x < 2 or x >= 3  ==  (-\infty, 2) \cup [3, \infty)
 (3, oo) U (-oo, 2)  ==  (-\infty, 2) \cup (3, \infty)
 # matrices
 \left(\begin{array}{cc} 1 & 2\\ 3 & 4\end{array}\right)  ==  \begin{pmatrix} 1 & 2 \\ 3&4 \end{pmatrix}
 \begin{pmatrix} 10\\[4pt]200 \end{pmatrix}  ==  \begin{pmatrix} 10 \\ 200 \end{pmatrix}
 # names, equations, functions
-5  ==  x=5  |  f(x) = 2*x + 3  ==  2x+3  |  f^{-1}(x) = 2x  ==  2x  |  P(A)=1/3  ==  \frac13  |  \text{Area} = 5  ==  5
+f(x) = 2*x + 3  ==  2x+3  |  f^{-1}(x) = 2x  ==  2x  |  P(A)=1/3  ==  \frac13  |  \text{Area} = 5  ==  5
 x=17  ==  17 = x  |  2x+4y-3=0  ==  y=-x/2+3/4  |  34x+45y-20z+100=0  ==  -34x-45y+20z-100=0
-a*b+2*a+5*b+10  ==  (a+5)(b+2)  |  2\theta + \theta  ==  3\theta  |  a_1 + a_1  ==  2a_1  |  \sqrt{1/n}  ==  1/\sqrt{n}
-|x|  ==  \sqrt{x^2}  |  6!  ==  720  |  \binom{5}{2}  ==  10  |  \log_2 8  ==  3  |  \tan^2(y)+1  ==  \sec^2 y
-\sin^{-1}(1/2)  ==  \arcsin \frac12  |  \sin 2x  ==  2\sin x\cos x
+a*b+2*a+5*b+10  ==  (a+5)(b+2)  |  a_1 + a_1  ==  2a_1  |  \sqrt{1/n}  ==  1/\sqrt{n}  |  6!  ==  720
+\binom{5}{2}  ==  10  |  \log_2 8  ==  3  |  \tan^2(y)+1  ==  \sec^2 y  |  \sin^{-1}(1/2)  ==  \arcsin \frac12
+\sin 2x  ==  2\sin x\cos x
 # Python's and sympy's notation
-(6-5j)  ==  6-5i  |  1j  ==  i  |  [(1+2j), (1-2j)]  ==  1+2i,1-2i  |  -inf  ==  -\infty  |  3**(1/4)  ==  \sqrt[4]{3}
+(6-5j)  ==  6-5i  |  1j  ==  i  |  [(1+2j), (1-2j)]  ==  1+2i,1-2i  |  -inf  ==  -\infty
 pi - acos(1/8)  ==  \pi -\arccos \frac{1}{8}  |  (5,)  ==  5  |  [np.int64(1), np.int64(-2)]  ==  1,-2
 (np.float64(3.0), 2)  ==  (3,2)  |  array([1., 2.], dtype=float32)  ==  1,2  |  ('1/2', '3')  ==  (\frac12, 3)
 Fraction(1, 2), Fraction(3, 4)  ==  \frac12,\frac34  |  Matrix([[1], [2]])  ==  [1, 2]
 Matrix([[1, 2], [3, 4]])  ==  \begin{pmatrix}1&2\\3&4\end{pmatrix}  |  {(1, 2), (3, 4)}  ==  (3,4),(1,2)
-frozenset({1, 2})  ==  1,2  |  FiniteSet(2, 1)  ==  1,2  |  EmptySet  ==  \varnothing  |  [{x: -2}, {x: 3}]  ==  -2,3
-{'x': 1, 'y': 2}  ==  (1,2)  |  [{x: 1, y: 2}, {x: 3, y: 4}]  ==  (1,2),(3,4)  |  {'mean': 3.5}  ==  3.5
-Eq(x, 5)  ==  5  |  Interval(-2, 7)  ==  [-2,7]  |  Interval(-oo, 2)  ==  (-\infty,2]
-Union({3}, Interval.Lopen(4, 5))  ==  \{3\} \cup (4,5]  |  (2 <= x) & (x <= 5)  ==  [2,5]
-((-oo < x) & (x < 2)) | ((3 < x) & (x < oo))  ==  (-\infty,2) \cup (3,\infty)
+FiniteSet(2, 1)  ==  1,2  |  EmptySet  ==  \varnothing  |  [{x: -2}, {x: 3}]  ==  -2,3  |  {'x': 1, 'y': 2}  ==  (1,2)
+[{x: 1, y: 2}, {x: 3, y: 4}]  ==  (1,2),(3,4)  |  {'mean': 3.5}  ==  3.5  |  Interval(-2, 7)  ==  [-2,7]
+Interval(-oo, 2)  ==  (-\infty,2]  |  Union({3}, Interval.Lopen(4, 5))  ==  \{3\} \cup (4,5]
+(2 <= x) & (x <= 5)  ==  [2,5]  |  ((-oo < x) & (x < 2)) | ((3 < x) & (x < oo))  ==  (-\infty,2) \cup (3,\infty)
 """
 EQUAL = pairs(EQUAL, "==")
 EQUAL += [(410332.9, 410332.8999999999), (13138980, 13138980.0), (51196733.33, 51196733.33333333), (6.1e-17, "0")]
@@ -114,43 +110,38 @@ x = 10/4 = 5/2  ==  5/2  |  0.\overline{3}  ==  \frac13  |  52 (base 8)  ==  52_
 
 DIFFERENT = r"""
 # numbers: precision, mixed numbers, separators, bases
-3.46  !=  2\sqrt3  |  1.0000001  !=  1  |  3.14159  !=  \pi  |  0.33333  !=  1/3  |  0.333334  !=  1/3
-0.041667  !=  1/24  |  1.0000000000001  !=  1  |  0.0000001  !=  0  |  2^400  !=  2^401  |  x + 1  !=  x + 1 + 10^{-30}
+3.46  !=  2\sqrt3  |  3.14159  !=  \pi  |  0.333334  !=  1/3  |  0.041667  !=  1/24  |  1.0000000000001  !=  1
+0.0000001  !=  0  |  2^400  !=  2^401  |  x + 1  !=  x + 1 + 10^{-30}
 100000000000000000001  !=  100000000000000000000  |  1 1/2  !=  11/2  |  23  !=  2 3  |  5 0.5  !=  2.5  |  1,2  !=  12
-1 000  !=  1  |  (100,101)  !=  100101  |  81, 256  !=  81256  |  52  !=  52_8  |  52_9  !=  52_8  |  \text{5}_2  !=  5
+1 000  !=  1  |  (100,101)  !=  100101  |  81, 256  !=  81256  |  52  !=  52_8  |  \text{5}_2  !=  5
 # percent, degrees, units, words that change a number
 10%  !=  10  |  45  !=  \frac{\pi}{4}  |  \sin 30  !=  \sin 30^\circ  |  180^\circ  !=  180\pi  |  5 cm  !=  5 \text{ m}
-15 cm  !=  15\mbox{ cm}^2  |  36 cents  !=  \$36  |  90 degrees  !=  90\text{ radians}
-8:34 am  !=  8\!:\!34 \text{ p.m.}  |  5 km/h  !=  5\text{ km}  |  5 factorial  !=  5  |  5 dozen  !=  5
-5 more than 3  !=  5  |  not 5  !=  5  |  negative 5  !=  5  |  3 and a half  !=  3  |  5 apples and 3 oranges  !=  5
-5 \pmod 3  !=  5  |  2 cosx  !=  2
+36 cents  !=  \$36  |  90 degrees  !=  90\text{ radians}  |  8:34 am  !=  8\!:\!34 \text{ p.m.}
+5 km/h  !=  5\text{ km}  |  5 factorial  !=  5  |  5 more than 3  !=  5  |  not 5  !=  5
+5 apples and 3 oranges  !=  5  |  5 \pmod 3  !=  5  |  2 cosx  !=  2
 # brackets, order, numbers of items, names
-[1,2]  !=  (1,2)  |  (5,2)  !=  2,5  |  (2,5)  !=  \{2,5\}  |  [2,5]  !=  \{2,5\}  |  2,2,1  !=  2,1,1
-(1,2),(3,4)  !=  (1,3),(2,4)  |  5,  !=  5,6  |  1)(2  !=  2  |  Matrix([[1, 2]])  !=  \begin{pmatrix}1\\2\end{pmatrix}
-x = \pm 3  !=  3  |  Matrix([[1, 2], [3, 4]])  !=  \begin{pmatrix}1&3\\2&4\end{pmatrix}
-(y,x) = (1,2)  !=  (x,y) = (1,2)  |  y = 1, x = 2  !=  x = 1, y = 2  |  \{1, 2\}  !=  x = 1, y = 2
-x = 5, y = 6  !=  5  |  [{x: -2}, {y: 3}]  !=  x=-2, x=3  |  [{x: 1, y: 2}, {x: 3, y: 4}]  !=  (1,4),(3,2)
+[1,2]  !=  (1,2)  |  (5,2)  !=  2,5  |  (2,5)  !=  \{2,5\}  |  [2,5]  !=  \{2,5\}  |  (1,2),(3,4)  !=  (1,3),(2,4)
+1)(2  !=  2  |  Matrix([[1, 2]])  !=  \begin{pmatrix}1\\2\end{pmatrix}  |  x = \pm 3  !=  3
+Matrix([[1, 2], [3, 4]])  !=  \begin{pmatrix}1&3\\2&4\end{pmatrix}  |  y = 1, x = 2  !=  x = 1, y = 2
+\{1, 2\}  !=  x = 1, y = 2  |  [{x: -2}, {y: 3}]  !=  x=-2, x=3  |  [{x: 1, y: 2}, {x: 3, y: 4}]  !=  (1,4),(3,2)
 5, 6, y  !=  5, 6, x  |  P(A) = 1, P(B) = 2  !=  P(A) = 2, P(B) = 1
 # intervals and inequalities
-(3,4]  !=  [3,4)  |  x>2  !=  y>2  |  x \le 2  !=  (-\infty,2)  |  x \ne 2  !=  2  |  x \in [2,5]  !=  2,5
-Interval(2, 5)  !=  2,5  |  x = [2,5]  !=  \{2,5\}  |  x < 2 and x > 3  !=  (-\infty,2)\cup(3,\infty)
-x > 2 and x < 5  !=  (-\infty,5)\cup(2,\infty)  |  (0,1) \cup (1,2)  !=  (0,2)
-(-\infty,2)\cup(3,\infty)  !=  (-\infty,3)\cup(2,\infty)  |  x + y < 5  !=  x + y \le 5
+x>2  !=  y>2  |  x \le 2  !=  (-\infty,2)  |  x \ne 2  !=  2  |  x \in [2,5]  !=  2,5  |  x = [2,5]  !=  \{2,5\}
+x < 2 and x > 3  !=  (-\infty,2)\cup(3,\infty)  |  x > 2 and x < 5  !=  (-\infty,5)\cup(2,\infty)
+(0,1) \cup (1,2)  !=  (0,2)  |  (-\infty,2)\cup(3,\infty)  !=  (-\infty,3)\cup(2,\infty)  |  x + y < 5  !=  x + y \le 5
 # names, equations, words, ratios
-x=5  !=  y=5  |  5x  !=  5  |  x'  !=  x  |  a_1 + a_2  !=  2a_1  |  x = x  !=  x = 1  |  2x = 10  !=  10
-y = 2x  !=  x = 2y  |  (x-1)^2 = 0  !=  x = 1  |  x(x-1)=0  !=  x = 0  |  0 = 0  !=  x = 0  |  a = b = c  !=  a = b = d
-f(2) = 5  !=  2  |  f'(x) = 2x  !=  f(x) = 2x  |  DC  !=  CD  |  B, A  !=  \text{A,B}  |  CABD  !=  \text{CBAD}
-B 16  !=  16  |  1  !=  \text{(1)}x  |  \text{(A) and (B)}  !=  \text{(A)}  |  no solution  !=  0  |  \text{True}  !=  1
-3:5  !=  5:3
+x=5  !=  y=5  |  x'  !=  x  |  a_1 + a_2  !=  2a_1  |  x = x  !=  x = 1  |  2x = 10  !=  10  |  (x-1)^2 = 0  !=  x = 1
+x(x-1)=0  !=  x = 0  |  0 = 0  !=  x = 0  |  a = b = c  !=  a = b = d  |  f(2) = 5  !=  2  |  f'(x) = 2x  !=  f(x) = 2x
+DC  !=  CD  |  B, A  !=  \text{A,B}  |  B 16  !=  16  |  1  !=  \text{(1)}x  |  \text{(A) and (B)}  !=  \text{(A)}
+no solution  !=  0  |  3:5  !=  5:3
 # operations and functions
-\sqrt[3]{5}  !=  \sqrt5  |  \sqrt23  !=  3\sqrt2  |  \sqrt{n^2}  !=  n  |  \log(x^2)  !=  2\log x  |  -x^2  !=  (-x)^2
-2^3^2  !=  64  |  x^23  !=  3x^2  |  1/ab  !=  b/a  |  1/2x  !=  \frac{1}{2x}  |  1/\sqrt{2}x  !=  \frac{x}{\sqrt2}
-1/2004!  !=  1/2006!  |  5!!  !=  120  |  2.5!  !=  240  |  \log_2 8  !=  \log_8 2  |  \sin^2 x  !=  \sin x^2
-\sin^{-1} x  !=  1/\sin x  |  x!  !=  x  |  \sin x/2  !=  \sin(x/2)  |  sin 2(x)  !=  sin(2)*x
-\lfloor 2.5 \rfloor  !=  2.5  |  max(1, 2)  !=  (1,2)  |  ||x||  !=  x
+\sqrt23  !=  3\sqrt2  |  \sqrt{n^2}  !=  n  |  \log(x^2)  !=  2\log x  |  2^3^2  !=  64  |  1/ab  !=  b/a
+1/2x  !=  \frac{1}{2x}  |  1/\sqrt{2}x  !=  \frac{x}{\sqrt2}  |  1/2004!  !=  1/2006!  |  5!!  !=  120  |  2.5!  !=  240
+\log_2 8  !=  \log_8 2  |  \sin^2 x  !=  \sin x^2  |  \sin^{-1} x  !=  1/\sin x  |  \sin x/2  !=  \sin(x/2)
+sin 2(x)  !=  sin(2)*x  |  ||x||  !=  x
 # no value
-\frac{1}{0}  !=  \infty  |  \infty + 1  !=  \infty  |  \infty  !=  10^{40}  |  \infty  !=  -\infty  |  zoo  !=  \infty
-\sqrt{-4}  !=  2  |  ((((  !=  1  |  5, ^x  !=  5
+\frac{1}{0}  !=  \infty  |  \infty + 1  !=  \infty  |  \infty  !=  10^{40}  |  zoo  !=  \infty  |  \sqrt{-4}  !=  2
+((((  !=  1  |  5, ^x  !=  5
 """
 DIFFERENT = pairs(DIFFERENT, "!=")
 DIFFERENT += [(13138981, 13138980.0), (40.0, 39.9999834113), (39.99998, "40"), (4561195, 4561195.2), (3e-07, 3.509e-07)]
@@ -171,7 +162,6 @@ HOSTILE = [
 
 
 # ------------- Facts
-
 
 SAME_FACT = r"""
 The Beatles!  ==  beatles  |  an  Apple a day  ==  Apple day  |  rock ’n’ roll  ==  Rock 'n' Roll  |  U.S.  ==  US
@@ -259,7 +249,6 @@ def test_the_judge_is_asked_only_where_exact_match_fails():
 
 
 # ------------- Answers of chain-of-thought replies
-
 
 REPLIES = r"""
 so \boxed{5}.  ->  5  |  \boxed{1} and then \boxed{\frac{1}{\sqrt{2}}}  ->  \frac{1}{\sqrt{2}}
@@ -386,8 +375,9 @@ def test_values_that_cannot_be_printed_are_wrong(kind, gold):
 
 def test_random_damage_to_an_answer_never_raises():
     generator = random.Random(0)
-    pieces = r"\frac { } ( ) [ ] \sqrt ^ _ ! 9 x - / , | \pm \cup = < % $ \text{a} \begin{pmatrix} & \\ sin"
-    pieces += r" \ . 1e9 \circ : ²"
+    pieces = (
+        r"\frac { } ( ) [ ] \sqrt ^ _ ! 9 x - / , | \pm \cup = < % $ \text{a} \begin{pmatrix} & \\ sin \ . 1e9 \circ :"
+    )
     pieces = [*pieces.split(" "), " "]
     for _ in range(3000):
         text = list(generator.choice(GOLDS))
