@@ -32,10 +32,6 @@ ROUNDING = mp.mpf(10) ** -90  # smaller differences are errors of the 150-digit 
 GSM_HARD = mp.mpf(10) ** -10 / 2  # it rounds its gold answers to ten places: 3.509e-07
 
 
-class Unreadable(ValueError):
-    """The text cannot be read as an answer, or its value is out of range."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Group:
     """Several nodes; a node is an expression (ast.expr) or a Group.
@@ -60,14 +56,14 @@ def power(a, b):
     exact = isinstance(a, Fraction) and isinstance(b, Fraction) and b.denominator == 1
     bits = max(a.numerator.bit_length(), a.denominator.bit_length()) if exact else max(abs(mp.mag(a)), 1)
     if abs(b) * bits > MAX_BITS:
-        raise Unreadable("too large a power")
+        raise ValueError("too large a power")
     return a ** int(b) if exact else mp.power(mp.convert(a), mp.convert(b))
 
 
 def natural(number):
-    """Returns the number as an int. Raises Unreadable if it is no integer from 0 to MAX_FACTORIAL."""
+    """Returns the number as an int. Raises ValueError if it is no integer from 0 to MAX_FACTORIAL."""
     if not isinstance(number, Fraction) or number.denominator > 1 or not 0 <= number <= MAX_FACTORIAL:
-        raise Unreadable("a factorial of such a number")
+        raise ValueError("a factorial of such a number")
     return int(number)
 
 
@@ -180,7 +176,7 @@ def split_unit(text):
     found = UNIT.search(text)
     words = re.sub(r"\^\s*[({]?(\d)", r"^\1", found[1].lower()) if found else ""
     if NOT_UNITS.search(words):
-        raise Unreadable(f"{words!r} after a value")
+        raise ValueError(f"{words!r} after a value")
     words = re.sub(r"\\text|s\b|[^a-z^\d ]", "", words.replace("metre", "meter"))  # cm^{2} is cm^2, hours are an hour
     words = re.sub(r"[a-z]+", lambda match: UNITS.get(match[0], match[0]), words).replace(" ", "")
     words = re.sub(r"^sq(?:uare)?(.*)", r"\1^2", words)
@@ -238,7 +234,7 @@ def to_python(text):
     text = LABEL.sub(lambda match: "label_" + re.sub(r"\W", "_", match[0]) + "x", text)
     text = PRODUCT.sub("@", TOKEN.sub(lambda match: f" {python_token(match.lastgroup, match[0])} ", text))
     if AMBIGUOUS.search(text):
-        raise Unreadable("what may be 1/(ab) or b/a")
+        raise ValueError("what may be 1/(ab) or b/a")
     return re.sub(r"(?<=[\d)])\s*:", "<<", text).translate(str.maketrans(SIGNS))
 
 
@@ -254,7 +250,7 @@ def python_token(kind, token):
     if name in CONSTANTS or name in MARKS or name in GREEK or (name == token and name.isupper()):
         return name.replace("lambda", "lamda")
     if name != token or len(name) > 3:
-        raise Unreadable(f"the word {token!r}")
+        raise ValueError(f"the word {token!r}")
     return " ".join(name)
 
 
@@ -267,7 +263,7 @@ MINUS_INFINITY = ast.UnaryOp(ast.USub(), INFINITY)
 
 
 def read(value):
-    """Returns the unit and the node of a JSON value or a text. Raises Unreadable, SyntaxError, or MemoryError."""
+    """Returns the unit and the node of a JSON value or a text. Raises what ast.parse raises, or ValueError."""
     if isinstance(value, list):
         items = list(map(read, value))
         return "".join({unit for unit, _ in items}), group("json", [node for _, node in items])
@@ -288,7 +284,7 @@ def parse(text):
     """Returns the ast nodes of the items of an answer."""
     answer = ast.parse(f"({to_python(text)},)", mode="eval").body
     if not isinstance(answer, ast.Tuple) or sum(1 for _ in ast.walk(answer)) > MAX_NODES:
-        raise Unreadable("brackets that do not match, or too long an answer")
+        raise ValueError("brackets that do not match, or too long an answer")
     return answer.elts
 
 
@@ -324,7 +320,7 @@ def relation(sides, signs):
     elif len(signs) == 1:
         sides, signs = [*sides, INFINITY], [*signs, ast.Lt]
     if len(signs) > 2 or not set(signs) <= {ast.Lt, ast.LtE} or not isinstance(sides[1], ast.Name):
-        raise Unreadable("an inequality")
+        raise ValueError("an inequality")
     kind = ("∈(" if signs[0] is ast.Lt else "∈[") + (")" if signs[1] is ast.Lt else "]")
     return Group("=", (sides[1].id, group(kind, [node(sides[0]), node(sides[2])])))
 
@@ -370,9 +366,9 @@ def evaluate(tree, names):
         case ast.Call(func=ast.Name(id=name), args=parts, keywords=[]):
             operation = name[:-1]
         case _:
-            raise Unreadable("no value")
+            raise ValueError("no value")
     if operation not in OPERATIONS:
-        raise Unreadable("no value")
+        raise ValueError("no value")
     values = [evaluate(part, names) for part in parts]
     if operation not in EXACT or not all(isinstance(value, Fraction) for value in values):
         values = map(mp.convert, values)
@@ -385,7 +381,7 @@ def evaluate(tree, names):
         value = mp.chop(value, tol=ROUNDING)
         in_range = not value or 1 / LARGEST < abs(value) < LARGEST
     if not in_range:
-        raise Unreadable("out of range")
+        raise ValueError("out of range")
     return value
 
 

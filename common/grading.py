@@ -79,18 +79,6 @@ def grade(kind, prediction, answer, aliases=(), question="", judge=None):
 
 # ------------- Facts: exact match as the evaluation scripts of SQuAD and HotpotQA define it
 
-
-def fact_text(value):
-    """Returns a JSON value as plain text: True is yes, 1969.0 is 1969, a list has commas, LaTeX is replaced."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, list):
-        return ", ".join(map(fact_text, value))
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return without_latex(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
 FONT = r"text\w*|math\w*|mbox|emph|operatorname|underline|boxed|fbox|rm|bf|it|[lL]arge|[hH]uge|displaystyle"
 LATEX = [  # (pattern, replacement), in this order
     (r"(?<=\d)\\,(?=\d{3})", ""),  # 10\,000
@@ -104,12 +92,20 @@ LATEX = [  # (pattern, replacement), in this order
 ACCENTS = dict(zip("`'^\"~", "\u0300\u0301\u0302\u0308\u0303", strict=True))  # combining characters
 
 
-def without_latex(text):
-    r"""Returns a fact in plain text: \text{A\$AP Rocky} is A$AP Rocky. A text without LaTeX stays as it is."""
-    if re.search(r"\\|\w~\w", text):
+def fact_text(value):
+    """Returns a JSON value as plain text: True is yes, 1969.0 is 1969, a list has commas, LaTeX is replaced."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(fact_text, value))
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if re.search(r"\\|\w~\w", value):
         for pattern, replacement in LATEX:
-            text = re.sub(pattern, replacement, text)
-    return unicodedata.normalize("NFC", text)
+            value = re.sub(pattern, replacement, value)
+    return unicodedata.normalize("NFC", value)
 
 
 # A number's sign, its decimal point and other signs between two digits are not punctuation; the comma of 1,000 is.
