@@ -9,6 +9,7 @@ test_retriever_interop.py.
 import collections
 import json
 import math
+import os
 import random
 import re
 import resource
@@ -173,27 +174,17 @@ def test_hits_and_odd_queries(tmp_path):
             index.search(queries, k)
 
 
-@pytest.mark.parametrize("kind", ["tfidf", "bm25"])
-def test_one_passage_many_repetitions_and_no_words(tmp_path, kind):
-    assert len(build(tmp_path, ["one passage"], kind, name="one").search(["passage"])[0]) == 1
-    hits = build(tmp_path, ["w " * 70_000, "x w", "x x x w w y"], kind, name="many").search(["w"])[0]
-    assert hits[0].id == "p00000" and len(hits) == 3
-    with pytest.raises(InputError, match="no passage has a word"):
-        build(tmp_path, ["...", ""], kind)
-
-
 @pytest.mark.parametrize("lines, problem", [
     (b'{"id": "1", "contents": "x"}\n\n{"id": "2", "contents": \n', ":3: not a passage"),
     (b'{"id": "1", "contents": "x"}\n{"id": 2, "contents": "y"}\n', ":2: not a passage"),
-    (b'{"id": "1", "text": "x"}\n', ":1: not a passage"),
     (b"null\n", ":1: not a passage"),
     (b"[" * 100_000, ":1: not a passage"),
     (b'{"id": "1", "contents": "' + b"x" * (1 << 24), ":1: not a passage"),
     (b'{"id": "' + b"1" * 1000 + b'", "contents": "x"}\n', "an id of more than 256"),
-    (b'\xef\xbb\xbf{"id": "1", "contents": "x"}\n', ":1: not a passage"),
     (b'{"id": "1", "contents": "x"}\n{"id": "2", "contents": "\xff"}\n', ":2: not a passage"),
     (b'{"id": "1", "contents": "x"}\n\n{"id": "1", "contents": "z"}\n', ": the id '1' occurs twice"),
     (b"\n\n", ": no passages in it"),
+    (b'{"id": "1", "contents": "..."}\n', ": no passage has a word"),
 ])  # fmt: skip
 def test_bad_passages_are_refused_with_their_line(tmp_path, monkeypatch, lines, problem):
     monkeypatch.setattr(retriever, "CHUNK", 40)
@@ -247,48 +238,45 @@ def edit_manifest(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_an_index_that_cannot_be_opened_is_one_line_and_the_same_build_repairs_it(tmp_path):
+def test_a_damaged_index_is_refused_in_one_line_and_the_same_build_repairs_it(tmp_path):
     index = build(tmp_path, zipf_texts(300))
     folder, expected = tmp_path / "index", index.search(["w1 w2"])
     data = folder / index.manifest["data"]
-
-    def check(problem):
+    missing, no_index = (
+        "is missing or incomplete; build it: .*PASSAGES .*index --kind bm25",
+        "no index of format 5 here",
+    )
+    damages = [(lambda path=path: os.truncate(path, 1), f"{path.name} {missing}") for path in data.iterdir()]
+    damages += [
+        (lambda: shutil.rmtree(data), missing),
+        (lambda: edit_manifest(folder, format=4), no_index),
+        (lambda: edit_manifest(folder, passages=1), "damaged"),
+        (lambda: (folder / "index.json").write_bytes(b"\x00\xff"), "not JSON"),
+        (lambda: (folder / "index.json").unlink(), no_index),
+    ]
+    for damage, problem in damages:
+        damage()
         with pytest.raises(InputError, match=problem) as error:
             retriever.load(folder)
         assert "\n" not in str(error.value)
         assert build(tmp_path, zipf_texts(300)).search(["w1 w2"]) == expected
 
-    for name, content in data_files(folder).items():
-        (data / name).write_bytes(content[:-1])
-        check(f"{name} is missing or incomplete; build it: .*build PASSAGES .*index --kind bm25")
-    shutil.rmtree(data)
-    check("is missing or incomplete")
-    edit_manifest(folder, format=4)
-    check("no index of format 5 here; build it: .*build PASSAGES .*index")
-    edit_manifest(folder, passages=1)
-    check("damaged")
-    (folder / "index.json").write_bytes(b"\x00\xff")
-    check("not JSON")
-    (folder / "index.json").unlink()
-    check("no index of format 5 here")
-
 
 def test_a_full_disk_is_an_error_and_the_same_build_continues(tmp_path):
     """A limit on the size of files stands for the disk. Each limit cuts the end of one of the files of the index."""
     build(tmp_path, zipf_texts(2000), name="whole")
-    sizes = {len(content) for content in data_files(tmp_path / "whole").values()}
-    sizes |= {path.stat().st_size for path in (tmp_path / "whole").glob("*/*")}
+    expected = data_files(tmp_path / "whole")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for size in sorted(sizes)[1:]:
+    for size in sorted(map(len, expected.values())):
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, hard))
-            with pytest.raises(InputError, match="File too large; the same command continues") as error:
+            with pytest.raises(InputError, match="^[^\n]*File too large; the same command continues$"):
                 retriever.build(tmp_path / "whole.jsonl", tmp_path / "index", quiet=True)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        assert "\n" not in str(error.value) and not (tmp_path / "index" / "index.json").exists()
+        assert not (tmp_path / "index" / "index.json").exists()
     retriever.build(tmp_path / "whole.jsonl", tmp_path / "index", quiet=True)
-    assert data_files(tmp_path / "index") == data_files(tmp_path / "whole")
+    assert data_files(tmp_path / "index") == expected
 
 
 # Building: chunks, kills
@@ -305,30 +293,23 @@ retriever.build(sys.argv[2], sys.argv[3], quiet=True)
 """
 
 
-def test_killed_build_continues_and_killed_rebuild_leaves_the_old_index(tmp_path, monkeypatch):
-    first = write_passages(tmp_path / "first.jsonl", ["the old passage"])
-    second = write_passages(tmp_path / "second.jsonl", zipf_texts(1500))
-    retriever.build(second, tmp_path / "whole", "bm25", quiet=True)  # in one chunk and one range
+@pytest.mark.parametrize("continued", [True, False])
+def test_a_killed_build_keeps_the_old_index_and_continues_with_the_same_passages_only(tmp_path, monkeypatch, continued):
+    whole = write_passages(tmp_path / "whole.jsonl", zipf_texts(1500))
+    other = write_passages(tmp_path / "other.jsonl", zipf_texts(1500, seed=1))
+    source, out = whole if continued else other, tmp_path / "killed"
+    retriever.build(source, tmp_path / "at once", quiet=True)  # in one chunk and one range
     monkeypatch.setattr(retriever, "CHUNK", 20_000)
     monkeypatch.setattr(retriever, "RANGE", 1000)
-    out = tmp_path / "killed"
-    retriever.build(first, out, quiet=True)
-    assert subprocess.run([sys.executable, "-c", BUILD_AND_DIE, SCRIPT.parent, second, out]).returncode == -9
+    build(tmp_path, ["the old passage"], name="killed")
+    assert subprocess.run([sys.executable, "-c", BUILD_AND_DIE, SCRIPT.parent, whole, out]).returncode == -9
     assert [hit.contents for hit in retriever.load(out).search(["passage"])[0]] == ["the old passage"]
     made, read = [], retriever.read_chunk
     monkeypatch.setattr(retriever, "read_chunk", lambda *chunk: made.append(chunk[1]) or read(*chunk))
-    retriever.build(second, out, "bm25", quiet=True)
-    assert made == list(range(60_000, second.stat().st_size, 20_000))
-    assert data_files(out) == data_files(tmp_path / "whole")
+    retriever.build(source, out, quiet=True)
+    assert made == list(range(60_000 if continued else 0, source.stat().st_size, 20_000))
+    assert data_files(out) == data_files(tmp_path / "at once")
     assert sorted(path.name.partition("-")[0] for path in out.iterdir()) == ["build.lock", "data", "index.json"]
-
-
-def test_a_killed_build_of_other_passages_is_not_continued(tmp_path):
-    path = write_passages(tmp_path / "index.jsonl", zipf_texts(4000))
-    subprocess.run([sys.executable, "-c", BUILD_AND_DIE, SCRIPT.parent, path, tmp_path / "index"])
-    build(tmp_path, zipf_texts(300, seed=1))
-    build(tmp_path, zipf_texts(300, seed=1), name="fresh")
-    assert data_files(tmp_path / "index") == data_files(tmp_path / "fresh")
 
 
 def test_two_builders_and_a_finished_index(tmp_path, capsys):
@@ -337,10 +318,9 @@ def test_two_builders_and_a_finished_index(tmp_path, capsys):
             build(tmp_path, ["some words"])
     index = build(tmp_path, ["some words"])
     assert not capsys.readouterr().out
-    retriever.build(tmp_path / "index.jsonl", tmp_path / "index", quiet=True)
+    build(tmp_path, ["some words"])
     assert "already built" in capsys.readouterr().out
-    retriever.build(tmp_path / "index.jsonl", tmp_path / "index", "tfidf", quiet=True)
-    assert retriever.load(tmp_path / "index").manifest["kind"] == "tfidf"
+    assert build(tmp_path, ["some words"], "tfidf").manifest["kind"] == "tfidf"
     assert len(index.search(["words"])[0]) == 1  # the replaced index, still open
 
 
@@ -419,18 +399,17 @@ def test_faiss_flat_index_is_opened_as_it_is(tmp_path, encoder):
     queries = zipf_texts(5, 150, seed=2)
     found = [[[hit.id for hit in hits] for hits in each.search(queries)] for each in (index, own)]
     assert found[0] == found[1]  # but scores may differ in the last bit
-    for content in (
-        flat_index_bytes(np.zeros((39, 32))),
-        flat_index_bytes(np.zeros((40, 32)), b"IxF2", metric=1),
-        flat_index_bytes(np.zeros((40, 32)))[:-4],
-        b"IxFI",
+    wrong = "e5_Flat.index: no complete FAISS flat inner-product index of 40 vectors"
+    for content, problem in (
+        (flat_index_bytes(np.zeros((39, 32))), wrong),
+        (flat_index_bytes(np.zeros((40, 32)), b"IxF2", metric=1), wrong),
+        (flat_index_bytes(np.zeros((40, 32)))[:-4], wrong),
+        (b"IxFI", wrong),
+        (flat_index_bytes(np.zeros((40, 8))), "vectors of 8 dimensions, but the encoder has 32"),
     ):
         path.write_bytes(content)
-        with pytest.raises(InputError, match="e5_Flat.index: no complete FAISS flat inner-product index of 40 vectors"):
+        with pytest.raises(InputError, match=problem):
             build(tmp_path, texts, "dense", encoder=encoder, vectors=str(path), name="wrong")
-    path.write_bytes(flat_index_bytes(np.zeros((40, 8))))
-    with pytest.raises(InputError, match="vectors of 8 dimensions, but the encoder has 32"):
-        build(tmp_path, texts, "dense", encoder=encoder, vectors=str(path), name="narrow")
     edit_manifest(tmp_path / "own", encoder=str(tmp_path / "own"))  # not the folder of an encoder
     with pytest.raises(InputError, match="model .*own: "):
         retriever.load(tmp_path / "own", "cpu")
@@ -495,9 +474,9 @@ def test_search_r1_protocol(served):
 
 
 def test_a_remote_index_gives_the_same_hits(served):
-    index, queries = retriever.load(served[0]), ["n7", "passage", "nothing"]
+    queries = ["n7", "passage", "nothing"]
     for url in (served[1], served[1].replace("retrieve", "")):
-        assert retriever.load(url).search(queries, 2) == index.search(queries, 2)
+        assert retriever.load(url).search(queries, 2) == retriever.load(served[0]).search(queries, 2)
     with pytest.raises(InputError, match="http.*: 400: .*the number of passages"):
         retriever.load(served[1]).search(["n7"], 0)
 
