@@ -12,6 +12,7 @@ import dataclasses
 import importlib.util
 import json
 import re
+import shutil
 import struct
 from pathlib import Path
 
@@ -37,11 +38,13 @@ def write(config):
     world.write(world.Config(out=str(made), train_questions=30, test_questions=2))
     write_questions(made, paper / "download")
     write_vectors(made, paper / "download/e5-index")
-    for name in ("intfloat--e5-base-v2", "Qwen--Qwen2.5-0.5B-Instruct"):
-        folder = paper / "hub" / f"models--{name}"
-        with replace_file(folder / "refs/main") as file:
-            file.write("rehearsal")  # the commit that transformers takes for this name
-        write_model(made, folder / "snapshots/rehearsal")
+    student, encoder = (
+        paper / f"hub/models--{name}" for name in ("Qwen--Qwen2.5-0.5B-Instruct", "intfloat--e5-base-v2")
+    )
+    with replace_file(student / "refs/main") as file:
+        file.write("rehearsal")  # the commit that transformers takes for this name
+    write_model(made, student / "snapshots/rehearsal")
+    shutil.copytree(student, encoder, dirs_exist_ok=True)
 
 
 def rows_of(path):
