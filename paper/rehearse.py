@@ -53,12 +53,12 @@ def rows_of(path):
 
 def write_questions(made, downloads):
     """The authors' benchmark files, and HippoRAG's: each with a third of the passages, the first one in all."""
-    train = {"fact": [], "math": []}
-    for row in rows_of(made / "train.jsonl"):
-        train[row["kind"]].append(row)
+    train = rows_of(made / "train.jsonl")
+    facts = [row for row in train if row["kind"] == "fact"]
     for path in data.BENCHMARK_FILES:
         split, task = data.task_of(path)
-        rows = rows_of(made / f"test/{task}.jsonl") if split == "test" else train["fact" if "qa_" in path else "math"]
+        rows = rows_of(made / f"test/{task}.jsonl") if split == "test" else train
+        rows = [row for row in rows if (row["kind"] == "fact") == ("qa_" in path)]
         examples = [{name: row[name] for name in ("id", "question", "answer")} for row in rows]
         write_json(downloads / "benchmarks" / path, {"metadata": {}, "examples": examples})
     pool = []
@@ -67,7 +67,7 @@ def write_questions(made, downloads):
         pool.append({"title": title.strip('"'), "text": text})
     for number, task in enumerate(data.POOLED_TASKS):
         questions = []
-        for row in train["fact"] if task == "hotpotqa" else rows_of(made / f"test/{task}.jsonl"):
+        for row in facts if task == "hotpotqa" else rows_of(made / f"test/{task}.jsonl"):
             own = {"id": row["id"], "answer_aliases": ["an alias"]} if task == "musique" else {"_id": row["id"]}
             questions.append(own | {"question": row["question"], "answer": row["answer"]})
         write_json(downloads / f"pooled/{task}.json", questions)
