@@ -81,7 +81,7 @@ def _build(config, source, out):
     plan = {name: value for name, value in vars(config).items() if name not in ("out", "quiet")}
     plan |= {name: plan[name] and relative_path(plan[name], out) for name in ("passages", "vectors")}
     plan |= {"format": FORMAT, "bytes": source.stat().st_size, "sha256": hash_file(source)}
-    with contextlib.suppress(InputError, *UNREADABLE):
+    with contextlib.suppress(InputError):
         if read_manifest(out).items() >= plan.items():
             return print(f"{out}: already built")
     key = hashlib.sha256(repr(plan).encode()).hexdigest()[:8]
@@ -241,16 +241,13 @@ def merge_postings(files, data, config, count):
 def load(where, device=None):
     """Open an index: a folder, or the http(s) URL of a server.
 
-    device: where a dense index keeps its encoder and vectors, "cpu" or "cuda:0"; by default the current GPU, if any.
+    device: where a dense index keeps its encoder and vectors; by default a GPU, if there is one.
     Raises InputError if there is no index, if it is of another format or incomplete, or if its passages have changed.
     """
     if str(where).startswith(("http://", "https://")):
         return RemoteIndex(str(where))
-    try:
-        manifest = read_manifest(Path(where))
-        return KINDS[manifest["kind"]](Path(where), manifest, device)
-    except (OSError, *UNREADABLE) as error:
-        raise InputError(f"{where}: the index is damaged ({error!r}); delete it, and build it again") from None
+    manifest = read_manifest(Path(where))
+    return KINDS[manifest["kind"]](Path(where), manifest, device)
 
 
 class Index:
@@ -423,7 +420,7 @@ class DenseIndex(Index):
         if vectors.shape[1] != size:
             raise InputError(f"{folder}: vectors of {vectors.shape[1]} dimensions, but the encoder has {size}")
         torch, device = self.encoder.torch, self.encoder.device
-        self.vectors = torch.from_numpy(np.asarray(vectors))  # [passages, dimensions]
+        self.vectors = torch.from_numpy(vectors)  # [passages, dimensions]
         if device.type == "cuda" and vectors.nbytes < 0.8 * torch.cuda.mem_get_info(device)[0]:
             self.vectors = self.vectors.to(device)
 
@@ -462,9 +459,9 @@ def search_vectors(vectors, queries, k, rank):
 
 KINDS = {"bm25": SparseIndex, "tfidf": SparseIndex, "dense": DenseIndex}
 
-# The server and its client: Search-R1's /retrieve protocol (search_r1/search/retrieval_server.py). POST /retrieve
-# {"queries": [...], "topk": 3, "return_scores": true} is answered with {"result": [[{"document": {"id", "contents"},
-# "score"}, ...], ...]}, without scores with {"result": [[{"id", "contents"}, ...], ...]}.
+# The server and its client: Search-R1's protocol (search_r1/search/retrieval_server.py).
+# POST /retrieve {"queries": [...], "topk": 3, "return_scores": true} is answered with
+# {"result": [[{"document": {"id", "contents"}, "score"}, ...], ...]}, without scores with the documents alone.
 
 
 def answer_request(index, method, path, body):
