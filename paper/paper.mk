@@ -171,7 +171,7 @@ $(INDEX)/.done: $(PASSAGES_FILE) $(PAPER)/e5_Flat.index $(DOWNLOADED)/intfloat/e
 	$(OFFLINE) $(RUN) retriever.py build $< $(@D) --kind dense --encoder intfloat/e5-base-v2 \
 	  --vectors $(PAPER)/e5_Flat.index
 	touch $@
-else
+else ifeq ($(SERVED),)
 $(INDEX)/.done: $(PASSAGES_FILE) | $(READY)
 	$(RUN) retriever.py build $< $(@D) --kind bm25
 	touch $@
@@ -297,4 +297,4 @@ rehearse-authors: $(REHEARSAL)/.done
 	cp $(REHEARSAL)/paper/students/published/*/prefix/adapter_* $(STAND_INS)/authors-student
 	+$(REHEARSED) paper-authors
 rehearse:  ## make paper on small stand-ins, offline: every stage, minutes on 2 CPU cores
-	for way in wiki e5 pooled local authors; do $(MAKE) --no-print-directory rehearse-$$way || exit; done
+	for way in wiki e5 pooled local authors; do $(MAKE) --no-print-directory -j2 rehearse-$$way || exit; done

@@ -111,20 +111,16 @@ def test_disk_and_memory_are_stated_before_the_question(answer, status, tmp_path
 
 def test_local_data_needs_no_download_and_must_be_there(tmp_path):
     needed = {"PASSAGES": "", "TRAJECTORIES": "/cot.jsonl", "QUESTIONS": "/*.jsonl", "STUDENT": "/config.json"}
-    for file in (
-        "PASSAGES",
-        "TRAJECTORIES/cot.jsonl",
-        "TRAJECTORIES/agent.parquet",
-        "QUESTIONS/a",
-        "STUDENT/config.json",
-    ):
+    files = "PASSAGES TRAJECTORIES/cot.jsonl TRAJECTORIES/agent.parquet QUESTIONS/a.jsonl STUDENT/config.json"
+    for file in files.split():
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).touch()
-    (tmp_path / "QUESTIONS/a").rename(tmp_path / "QUESTIONS/a.jsonl")
     paper = ["-n", "paper", f"PAPER={tmp_path}", *(f"{name}={tmp_path}/{name}" for name in needed)]
     made = make(*paper)
     assert made.returncode == 0 and "evaluate.py report" in made.stdout and "--limit" not in made.stdout
     assert not any(word in made.stdout for word in ("hf download", "curl", "Continue?"))
+    made = make(*paper, "PASSAGES=http://127.0.0.1:9")  # a /retrieve server
+    assert made.returncode == 0 and "--search http://127.0.0.1:9" in made.stdout and " build " not in made.stdout
     for name, file in needed.items():
         made = make(*paper, f"{name}={tmp_path}/nowhere")
         assert made.returncode == 2 and f"No rule to make target '{tmp_path}/nowhere{file}'" in made.stderr
