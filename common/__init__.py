@@ -435,6 +435,9 @@ def serve_json(answer, host="127.0.0.1", port=0):
         def log_message(self, *arguments):
             pass
 
-    server = http.server.ThreadingHTTPServer((host, port), Handler)
+    try:
+        server = http.server.ThreadingHTTPServer((host, port), Handler)
+    except OSError as error:
+        raise InputError(f"port {port} on {host}: {error.strerror}") from None
     server.socket.listen(128)  # Python's default makes many clients that connect at once wait
     return server
