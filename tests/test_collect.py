@@ -249,11 +249,9 @@ def test_what_was_asked_decides_what_is_finished(world, quiet):
         collect(folder, url, out, **options, model="other")
     collect(folder, "http://127.0.0.1:9/v1", out, **options)  # all is there: no server is asked
     write_jsonl(tasks, [rows[0] | {"id": "new"}])
-    server = miniature_teacher.open_server(miniature_teacher.Config(world=str(folder / "world")))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    with pytest.raises(InputError, match="made with model served-name, not scripted-teacher"):
-        collect(folder, f"http://127.0.0.1:{server.server_address[1]}/v1", out, **options)
-    server.shutdown()
+    with serve(lambda path, body, number: miniature(world[1], body), model="changed") as (other, _):
+        with pytest.raises(InputError, match="made with model served-name, not changed"):
+            collect(folder, other, out, **options)
 
 
 def test_first_thoughts_go_by_the_question(world, capsys):
