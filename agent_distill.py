@@ -28,55 +28,12 @@ from typing import Literal
 
 import common
 import retriever
-from common import REQUIRED, InputError, grading, option, read_jsonl, read_text, stable_seed
+from common import REQUIRED, InputError, Prompts, grading, option, stable_seed
 from common.client import BadRequest, Client, Served, in_parallel
-from common.report import FIELDS, KEY, table
+from common.report import FIELDS, GRADED, KEY, table, transcripts
 from sandbox import Observation, Sandbox
 
 # ------------- Prompts and tools: what an episode is given
-
-SHOWN = {  # method: the prompts that its episodes show, besides the system prompt
-    "agent": ["question", "observation", "error", "no_code", "search_result"],
-    "cot": [],
-    "cot-rag": ["cot_rag_question", "search_result"],
-}
-
-
-class Prompts:
-    """Every text that a model is shown, one file each: `prompts.question` is prompts/question.txt."""
-
-    default = Path(__file__).parent / "prompts"
-
-    def __init__(self, folder=default):
-        self.folder = Path(folder)
-
-    def __getattr__(self, name):
-        text = read_text(self.folder / f"{name}.txt")
-        setattr(self, name, text)
-        return text
-
-    def fill(self, name, **values):
-        """Returns the prompt with its {placeholders} replaced, in one pass: braces inside a value stay as they are."""
-        return re.sub(r"\{(\w+)\}", lambda m: str(values.get(m[1], m[0])), getattr(self, name))
-
-    def system(self, name, tools, max_steps=5):
-        """Returns a system prompt. {tools} becomes the descriptions of the tools, {calls} a list of their signatures.
-
-        tools: names. Raises InputError for a tool that prompts/tools/NAME.txt does not describe.
-        """
-        described, calls = [], []
-        for tool in (*tools, "final_answer"):
-            path = self.folder / "tools" / f"{tool}.txt"
-            text = read_text(path) if path.exists() else ""
-            if not text.startswith(f"{tool}(") or ")" not in text:
-                raise InputError(f"{path}: describes a tool of --tools, as {tool}(argument: type): what it does")
-            described.append(f"- {text}")
-            calls.append(re.sub(r":(\[[^\]]*\]|[^,)])*", "", text[: text.index(")") + 1]))  # without annotations
-        return self.fill(name, tools="\n".join(described), calls=", ".join(calls), max_steps=max_steps)
-
-    def sha256(self, method):
-        """Returns a hash of the texts of SHOWN. Results made with other texts must not be mixed with these."""
-        return hashlib.sha256(json.dumps([getattr(self, name) for name in SHOWN[method]]).encode()).hexdigest()
 
 
 def check_options(config, prompts, kinds=()):
@@ -86,11 +43,13 @@ def check_options(config, prompts, kinds=()):
     """
     if not config.search and (config.method == "cot-rag" or (config.method == "agent" and "fact" in kinds)):
         raise InputError(f"--method {config.method} needs passages: name an index or a /retrieve URL with --search")
+    if config.method != "agent":
+        common.refuse(config, ("tools", "episode", "choose", "max_steps", "timeout"), "only --method agent uses it")
+    if not config.search:
+        common.refuse(config, ["top_k"], "there is no --search")
     facts = {"prompts_sha256": prompts.sha256(config.method)}
     for name, like in (("tools", lambda: {}), ("episode", agent_episode), ("choose", choose)):
         if dotted := getattr(config, name):
-            if config.method != "agent":
-                raise InputError(f"--{name} {dotted}: only --method agent uses it")
             facts[f"{name}_sha256"] = common.source_hash(common.resolve(dotted, like, f"--{name}"))
     if config.method == "agent":
         facts["tool_names"] = [*further_tools(config), *(["web_search"] if config.search else [])]
@@ -469,10 +428,9 @@ class CollectConfig(EpisodeConfig):
     samples: int = option(1, "trajectories per question (paper: 1); more need a temperature", above=0)
     temperature: float = option(0.0, "0 is greedy", at_least=0)
     top_p: float = option(1.0, "nucleus sampling", above=0, at_most=1)
-    prefix_mode: Literal["continue", "completions"] = option(
-        "continue", "how the server continues a prefix: continue_final_message (vLLM), or the text of the whole chat"
+    prefix_tokenizer: str | None = option(
+        None, "tokenizer of the teacher, for a server that does not continue a message: it is sent the chat as text"
     )
-    tokenizer: str | None = option(None, "whose chat template --prefix-mode completions renders (default: --model)")
     chat_template_kwargs: str | None = option(None, """JSON for its template, such as '{"enable_thinking": false}'""")
     concurrency: int = option(16, "episodes at once", above=0, changes_results=False)
     seed: int = option(0, "seeds every request")
@@ -498,8 +456,10 @@ def collect(config):
     facts["system_prompt_sha256"] = hashlib.sha256(system.encode()).hexdigest()
     prefixes = first_thoughts(config.first_thought, tasks) if config.first_thought else {}
     items = {(*task_key(task), sample): (task, sample) for task in tasks for sample in range(config.samples)}
-    with common.Journal(config.out, ("task", "id", "question", "answer", "sample", "stop", "model")) as journal:
-        done = {(*task_key(row), row["sample"]) for row in journal.rows if row["stop"] != "error"}
+    with common.Journal(config.out, GRADED | {"sample": int, "usage": dict, "model": str}) as journal:
+        # A question that ended in an error is asked again. Of its rows, the last one counts; see report.transcripts.
+        journal.rows = [row for row in journal.rows if row["stop"] != "error"]
+        done = {(*task_key(row), row["sample"]) for row in journal.rows}
         todo = [item for key, item in items.items() if key not in done]
         facts["model"] = config.model or (journal.rows[0]["model"] if done else None)
         common.keep_config(f"{config.out}.run.json", config, binding=bool(done), **facts)
@@ -508,7 +468,6 @@ def collect(config):
             facts["model"] = client.model  # refused if the server has another model now
             common.keep_config(f"{config.out}.run.json", config, binding=bool(done), **facts)
             ask = teacher(config, prompts, system, prefixes, client)
-            journal.drop(lambda row: row["stop"] == "error")
             before = len(items) - len(todo)
             with common.progress(total=len(items), done=before, desc=config.method, quiet=config.quiet) as bar:
                 for row in in_parallel(ask, todo, config.concurrency):
@@ -550,7 +509,7 @@ def teacher(config, prompts, system, prefixes, client):
     template = config.chat_template_kwargs and common.parse_object(
         config.chat_template_kwargs, "--chat-template-kwargs"
     )
-    served = Served(client, config.prefix_mode, config.tokenizer or client.model, template, **sampling)
+    served = Served(client, config.prefix_tokenizer, template, **sampling)
     served.probe(opening=bool(prefixes))
     facts = {"model": client.model, "tools": list(tools), "prompts_sha256": prompts.sha256(config.method)}
 
@@ -603,17 +562,14 @@ def drop_reason(row):
 
 def read_trajectories(path):
     """Returns the rows of a file that `collect` wrote. Raises InputError in one line for anything else."""
-    rows = []
-    for number, row in read_jsonl(path):
-        for field, kind in (FIELDS | KEY | {"method": str, "messages": list}).items():
-            if not isinstance(row.get(field), kind) or (field == "method" and row[field] not in SHOWN):
-                raise InputError(f"{path}:{number}: not a trajectory: the field {field!r} is missing or wrong")
-        for field, names in (("messages", ["role", "content"]), ("steps", ["error_kind"])):
-            if not all(isinstance(x, dict) and x.keys() >= set(names) for x in row[field]):
-                raise InputError(f"{path}:{number}: not a trajectory: {field} must be a list of objects with {names}")
-        if row["method"] == "agent" and not isinstance(row.get("tools"), list):
-            raise InputError(f'{path}:{number}: the tools are not stated: add a list, as "tools": ["web_search"]')
-        rows.append(row)
+    parts = {"messages": ["role", "content"], "steps": ["error_kind"]}
+    rows = transcripts(path, FIELDS | KEY | parts | {"method": str, "tools?": list})
+    for row in rows:
+        where = f"{path}: task {row['task']}, id {row['id']}"
+        if row["method"] not in common.SHOWN:
+            raise InputError(f"{where}: a method {row['method']!r} is not known")
+        if row["method"] == "agent" and "tools" not in row:
+            raise InputError(f'{where}: the tools are not stated: add a list, as "tools": ["web_search"]')
     return rows
 
 

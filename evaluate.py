@@ -41,7 +41,7 @@ import agent_distill
 import common
 from agent_distill import STOP, Prompts, Running, TurnFailed, drive, task_key
 from common import REQUIRED, InputError, grading, models, option, pictures, report, stable_seed
-from common.client import BadRequest, Client, Judge, Served, cut_at_stop, in_parallel
+from common.client import VERDICT, BadRequest, Client, Judge, Served, cut_at_stop, in_parallel
 
 # ------------- The student
 
@@ -121,8 +121,8 @@ class Student:
     """A Hugging Face model that answers the turns of many episodes, n candidates each.
 
     model, tokenizer: as from load_model. temperature: 0 is greedy; otherwise candidates are sampled, with top_p.
-    batch: turns in one generate call; by default what fits. It is halved when memory runs out, and grows again by one
-    turn with each call. on_tokens: called with the number of new tokens while they are generated.
+    batch: turns in one generate call; by default, 64 samples on a CPU and 256 on a GPU. It is halved when memory runs
+    out, and grows again by one turn with each call. on_tokens: called with the number of new tokens while they come.
     Raises InputError for a model whose answers would depend on the other rows of the batch.
     """
 
@@ -138,7 +138,7 @@ class Student:
         self.processors = [SampleNucleus(temperature, top_p)] if temperature > 0 else []
         # Tokens per generate call. After each, finished rows are removed from the batch: on a CPU, SC-action was 1.2
         # times as fast with 4 as with 16. On a GPU, where rows cost little, longer segments are faster.
-        self.segment = 4 if model.device.type == "cpu" else 16
+        self.segment, samples = (4, 64) if model.device.type == "cpu" else (16, 256)
         self.ends = end_tokens(model, tokenizer)
         config = model.config.get_text_config()
         self.context = getattr(config, "max_position_embeddings", None) or 10**9
@@ -149,7 +149,7 @@ class Student:
             raise InputError(f"{', '.join(odd)} is not supported: serve the model and give its --url")
         self.layers = len(layers)
         self.one_by_one = "longrope" in ropes  # its factors depend on the longest sequence of the batch
-        self.largest_batch = batch or batch_that_fits(model, n, max_tokens)
+        self.largest_batch = batch or max(1, samples // n)
         self.batch = self.largest_batch
         self.calls = 0  # of write
 
@@ -266,20 +266,6 @@ def end_tokens(model, tokenizer):
     return ends | {padding}
 
 
-def batch_that_fits(model, n, max_tokens, prompt=4096):
-    """Returns how many turns with prompts of 4,096 tokens fit the memory, at most 256; on a CPU, 64 samples."""
-    if model.device.type == "cpu":
-        return max(1, 64 // n)
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    token = 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize  # bytes of its keys and values
-    logits = 24 * config.vocab_size  # bytes: sampling makes float32 copies
-    torch.cuda.empty_cache()
-    free = 0.9 * torch.cuda.mem_get_info(model.device)[0]
-    return max(1, min(256, int(free / (n * ((prompt + max_tokens) * token + logits)))))
-
-
 # ------------- Episodes in lockstep
 
 TOO_LONG = "the conversation is longer than the model's context"
@@ -320,6 +306,8 @@ def run_lockstep(episodes, student, stop=(), workers=16):
 
 # ------------- Who answers: a model loaded here, or one behind a server
 
+SC_TEMPERATURE = 0.4  # the paper's
+
 
 @dataclasses.dataclass(kw_only=True)
 class SolverConfig(agent_distill.EpisodeConfig):
@@ -328,9 +316,8 @@ class SolverConfig(agent_distill.EpisodeConfig):
     model: str | None = option(None, "Hugging Face name or folder, or an adapter; with --url, the server's name for it")
     url: str | None = option(None, "address of a served model, ending in /v1", changes_results=False)
     method: Literal["agent", "cot", "cot-rag"] = option("agent", "agent, chain of thought, or CoT with passages")
-    sc: int = option(1, "candidates per step; 1: greedy; 8: the paper's SC-action (cot: self-consistency)", above=0)
-    sample: bool = option(False, "with --sc 1, sample instead of greedy")
-    temperature: float = option(0.4, "of sampled candidates (paper: 0.4)", at_least=0)
+    sc: int = option(1, "candidates per step; 8: the paper's SC-action (cot: self-consistency)", above=0)
+    temperature: float | None = option(None, "0 is greedy (default: 0; with --sc above 1, 0.4: paper)", at_least=0)
     top_p: float = option(0.8, "of sampled candidates (paper: 0.8)", above=0, at_most=1)
     system_prompt: str | None = option(None, "file (default: the prompt of the training)", changes_results=False)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...", changes_results=False)
@@ -340,6 +327,13 @@ class SolverConfig(agent_distill.EpisodeConfig):
     seed: int = option(0, "seeds the sampling")
 
 
+def sampling(config):
+    """Returns the settings of generation: temperature (0 is greedy), max_tokens and, where it is sampled, top_p."""
+    temperature = (SC_TEMPERATURE if config.sc > 1 else 0.0) if config.temperature is None else config.temperature
+    nucleus = {"top_p": config.top_p} if temperature > 0 else {}
+    return {"temperature": temperature, "max_tokens": config.max_tokens} | nucleus
+
+
 def check(config, kinds=()):
     """Check the options, and what they name, before anything is loaded. kinds: those of the tasks.
 
@@ -347,16 +341,15 @@ def check(config, kinds=()):
     """
     if not (config.model or config.url):
         raise InputError("no student: name a model with --model, or a server with --url")
-    sampled = config.sc > 1 or config.sample
-    if sampled and config.temperature == 0:
-        raise InputError("--temperature 0 samples equal candidates: leave out --sc and --sample for greedy answers")
-    used = {"temperature": sampled, "top_p": sampled, "batch": not config.url, "precision": not config.url}
-    for field in dataclasses.fields(config):
-        if not used.get(field.name, True) and getattr(config, field.name) != field.default:
-            others = "--url" if field.name in ("batch", "precision") else "greedy answers (add --sample or --sc)"
-            raise InputError(f"--{field.name.replace('_', '-')} {getattr(config, field.name)}: not used with {others}")
+    temperature = sampling(config)["temperature"]
+    if config.sc > 1 and temperature == 0:
+        raise InputError("--temperature 0 samples equal candidates: leave out --sc for greedy answers")
+    if temperature == 0:
+        common.refuse(config, ["top_p"], "greedy answers do not use it; add --temperature or --sc")
+    if config.url:
+        common.refuse(config, ["batch", "precision"], "not used with --url")
     prompts = Prompts(config.prompts)
-    facts = agent_distill.check_options(config, prompts, kinds)
+    facts = agent_distill.check_options(config, prompts, kinds) | {"temperature": temperature}
     system = choose_system_prompt(config, prompts, facts.get("tool_names", []))
     facts["system_prompt_sha256"] = hashlib.sha256(system.encode()).hexdigest()
     collected_with = models.training_record(config.model).get("prompts_sha256")
@@ -400,19 +393,16 @@ class Solver:
         self.tools = agent_distill.open_tools(config, prompts, device)  # first, while there is free memory
         record = models.training_record(config.model)
         self.about = {"model": config.model, "parameters": None, "training": record.get("training") or "none"}
-        sampled = config.sc > 1 or config.sample
-        sampling = {"temperature": config.temperature, "top_p": config.top_p} if sampled else {"temperature": 0.0}
-        sampling["max_tokens"] = config.max_tokens
         if client:
             options = {"template_options": models.TEMPLATE_OPTIONS, "stop": self.stop or None}
-            self.student = Served(client, **options, **sampling)
+            self.student = Served(client, **options, **sampling(config))
             self.student.probe(config.sc)
             self.about["model"] = client.model
         else:
             dtype = torch.bfloat16 if models.uses_bf16(config.precision, device) else torch.float32
             model, tokenizer = models.load_model(config.model, device, dtype)
             options = {"n": config.sc, "batch": config.batch, "seed": config.seed, "on_tokens": on_tokens}
-            self.student = Student(model, tokenizer, **options, **sampling)
+            self.student = Student(model, tokenizer, **options, **sampling(config))
             adapters = {id(p) for _, layer in models.lora_layers(model) for p in (layer.a, layer.b)}
             self.about["parameters"] = sum(p.numel() for p in model.parameters() if id(p) not in adapters)
 
@@ -474,15 +464,17 @@ def run(config):
     for task in tasks:
         task.setdefault("domain", report.TASKS[task["task"]].domain if task["task"] in report.TASKS else "out")
     prompts, system, facts = check(config, {task["kind"] for task in tasks})
+    if not config.judge_url:
+        common.refuse(config, ["judge_model", "judge_key_env"], "there is no --judge-url")
     mine = {task_key(task): task for task in tasks[rank::size]}
-    with common.Journal(out / f"transcripts.{rank}.jsonl", fields=("task", "id", "question", "stop")) as journal:
-        rows = [row for path in report.transcript_files(out) for row in report.transcripts(path)]
-        done = {task_key(row) for row in rows if row["stop"] != "error" or row["error"] == TOO_LONG}
+    with common.Journal(out / f"transcripts.{rank}.jsonl", report.GRADED) as journal:
+        rows = [row for path in report.transcript_files(out) for row in report.transcripts(path, report.GRADED)]
+        done = {task_key(row) for row in rows if row["stop"] != "error" or row.get("error") == TOO_LONG}
         todo = {key: task for key, task in mine.items() if key not in done}
         client = Client(config.url, config.model, config.api_key_env) if config.url and todo else None
         if config.url and not config.model:
             about = out / "model.json"
-            known = common.parse_object(common.read_text(about), about)["model"] if about.exists() else None
+            known = common.parse_object(about.read_bytes(), about).get("model") if about.exists() else None
             facts["model"] = client.model if client else known
         notes = {"questions": collections.Counter(task["task"] for task in tasks)}
         common.keep_config(out / "run.json", config, binding=bool(done), notes=notes, **facts)
@@ -500,14 +492,9 @@ def run(config):
 
 def summarise(folder):
     """Write results.json and print a line about the run. Returns the exit status: 1 if all ended in an error."""
-    print(f"{folder}: {report.summarise(folder)}")
-    rows = report.transcripts(folder)
-    errors = collections.Counter(row["error"] for row in rows if row["stop"] == "error")
-    if errors:
-        print(f"{errors.total()} errors; most often: {errors.most_common(1)[0][0]}", file=sys.stderr)
-    if undecided := sum(row["why"] == "judge: no verdict" for row in rows):
-        print(f"{undecided} answers have no verdict of the judge, and count as wrong", file=sys.stderr)
-    return int(errors.total() == len(rows))
+    line, all_failed = report.summarise(folder)
+    print(f"{folder}: {line}")
+    return int(all_failed)
 
 
 def _answer_all(config, parts, todo, total, journal):
@@ -535,9 +522,8 @@ def open_judge(config, folder, rank=0):
         yield None
         return
     client = Client(config.judge_url, config.judge_model, config.judge_key_env, timeout=120.0)
-    caches = sorted(Path(folder).glob("judge.*.jsonl"))
-    with common.Journal(Path(folder) / f"judge.{rank}.jsonl", fields=("key", "verdict")) as journal:
-        yield Judge(client, Prompts(config.prompts), journal, caches)
+    with common.Journal(Path(folder) / f"judge.{rank}.jsonl", VERDICT) as journal:
+        yield Judge(client, Prompts(config.prompts), journal)
 
 
 def regrade_file(path, judge, quiet=False, current=None):
@@ -548,7 +534,7 @@ def regrade_file(path, judge, quiet=False, current=None):
     """
 
     def grade(row):
-        if current and not judge and row["why"].startswith("judge"):
+        if current and not judge and str(row.get("why")).startswith("judge"):
             return row
         answer = row["answer"], row.get("aliases") or (), row["question"]
         verdict = grading.grade(row["kind"], row["prediction"], *answer, judge)
@@ -556,7 +542,7 @@ def regrade_file(path, judge, quiet=False, current=None):
 
     with common.Journal(path) as journal, concurrent.futures.ThreadPoolExecutor(8 if judge else 1) as pool:
         keys = current or {}
-        rows = report.transcripts(path, report.FIELDS | {"answer": (str, int, float, list)})
+        rows = report.transcripts(path, report.GRADED)
         old = [row for row in rows if keys.get(task_key(row)[:2]) in (None, task_key(row))]
         new = list(common.progress(pool.map(grade, old), total=len(old), desc="grade", unit="answer", quiet=quiet))
         if new != journal.rows:
@@ -604,14 +590,7 @@ class CompareConfig:
 
 def compare(config):
     """Compare two runs question by question: what only one of them got right, and McNemar's test of the difference."""
-    sides, paths = [], [config.first, config.second]
-    for path in paths:
-        rows = report.transcripts(path, {"task": str, "id": str, "question": str, "correct": bool})
-        if not rows:
-            raise InputError(f"{path}: neither a run folder with transcripts in it nor a file of trajectories")
-        sides.append({(row["task"], row["id"], row["question"], row.get("sample", 0)): row["correct"] for row in rows})
-    names = [Path(path).name for path in paths]
-    print(report.paired_table(*sides, paths if names[0] == names[1] else names))
+    print(report.compare(config.first, config.second))
 
 
 @dataclasses.dataclass(kw_only=True)

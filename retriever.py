@@ -5,8 +5,8 @@
     python retriever.py search runs/index "Who founded the company that makes the Walkman?"
     python retriever.py serve runs/index --port 8000                      # POST /retrieve, as in Search-R1
 
-Passages are JSON lines {"id": "...", "contents": "\\"Title\\"\\ntext"}. The index refers to their file by its path, and
-reads passages from it by offset. From Python:
+Passages are JSON lines {"id": "...", "contents": "\\"Title\\"\\ntext"}. The index reads them from their file.
+From Python:
 
     retriever.build("passages.jsonl", "runs/index", kind="bm25")
     hits = retriever.load("runs/index").search(["a query", "another"], k=3)
@@ -14,7 +14,6 @@ reads passages from it by offset. From Python:
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import itertools
 import os
@@ -45,23 +44,19 @@ class BuildConfig:
     quiet: bool = option(False, "no progress bar")
 
 
-# The index folder
+# The index folder. KEY is a hash of the options and the passages: a build with others does not continue these runs.
 #
 #   index.json        the options of the build, "format", "passages" (their path from this folder), their "bytes",
-#                     "sha256" and "modified_ns", "data" (the folder's name), "files" of data {name: bytes}
+#                     "sha256" and "modified_ns", "data" (the folder's name), "files" of data {name: bytes};
+#                     replaced when the new data is complete
 #   data-KEY/         plain arrays:
 #     offsets         int64 [passages + 1]: where a passage's line begins in the passages file, and the file's size
 #     rank            uint32 [passages]: a passage's place in the order of ids, which breaks ties between scores
-#                     of TF-IDF and BM25, an inverted index:
-#     terms           S32 [terms]: sorted
+#     terms           S32 [terms], TF-IDF and BM25: sorted
 #     starts          int64 [terms + 1]: the postings of term t are those from starts[t] to starts[t + 1]
-#     postings        POSTINGs: the passages that have the term, in order, and its value in each: see passage_values
-#                     dense, unless the option "vectors" names a FAISS index:
-#     vectors         float32 [passages, dimensions]
+#     postings        POSTINGs: the passages that have the term, in order, and its value in each
+#     vectors         float32 [passages, dimensions], dense, unless the option "vectors" names a FAISS index
 #   building-KEY/     while a build runs: for each finished chunk of passages a run (.npz and .postings)
-# KEY is a hash of the options and the passages: a build with others does not continue these runs.
-# index.json is replaced when the new data is complete.
-
 FORMAT = 5  # an index of another format is refused
 
 
@@ -86,25 +81,22 @@ def _build(config, source, out):
     plan = {name: value for name, value in vars(config).items() if name not in ("out", "quiet")}
     plan |= {name: plan[name] and relative_path(plan[name], out) for name in ("passages", "vectors")}
     plan |= {"format": FORMAT, "bytes": source.stat().st_size, "sha256": hash_file(source)}
-    modified = {"modified_ns": source.stat().st_mtime_ns}
-    with contextlib.suppress(InputError, *UNREADABLE):
-        manifest = read_manifest(out)
-        if manifest.items() >= plan.items():
-            common.write_json(out / "index.json", manifest | modified)
-            print(f"{out}: already built")
-            return
+    with contextlib.suppress(InputError):
+        if read_manifest(out).items() >= plan.items():
+            return print(f"{out}: already built")
     key = hashlib.sha256(repr(plan).encode()).hexdigest()[:8]
     work, data = out / f"building-{key}", out / f"data-{key}"
     shutil.rmtree(data, ignore_errors=True)
-    columns_of, merge = invert, merge_postings
-    if config.kind == "dense":
+    if config.kind != "dense":
+        columns_of, merge = invert, merge_postings
+    else:
         columns_of = Encoder(config.encoder).columns if not config.vectors else lambda contents: {}
         merge = merge_vectors
     runs = write_runs(columns_of, source, work, config)
-    merge_passages(runs, source, data)
-    merge(runs, data, config)
+    merge(runs, data, config, merge_passages(runs, source, data))
     files = {path.name: path.stat().st_size for path in sorted(data.iterdir())}
-    common.write_json(out / "index.json", {**plan, **modified, "data": data.name, "files": files})
+    plan |= {"modified_ns": source.stat().st_mtime_ns, "data": data.name, "files": files}
+    common.write_json(out / "index.json", plan)
     for folder in {*out.glob("building*"), *out.glob("data-*")} - {data}:
         shutil.rmtree(folder)
 
@@ -158,7 +150,7 @@ def write_runs(columns_of, source, work, config):
 
 
 def merge_passages(runs, source, data):
-    """Write the offsets of all passages, and their ranks in the order of ids."""
+    """Write the offsets of all passages, and their ranks in the order of ids. Returns the number of passages."""
     offsets, ids = ([np.load(run)[name] for run in runs] for name in ("offsets", "ids"))
     if not sum(map(len, ids)):
         raise InputError(f"{source}: no passages in it")
@@ -169,15 +161,18 @@ def merge_passages(runs, source, data):
         raise InputError(f"{source}: the id {ids[order[same[0]]].decode()!r} occurs twice; ids must differ")
     save_array(data / "rank", np.argsort(order).astype(np.uint32))
     save_array(data / "offsets", np.concatenate([*offsets, [source.stat().st_size]]))
+    return len(ids)
 
 
-# The weights. The score of a passage is the sum of repeats(n) x value(term, passage) over the terms of the query, where
-# n is how often the query has the term.
+# TF-IDF and BM25. The score of a passage is the sum of repeats(n) x value(term, passage) over the terms of the query,
+# where n is how often the query has the term. Stop words add to no length and to no norm.
 #
-# TF-IDF is scikit-learn's TfidfVectorizer(sublinear_tf=True): the cosine of vectors of (1 + ln n) idf, where idf is
-# ln((1 + N) / (1 + df)) + 1. value has the idf of both vectors and the passage's norm in it; repeats is 1 + ln n.
-# BM25 is that of Lucene 8 and bm25s' "lucene" (Kamphuis et al., "Which BM25 do you mean?", ECIR 2020): idf is
-# ln(1 + (N - df + 0.5) / (df + 0.5)); repeats is n. Stop words add to no length and to no norm.
+# TF-IDF is scikit-learn's TfidfVectorizer(sublinear_tf=True): the cosine of vectors of (1 + ln n) idf. value has the
+# idf of both vectors and the passage's norm in it; repeats is 1 + ln n.
+# BM25 is that of Lucene 8 and bm25s' "lucene" (Kamphuis et al., "Which BM25 do you mean?", ECIR 2020); repeats is n.
+
+CHUNK = 4 << 20  # bytes of passages that are inverted or embedded at once; sets the memory of a build
+RANGE = 1 << 20  # postings that are merged at once
 
 
 def term_idf(kind, df, count):
@@ -185,30 +180,17 @@ def term_idf(kind, df, count):
     return np.log((1 + count) / (1 + df)) + 1 if kind == "tfidf" else np.log(1 + (count - df + 0.5) / (df + 0.5))
 
 
-def passage_values(kind, tf, idf, factor):
-    """Returns the values of terms in passages where they occur tf times. factor: see passage_factors."""
-    return (1 + np.log(tf)) * idf**2 / factor if kind == "tfidf" else idf * tf / (tf + factor)
-
-
 def passage_factors(runs, terms, idf, config):
-    """Returns k1 (1 - b + b length / mean length) or the norm of each passage, float32 [passages]."""
+    """Returns BM25's k1 (1 - b + b length / mean length), or TF-IDF's norm, of each passage: float32 [passages]."""
     lengths = np.concatenate([np.load(run)["lengths"] for run in runs])
     if config.kind == "bm25":
-        factors = config.k1 * (1 - config.b + config.b * lengths / (lengths.mean() or 1))
-    else:
-        idf = np.where(np.isin(terms, list(STOP_WORDS)), 0, idf)
-        squares = np.zeros(len(lengths))
-        for run in runs:
-            [(places, postings)] = read_run(run, terms, [0, len(terms)])
-            np.add.at(squares, postings["doc"], ((1 + np.log(postings["value"])) * idf[places]) ** 2)
-        factors = np.sqrt(np.where(squares > 0, squares, 1))
-    return factors.astype(np.float32)
-
-
-# The inverted index of TF-IDF and BM25
-
-CHUNK = 4 << 20  # bytes of passages that are inverted or embedded at once; sets the memory of a build
-RANGE = 1 << 20  # postings that are merged at once
+        return (config.k1 * (1 - config.b + config.b * lengths / (lengths.mean() or 1))).astype(np.float32)
+    idf = np.where(np.isin(terms, list(STOP_WORDS)), 0, idf)
+    squares = np.zeros(len(lengths))
+    for run in runs:
+        [(places, postings)] = read_run(run, terms, [0, len(terms)])
+        np.add.at(squares, postings["doc"], ((1 + np.log(postings["value"])) * idf[places]) ** 2)
+    return np.sqrt(np.where(squares > 0, squares, 1)).astype(np.float32)
 
 
 def read_run(file, terms, cuts):
@@ -222,7 +204,7 @@ def read_run(file, terms, cuts):
         taken += len(found)
 
 
-def merge_postings(files, data, config):
+def merge_postings(files, data, config, count):
     """Merge runs into the inverted index. Memory: the vocabulary, half a MiB for each run, and a range of postings."""
     df = Counter()
     for file in files:
@@ -233,7 +215,7 @@ def merge_postings(files, data, config):
     starts = np.concatenate([[0], np.cumsum(df)])
     if not starts[-1]:
         raise InputError(f"{config.passages}: no passage has a word")
-    idf = term_idf(config.kind, df, len(np.memmap(data / "rank", np.uint32))).astype(np.float32)
+    idf = term_idf(config.kind, df, count).astype(np.float32)
     factors = passage_factors(files, terms, idf, config)
     size = max(RANGE, 4096 * len(files))  # opening a run takes as much time as merging 4,096 postings
     cuts = np.unique([*np.searchsorted(starts, np.arange(0, starts[-1], size)), len(terms)])
@@ -242,9 +224,12 @@ def merge_postings(files, data, config):
         for parts in common.progress(ranges, desc="merging", total=len(cuts) - 1, quiet=config.quiet):
             places, postings = map(np.concatenate, zip(*parts, strict=True))
             order = np.argsort(places, kind="stable")  # stable: the passages of a term stay in order
-            places, postings = places[order], postings[order]
-            factor = factors[postings["doc"]]
-            postings["value"] = passage_values(config.kind, postings["value"], idf[places], factor)
+            weights, postings = idf[places[order]], postings[order]
+            tf, factor = postings["value"], factors[postings["doc"]]
+            if config.kind == "tfidf":
+                postings["value"] = (1 + np.log(tf)) * weights**2 / factor
+            else:
+                postings["value"] = weights * tf / (tf + factor)
             file.write(postings)
     save_array(data / "terms", terms)
     save_array(data / "starts", starts)
@@ -256,16 +241,13 @@ def merge_postings(files, data, config):
 def load(where, device=None):
     """Open an index: a folder, or the http(s) URL of a server.
 
-    device: where a dense index keeps its encoder and vectors, "cpu" or "cuda:0"; by default the current GPU, if any.
+    device: where a dense index keeps its encoder and vectors; by default a GPU, if there is one.
     Raises InputError if there is no index, if it is of another format or incomplete, or if its passages have changed.
     """
     if str(where).startswith(("http://", "https://")):
         return RemoteIndex(str(where))
-    try:
-        manifest = read_manifest(Path(where))
-        return KINDS[manifest["kind"]](Path(where), manifest, device)
-    except (OSError, *UNREADABLE) as error:
-        raise InputError(f"{where}: the index is damaged ({error!r}); delete it, and build it again") from None
+    manifest = read_manifest(Path(where))
+    return KINDS[manifest["kind"]](Path(where), manifest, device)
 
 
 class Index:
@@ -353,8 +335,7 @@ class SparseIndex(Index):
         return docs, scores / np.float32(norm)
 
 
-# Dense retrieval: inner products with the vectors of a Hugging Face encoder, as in the paper. torch and transformers
-# are imported only here: that takes seconds, and a sparse index does not need them.
+# Dense retrieval, as in the paper. torch and transformers, which take seconds to import, are imported only here.
 
 
 class Encoder:
@@ -367,14 +348,12 @@ class Encoder:
         import torch
         import transformers
 
-        try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-            self.model = transformers.AutoModel.from_pretrained(name, dtype=torch.float32).eval()
-        except Exception as error:  # its files may be wrong in many ways
-            raise InputError(f"{name}: no encoder could be loaded: {error!r:.300}") from None
-        self.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.device = self.model.device  # with the GPU's number: in another thread, the current GPU would be GPU 0
+        from common import models
+
         self.torch = torch
+        self.device = models.choose_device(device or "auto")
+        self.tokenizer = models.from_pretrained(transformers.AutoTokenizer, name)
+        self.model = models.from_pretrained(transformers.AutoModel, name, dtype=torch.float32).to(self.device)
 
     def encode(self, texts):
         """Returns the vectors of texts: float32 [texts, dimensions], on the encoder's device."""
@@ -398,11 +377,10 @@ class Encoder:
         return {"vectors": self.encode([f"passage: {text}" for text in contents]).cpu().numpy()}
 
 
-def merge_vectors(runs, data, config):
+def merge_vectors(runs, data, config, count):
     """Write the vectors of all runs into one file [passages, dimensions], or check those of a FAISS index."""
     if config.vectors:
-        open_flat_index(config.vectors, len(np.memmap(data / "rank", np.uint32)))
-        return
+        return open_flat_index(config.vectors, count)
     with common.replace_file(data / "vectors", "wb") as file:
         for run in common.progress(runs, desc="merging", quiet=config.quiet):
             file.write(np.load(run)["vectors"])
@@ -428,8 +406,7 @@ def open_flat_index(path, expected):
 class DenseIndex(Index):
     """Vectors and their encoder. The vectors are copied to the GPU if they fit, otherwise read from the mapped file.
 
-    A mapped file is in memory once for all processes of a machine. With several GPUs (torchrun), each process copies
-    the vectors to its own: for Wikipedia's 65 GB, run `retriever.py serve` once and give its URL to all of them.
+    Under torchrun, each process copies them to its own GPU: for Wikipedia's 65 GB, run `retriever.py serve` once.
     """
 
     def __init__(self, folder, manifest, device=None):
@@ -443,7 +420,7 @@ class DenseIndex(Index):
         if vectors.shape[1] != size:
             raise InputError(f"{folder}: vectors of {vectors.shape[1]} dimensions, but the encoder has {size}")
         torch, device = self.encoder.torch, self.encoder.device
-        self.vectors = torch.from_numpy(np.asarray(vectors))  # [passages, dimensions]
+        self.vectors = torch.from_numpy(vectors)  # [passages, dimensions]
         if device.type == "cuda" and vectors.nbytes < 0.8 * torch.cuda.mem_get_info(device)[0]:
             self.vectors = self.vectors.to(device)
 
@@ -463,33 +440,28 @@ def search_vectors(vectors, queries, k, rank):
     # The products of a block take 2 MiB, so that they stay in a CPU's cache; on a GPU they take 64 MiB.
     block = max(2048, 32 * k, (1 << 24 if vectors.is_cuda else 1 << 19) // len(queries))
     floor = torch.full((len(queries), 1), -torch.inf, device=vectors.device)  # a lower bound of the k-th greatest
-    found = []
+    found = []  # [(query number, vector number, product)], tensors
     for start in range(0, len(vectors), block):
         part = vectors[start : start + block]
         if vectors.is_cuda:
             products = queries @ part.T  # [queries, block]
         else:  # NumPy's matrix product was up to twice as fast as torch's for one query
             products = torch.from_numpy(queries.numpy() @ part.numpy().T)
-        padding = -len(part) % 32
-        products = torch.nn.functional.pad(products, (0, padding), value=-torch.inf) if padding else products
-        products = products.view(len(queries), 32, -1)  # [queries, 32, groups]
-        maxima = products.amax(1)  # [queries, groups]; only groups that reach the floor are looked at
-        if maxima.shape[1] >= k:
-            floor = torch.maximum(floor, maxima.topk(k, dim=1).values[:, -1:])
-        query, group = torch.nonzero(maxima >= floor, as_tuple=True)
-        products = products[query, :, group]  # [pairs of query and group, 32]
-        pair, row = torch.nonzero((products >= floor[query]) & (products > -torch.inf), as_tuple=True)
-        columns = query[pair], start + row * maxima.shape[1] + group[pair], products[pair, row]
-        found.append([column.cpu().numpy() for column in columns])
-    query, vector, product = map(np.concatenate, zip(*found, strict=True))
+        groups = len(part) // 32  # the last vectors, fewer than 32, are in no group
+        if groups >= k:
+            maxima = products[:, : 32 * groups].view(len(queries), 32, groups).amax(1)  # [queries, groups]
+            floor = torch.maximum(floor, maxima.topk(k).values[:, -1:])
+        query, column = torch.nonzero(products >= floor, as_tuple=True)
+        found.append((query, start + column, products[query, column]))
+    query, vector, product = (torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True))
     return [best_of(vector[query == i], product[query == i], rank, k) for i in range(len(queries))]
 
 
 KINDS = {"bm25": SparseIndex, "tfidf": SparseIndex, "dense": DenseIndex}
 
-# The server and its client: Search-R1's /retrieve protocol (search_r1/search/retrieval_server.py). POST /retrieve
-# {"queries": [...], "topk": 3, "return_scores": true} is answered with {"result": [[{"document": {"id", "contents"},
-# "score"}, ...], ...]}, without scores with {"result": [[{"id", "contents"}, ...], ...]}.
+# The server and its client: Search-R1's protocol (search_r1/search/retrieval_server.py).
+# POST /retrieve {"queries": [...], "topk": 3, "return_scores": true} is answered with
+# {"result": [[{"document": {"id", "contents"}, "score"}, ...], ...]}, without scores with the documents alone.
 
 
 def answer_request(index, method, path, body):
@@ -552,7 +524,7 @@ class ServeConfig:
 def run_serve(config):
     """Serve an index over HTTP, with Search-R1's /retrieve protocol."""
     index = load(config.index)
-    server = common.serve_json(functools.partial(answer_request, index), config.host, config.port)
+    server = common.serve_json(lambda *request: answer_request(index, *request), config.host, config.port)
     print(f"{len(index):,} passages at http://{config.host}:{server.server_address[1]}/retrieve", flush=True)
     server.serve_forever()
 

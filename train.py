@@ -364,13 +364,6 @@ class Trainer:
         gc.collect()
         torch.cuda.empty_cache()
 
-    def update(self, rate, scale):
-        """Take an optimiser step with the gradients times scale (at most 1)."""
-        self.gradient.mul_(min(1.0, scale))
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-
     def validate(self, examples):
         """Returns the loss of examples, as accumulate does, without dropout."""
         self.model.eval()
@@ -419,10 +412,8 @@ def check_config(config):
     if adapter and (config.rank, config.alpha) != (adapter["r"], adapter["lora_alpha"]):
         kept = f"--rank {adapter['r']} --alpha {adapter['lora_alpha']:g}"
         raise InputError(f"{config.model} is an adapter, which keeps its rank and alpha: give {kept}")
-    for field in dataclasses.fields(config):
-        if config.tuning == "full" and field.name in ("rank", "alpha", "dropout"):
-            if getattr(config, field.name) != field.default:
-                raise InputError(f"--{field.name} has no effect with --tuning full")
+    if config.tuning == "full":
+        common.refuse(config, ("rank", "alpha", "dropout"), "it has no effect with --tuning full")
     models.check_out(config.out, config.model)
 
 
@@ -473,10 +464,10 @@ def run_steps(config, trainer, conversations, held_out):
         data.update(example.ids.numpy().tobytes() + example.weights.numpy().tobytes())
     done = trainer.load(checkpoint, data.hexdigest())
     if main:
-        with common.Journal(out / "metrics.jsonl", fields=("step", "loss")) as metrics:
+        with common.Journal(out / "metrics.jsonl", fields={"step": int, "loss": float}) as metrics:
             rows = [row for row in metrics.rows if row["step"] <= done]  # later steps are done again
         common.write_jsonl(out / "metrics.jsonl", rows)
-        metrics = common.Journal(out / "metrics.jsonl", fields=("step", "loss"))
+        metrics = common.Journal(out / "metrics.jsonl", fields={"step": int, "loss": float})
     tokens, loss, began = 0, None, time.monotonic()
     with common.progress(total=len(steps), done=done, desc=f"training {out.name}", unit="step", quiet=quiet) as bar:
         for step in range(done, len(steps)):
@@ -485,7 +476,9 @@ def run_steps(config, trainer, conversations, held_out):
             if not math.isfinite(loss + norm):
                 raise InputError(f"step {step + 1}: loss {loss}, gradient norm {norm}; a lower --lr may help")
             rate = learning_rate(step, len(steps), config)
-            trainer.update(rate, config.clip / (norm + 1e-6))
+            trainer.gradient.mul_(min(1.0, config.clip / (norm + 1e-6)))
+            trainer.optimizer.param_groups[0]["lr"] = rate
+            trainer.optimizer.step()
             row = {"step": step + 1, "loss": loss, "lr": rate, "gradient_norm": norm}
             row["tokens"] = sum(len(example.ids) for example in steps[step])
             tokens += row["tokens"]
@@ -563,11 +556,8 @@ def show(config):
 
 
 def main(argv=None):
-    commands = {
-        "fit": (Config, run_fit),
-        "show": (ShowConfig, show),
-        "merge": (models.MergeConfig, models.merge_adapter),
-    }
+    merge = models.MergeConfig, models.merge_adapter
+    commands = {"fit": (Config, run_fit), "show": (ShowConfig, show), "merge": merge}
     common.run_command_line(__doc__, commands, default="fit", argv=argv)
 
 

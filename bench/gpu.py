@@ -121,7 +121,7 @@ def measure_training(config, shape, device, operations):
     def run():
         trainer = make_trainer(shape, device, micro_tokens=16384)
         examples = make_examples(8, config.tokens)
-        step = lambda: (trainer.accumulate(examples, 0), trainer.update(1e-4, 1.0))  # noqa: E731
+        step = lambda: (trainer.accumulate(examples, 0), trainer.optimizer.step())  # noqa: E731
         return trainer.model.num_parameters(), 8 * config.tokens / seconds(step, device)
 
     (parameters, rate), peak = peak_of(device, run)

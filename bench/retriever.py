@@ -4,11 +4,10 @@
     python bench/retriever.py speed --questions QUESTIONS --corpus CORPUS --passages 100000
     python bench/retriever.py dense --vectors 100000
 
-It needs bm25s, numba and faiss-cpu beside the project's packages. QUESTIONS and CORPUS are files as
-HippoRAG publishes them (data/hotpotqa_train.json, data/hotpotqa_train_corpus.json): HotpotQA's rows with
-supporting_facts, and {title: [sentences]}. `speed` makes passages of 100 words from random sentences of the corpus.
-Every peer runs in a process of its own on one core; the rounds of queries take turns, so that a busy machine slows all
-of them, and medians are printed.
+It needs bm25s, numba and faiss-cpu beside the project's packages. QUESTIONS and CORPUS are files as HippoRAG publishes
+them (data/hotpotqa_train.json, data/hotpotqa_train_corpus.json). `speed` makes passages of 100 words from random
+sentences of the corpus; there, every peer runs in a process of its own on one core. Rounds of queries take turns, and
+medians are printed.
 """
 
 import dataclasses
@@ -38,10 +37,8 @@ CUTS = (2, 3, 5, 10)
 ROUNDS = 7
 
 
-def read_questions(path):
-    """Returns [(question, titles of its supporting passages)]."""
-    rows = json.loads(Path(path).read_text(encoding="utf-8"))
-    return [(row["question"], {title for title, _ in row["supporting_facts"]}) for row in rows]
+def read_json(path):
+    return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def write_passages(path, rows):
@@ -51,8 +48,8 @@ def write_passages(path, rows):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def synthetic_passages(corpus, count, seed=0):
-    generator = random.Random(seed)
+def synthetic_passages(corpus, count):
+    generator = random.Random(0)
     titles = list(corpus)
     sentences = [words for texts in corpus.values() for text in texts if (words := text.split())]
     for _ in range(count):
@@ -62,21 +59,17 @@ def synthetic_passages(corpus, count, seed=0):
         yield generator.choice(titles), " ".join(words[:100])
 
 
-# The peers. Each has build(path, folder), load(folder), and search(queries, k) -> passage numbers for each query.
-
-
 class Peer:
+    """build(path, folder), load(folder), and search(queries, k) -> passage numbers for each query."""
+
     def search_each(self, queries):
         for query in queries:
             self.search([query])
 
 
 class Ours(Peer):
-    def __init__(self, kind):
-        self.kind = kind
-
     def build(self, path, folder):
-        retriever.build(path, folder, self.kind, quiet=True)
+        retriever.build(path, folder, quiet=True)
 
     def load(self, folder):
         self.index = retriever.load(folder)
@@ -91,28 +84,26 @@ class Bm25s(Peer):
     def __init__(self):
         import bm25s
 
-        self.bm25s = bm25s
-
-    def tokens(self, texts):
-        return self.bm25s.tokenize(texts, stopwords="en", show_progress=False)
+        self.package = bm25s
+        self.tokenize = functools.partial(bm25s.tokenize, stopwords="en", show_progress=False)
 
     def build(self, path, folder):
         with open(path, encoding="utf-8") as file:
             texts = [json.loads(line)["contents"] for line in file]
-        index = self.bm25s.BM25(backend="numba")
-        index.index(self.tokens(texts), show_progress=False)
+        index = self.package.BM25(backend="numba")
+        index.index(self.tokenize(texts), show_progress=False)
         index.save(folder)
 
     def load(self, folder):
-        self.index = self.bm25s.BM25.load(folder)
+        self.index = self.package.BM25.load(folder)
         self.index.backend = "numba"
         self.index.activate_numba_scorer()
 
     def search(self, queries, k=3):
-        return self.index.retrieve(self.tokens(queries), k=k, show_progress=False, n_threads=1).documents
+        return self.index.retrieve(self.tokenize(queries), k=k, show_progress=False, n_threads=1).documents
 
 
-PEERS = {"ours, BM25": lambda: Ours("bm25"), "ours, TF-IDF": lambda: Ours("tfidf"), "bm25s": Bm25s}
+PEERS = {"ours": Ours, "bm25s": Bm25s}
 
 
 def start(name):
@@ -132,8 +123,9 @@ def peer(name):
 
 
 def work(name, method, *arguments):
+    call = getattr(peer(name), method)
     started = time.perf_counter()
-    result = getattr(peer(name), method)(*arguments)
+    result = call(*arguments)
     return result, time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
@@ -145,24 +137,24 @@ class Recall:
 
 def recall(config):
     """Mean recall of supporting passages, for every peer."""
-    questions = read_questions(config.questions)
-    corpus = json.loads(Path(config.corpus).read_text(encoding="utf-8"))
+    rows, corpus = read_json(config.questions), read_json(config.corpus)
     titles = list(corpus)
+    golds = [{title for title, _ in row["supporting_facts"]} for row in rows]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "passages.jsonl")
         write_passages(path, ((title, "".join(corpus[title])) for title in titles))
-        print(f"{len(questions)} questions, {len(titles):,} passages\n")
+        print(f"{len(rows)} questions, {len(titles):,} passages\n")
         print("| recall | " + " | ".join(f"@{k}" for k in CUTS) + " |\n|---|" + "---|" * len(CUTS))
         for name in PEERS:
-            call = start(name)
-            call("build", path, f"{folder}/{name}")
-            call("load", f"{folder}/{name}")
-            best = call("search", [question for question, _ in questions], max(CUTS))[0]
-            pairs = list(zip([gold for _, gold in questions], best, strict=True))
+            peer(name).build(path, f"{folder}/{name}")
+            peer(name).load(f"{folder}/{name}")
+            found = peer(name).search([row["question"] for row in rows], max(CUTS))
+            print(f"| {name} |", end="")
             for k in CUTS:
-                shares = [len(gold & {titles[number] for number in numbers[:k]}) / len(gold) for gold, numbers in pairs]
-                name += f" | {statistics.mean(shares):.3f}"
-            print(f"| {name} |", flush=True)
+                pairs = zip(golds, found, strict=True)
+                shares = [len(gold & {titles[number] for number in best[:k]}) / len(gold) for gold, best in pairs]
+                print(f" {statistics.mean(shares):.3f} |", end="")
+            print(flush=True)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -172,12 +164,11 @@ class Speed(Recall):
 
 def speed(config):
     """Build speed and memory, and queries per second, asked one by one."""
-    queries = [question for question, _ in read_questions(config.questions)]
+    queries = [row["question"] for row in read_json(config.questions)]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "passages.jsonl")
-        corpus = json.loads(Path(config.corpus).read_text(encoding="utf-8"))
-        write_passages(path, synthetic_passages(corpus, config.passages))
-        peers, rows, seconds = {}, {}, {"ours, BM25": [], "bm25s": []}
+        write_passages(path, synthetic_passages(read_json(config.corpus), config.passages))
+        peers, rows, seconds = {}, {}, {name: [] for name in PEERS}
         for name in seconds:
             _, built, memory = start(name)("build", path, f"{folder}/{name}")
             rows[name] = f"| {name} | {config.passages / built:,.0f} | {memory:.2f} |"
@@ -214,23 +205,21 @@ def compare_dense(config):
     index = faiss.IndexFlatIP(384)
     index.add(vectors)
 
-    def ours(batch):
-        retriever.search_vectors(torch.from_numpy(vectors), torch.from_numpy(batch), 3, rank)
+    def search(threshold, batch):
+        if threshold:
+            faiss.cvar.distance_compute_blas_threshold = threshold
+            index.search(batch, 3)
+        else:
+            retriever.search_vectors(torch.from_numpy(vectors), torch.from_numpy(batch), 3, rank)
 
-    def faiss_search(threshold, batch):
-        faiss.cvar.distance_compute_blas_threshold = threshold
-        index.search(batch, 3)
-
-    thresholds = 20, faiss.cvar.distance_compute_blas_threshold  # the second as shipped
-    ways = {f"faiss, BLAS from {n} queries on": functools.partial(faiss_search, n) for n in thresholds}
-    ways["ours"] = ours
-    seconds = {name: {1: [], 64: []} for name in ways}
+    thresholds = {f"faiss, BLAS from {n} queries on": n for n in (20, faiss.cvar.distance_compute_blas_threshold)}
+    seconds = {name: {1: [], 64: []} for name in ("ours", *thresholds)}
     for _ in range(ROUNDS):
-        for name, way in ways.items():
-            for size, times in seconds[name].items():
-                way(queries[:size])  # not measured: the previous way left other vectors in the caches
+        for name, sizes in seconds.items():
+            for size, times in sizes.items():
+                search(thresholds.get(name), queries[:size])  # not measured: the caches hold the vectors of another way
                 started = time.perf_counter()
-                way(queries[:size])
+                search(thresholds.get(name), queries[:size])
                 times.append((time.perf_counter() - started) / size)
     print(f"{config.vectors:,} vectors of 384, one core, queries per second\n")
     print("| | batch 1 | batch 64 |\n|---|---|---|")

@@ -11,6 +11,7 @@ import json
 import operator
 import os
 import pkgutil
+import re
 import sys
 import threading
 import traceback
@@ -34,14 +35,13 @@ class InputError(Exception):
 REQUIRED = dataclasses.MISSING  # an option without a default; such a dataclass is kw_only
 
 
-def option(default, help, *, positional=False, above=None, at_least=None, at_most=None, changes_results=True):
+def option(default, help, *, positional=False, changes_results=True, **limits):
     """Returns a dataclass field that is also a command-line option, or a positional argument.
 
-    above, at_least, at_most: numbers outside these limits are refused. changes_results: False for an option that may
-    differ when an interrupted run is continued, because it cannot change what the run writes; see keep_config.
+    changes_results: False for an option that may differ when an interrupted run is continued, because it cannot change
+    what the run writes; see keep_config. limits of a number: above, at_least, at_most.
     """
-    limits = {"above": above, "at_least": at_least, "at_most": at_most}
-    metadata = {"help": help, "positional": positional, "limits": limits, "changes_results": changes_results}
+    metadata = {"help": help, "positional": positional, "changes_results": changes_results, "limits": limits}
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -70,22 +70,29 @@ def _add_option(parser, field):
         arguments["type"] = annotation
     if not field.metadata["positional"]:
         parser.add_argument("--" + field.name.replace("_", "-"), required=required, **arguments)
-    elif required:
-        parser.add_argument(field.name, **arguments)
     else:
-        parser.add_argument(field.name, **{"nargs": "?"} | arguments)
+        parser.add_argument(field.name, **({} if required else {"nargs": "?"}) | arguments)
 
 
 _LIMITS = {"above": operator.gt, "at_least": operator.ge, "at_most": operator.le}
 
 
 def check_numbers(config):
-    """Raises InputError for a number outside its option's limits, NaN included."""
+    """Raises InputError for a number outside its option's limits, NaN and infinity included."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        for name, limit in field.metadata["limits"].items():
-            if None not in (value, limit) and not _LIMITS[name](value, limit):
+        largest = sys.float_info.max if isinstance(value, float) else 2**63 - 1  # torch's seeds have 64 bits
+        for name, limit in [*field.metadata["limits"].items(), ("at_least", -largest), ("at_most", largest)]:
+            if isinstance(value, int | float) and not _LIMITS[name](value, limit):
                 raise InputError(f"--{field.name.replace('_', '-')} {value}: must be {name.replace('_', ' ')} {limit}")
+
+
+def refuse(config, names, reason):
+    """Raises InputError if one of these options was given: `reason` says why it would be ignored."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in names and value != field.default:
+            raise InputError(f"--{field.name.replace('_', '-')} {value}: {reason}")
 
 
 def resolve(dotted, like=None, name="a function"):
@@ -97,26 +104,23 @@ def resolve(dotted, like=None, name="a function"):
         function = pkgutil.resolve_name(dotted)
     except Exception as error:  # the module's own code may raise anything
         raise InputError(f"{name} {dotted}: {type(error).__name__}: {error}") from None
-    if not callable(function):
-        raise InputError(f"{name} {dotted}: not a function")
+    if not inspect.isfunction(function):  # source_hash needs its file
+        raise InputError(f"{name} {dotted}: not a function of a Python file")
     if like:
-        parameters = inspect.signature(like).parameters.values()
-        positional = [parameter.name for parameter in parameters if parameter.kind is not parameter.KEYWORD_ONLY]
-        keywords = {parameter.name: None for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+        parameters = inspect.signature(like).parameters
+        keywords = [key for key, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
+        positional = [key for key in parameters if key not in keywords]
         try:
-            inspect.signature(function).bind(*positional, **keywords)
-        except (TypeError, ValueError) as error:  # ValueError: a builtin without a signature
-            needed = ", ".join([*positional, *(f"{keyword}=" for keyword in keywords)])
+            inspect.signature(function).bind(*positional, **dict.fromkeys(keywords))
+        except TypeError as error:
+            needed = ", ".join([*positional, *(f"{key}=" for key in keywords)])
             raise InputError(f"{name} {dotted}: {error}; it is called with ({needed})") from None
     return function
 
 
 def source_hash(function):
-    """Returns a hash of the source of a function's module, to refuse a restart with an edited function."""
-    try:
-        return hashlib.sha256(inspect.getsource(inspect.getmodule(function)).encode()).hexdigest()
-    except (TypeError, OSError):  # a builtin
-        raise InputError(f"{function!r}: its source cannot be read; name a function of a Python file") from None
+    """Returns a hash of the file of a function's module, to refuse a restart with an edited function."""
+    return hashlib.sha256(Path(sys.modules[function.__module__].__file__).read_bytes()).hexdigest()
 
 
 def run_command_line(description, commands, default=None, argv=None):
@@ -124,10 +128,10 @@ def run_command_line(description, commands, default=None, argv=None):
 
     description: the script's docstring. commands: {name: (Config dataclass, function(config))}; a function's docstring
     is its help, and it may return an exit status. default: the command that is meant when none is named.
-    An InputError is printed as one line and exits with status 2, Ctrl-C with 130.
+    An InputError and an OSError (a file is missing, the disk is full) are one line and status 2, Ctrl-C is status 130.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    if default and (not argv or argv[0] not in commands) and argv[:1] not in (["-h"], ["--help"]):
+    if default and not {*argv[:1]} & {*commands, "-h", "--help"}:
         argv.insert(0, default)
     style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = _Parser(description=description, **style)
@@ -144,22 +148,18 @@ def run_command_line(description, commands, default=None, argv=None):
         config = config_class(**values)
         check_numbers(config)
         status = function(config) or 0
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = error.exit_status
     except KeyboardInterrupt:
         print("interrupted; the same command continues from here", file=sys.stderr)
         status = 130
     except BrokenPipeError:  # `... | head` closed our output, which is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
-    except Exception as error:
-        if isinstance(error, OSError) and error.strerror:  # a full disk, a folder that cannot be made, ...
-            print(f"error: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
-            status = 2
-        else:
-            traceback.print_exc()
-            status = 1
+    except (InputError, OSError, UnicodeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = getattr(error, "exit_status", 2)
+    except Exception:
+        traceback.print_exc()
+        status = 1
     sys.stdout.flush()
     sys.stderr.flush()
     if status:
@@ -167,10 +167,10 @@ def run_command_line(description, commands, default=None, argv=None):
     sys.exit(0)
 
 
-def progress(iterable=None, *, done=0, quiet=False, unit="it", **options):
+def progress(iterable=None, *, done=0, quiet=False, **options):
     """Returns a tqdm bar, updated rarely where stderr is a log file. done: items that an earlier run finished."""
     options |= {"dynamic_ncols": True, "mininterval": 0.1 if sys.stderr.isatty() else 30}
-    return tqdm(iterable, initial=done, disable=quiet, unit=unit, unit_scale=unit == "B", **options)
+    return tqdm(iterable, initial=done, disable=quiet, **options)
 
 
 def stable_seed(*parts):
@@ -182,27 +182,19 @@ def stable_seed(*parts):
 
 
 def read_text(path):
-    """Returns the text of a file without its last newline; InputError if it cannot be read."""
-    try:
-        return Path(path).read_text(encoding="utf-8").removesuffix("\n")
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start:,})") from None
+    """Returns the text of a file without its last newline."""
+    return Path(path).read_text(encoding="utf-8").removesuffix("\n")
 
 
-def read_jsonl(path):
-    """Yield (line number, object) for each non-empty line of a JSONL file.
+def read_jsonl(path, fields=None, growing=False):
+    """Yield (line number, object) for each non-empty line of a JSONL file. fields: see parse_object.
 
-    Raises InputError with file and line for a line that is not a JSON object, and for a file that cannot be read.
+    growing: the file is one to which rows are appended; a last line without a line break is incomplete, and left out.
     """
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, parse_object(line, f"{path}:{number}")
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip() and (line.endswith(b"\n") or not growing):
+                yield number, parse_object(line, f"{path}:{number}", fields)
 
 
 def write_jsonl(path, rows):
@@ -211,14 +203,28 @@ def write_jsonl(path, rows):
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def parse_object(line, where):
-    """Returns the JSON object in bytes or text. Raises InputError, with a message that starts with `where`."""
+def parse_object(line, where, fields=None):
+    """Returns the JSON object in bytes or text. Raises InputError, with a message that starts with `where`.
+
+    fields: {name: type} of what it must have; a name that ends in "?" may be missing. In the place of a type, a list of
+    names: a list of objects with these fields.
+    """
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not JSON: {error}") from None
     if not isinstance(row, dict):
         raise InputError(f"{where}: a JSON object was expected, not {type(row).__name__}")
+    for field, kind in (fields or {}).items():
+        name = field.removesuffix("?")
+        if name not in row:
+            right = name != field
+        elif isinstance(kind, list):
+            right = isinstance(row[name], list) and all(isinstance(x, dict) and x.keys() >= {*kind} for x in row[name])
+        else:
+            right = isinstance(row[name], kind)
+        if not right:
+            raise InputError(f"{where}: the field {name!r} is missing or wrong")
     return row
 
 
@@ -232,32 +238,32 @@ def load_tasks(paths, kind=None, limit=None):
     tasks = {}
     for path in paths:
         if Path(path).suffix == ".json":
-            examples = parse_object(read_text(path), path).get("examples")
-            rows = list(enumerate(examples, 1)) if isinstance(examples, list) else []
+            rows = list(enumerate(parse_object(Path(path).read_bytes(), path, {"examples": []})["examples"], 1))
         else:
             rows = list(read_jsonl(path))
-        if not rows or not all(isinstance(row, dict) for _, row in rows):
-            raise InputError(f'{path}: no tasks in it: JSON lines or {{"examples": [...]}} were expected')
+        if not rows:
+            raise InputError(f"{path}: no tasks in it")
         for number, row in rows[:limit]:
-            row, where = {"task": Path(path).stem, "kind": kind} | row, f"{path}:{number}"
-            row = json.loads(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace"))  # no half surrogate pairs
-            for field in ("id", "question", "answer"):
-                given = row.get(field) if isinstance(row.get(field), list) else [row.get(field)]
-                if not given or any(isinstance(x, dict | None) or not str(x).strip() for x in given):
-                    raise InputError(f"{where}: a task needs the field {field!r}")
-            for field in ("task", "question"):
-                if not isinstance(row[field], str):
-                    raise InputError(f"{where}: the {field} must be a text")
-            if row["kind"] not in ("fact", "math"):
-                raise InputError(f'{where}: the kind must be stated: "kind": "fact" or "math", or --kind')
-            answers, aliases = row["answer"], row.get("aliases") or []
-            answers = answers if isinstance(answers, list) else [answers]
-            aliases = aliases if isinstance(aliases, list) else [aliases]
-            row |= {"id": str(row["id"]), "answer": answers[0], "aliases": [*answers[1:], *aliases]}
-            if (row["task"], row["id"]) in tasks:
-                raise InputError(f"{where}: task {row['task']} has id {row['id']!r} twice")
-            tasks[row["task"], row["id"]] = row
+            where = f"{path}:{number}"
+            task = _read_task({"task": Path(path).stem, "kind": kind} | row, where)
+            if tasks.setdefault((task["task"], task["id"]), task) is not task:
+                raise InputError(f"{where}: task {task['task']} has id {task['id']!r} twice")
     return list(tasks.values())
+
+
+def _read_task(row, where):
+    row = json.loads(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace"))  # no half surrogate pairs
+    answers, aliases = row.get("answer"), row.get("aliases") or []
+    answers = answers if isinstance(answers, list) else [answers]
+    aliases = aliases if isinstance(aliases, list) else [aliases]
+    values = {"task": [row["task"]], "id": [row.get("id")], "question": [row.get("question")], "answer": answers}
+    for field, given in values.items():
+        kind = str if field in ("task", "question") else str | int | float
+        if not given or not all(isinstance(value, kind) and str(value).strip() for value in given):
+            raise InputError(f"{where}: the field {field!r} of a task is missing, empty or of a wrong type")
+    if row["kind"] not in ("fact", "math"):
+        raise InputError(f'{where}: the kind must be stated: "kind": "fact" or "math", or --kind')
+    return row | {"id": str(row["id"]), "answer": answers[0], "aliases": [*answers[1:], *aliases]}
 
 
 @contextlib.contextmanager
@@ -266,9 +272,9 @@ def replace_file(path, mode="w"):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # Half of a surrogate pair, which a model may write, becomes a question mark.
+    text = {} if "b" in mode else {"encoding": "utf-8", "errors": "replace"}
     try:
-        # Half of a surrogate pair, which a model may write, becomes a question mark.
-        text = {} if "b" in mode else {"encoding": "utf-8", "errors": "replace"}
         with open(aside, mode, **text) as file:
             yield file
             file.flush()
@@ -289,38 +295,25 @@ class Journal(contextlib.AbstractContextManager):
 
     Opening it locks the file, reads the finished rows (`rows`) and drops an incomplete last line. `append` writes one
     line with one system call, so a kill leaves at most one incomplete line.
-    fields: what every row has. Raises InputError, and leaves the file as it is, if it holds anything else, or if
-    another process has it open.
+    fields: what every row has; see parse_object. Raises InputError, and leaves the file as it is, if it holds anything
+    else, or if another process has it open.
     """
 
-    def __init__(self, path, fields=()):
+    def __init__(self, path, fields=None):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
         self._file = open(self.path, "ab", buffering=0)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.rows, length = self._read(fields)
-            self._file.truncate(length)
-        except BaseException as error:
-            self._file.close()
-            if not isinstance(error, BlockingIOError):
-                raise
+        except BlockingIOError:
             raise InputError(f"{self.path}: another process is writing this file; wait for it or end it") from None
-
-    def _read(self, fields):
-        """Returns (rows, the length in bytes of their lines)."""
+        self.rows = [row for _, row in read_jsonl(self.path, fields, growing=True)]
         content = self.path.read_bytes()
-        complete, newline, last = content.rpartition(b"\n")
-        lines = [(n, line) for n, line in enumerate(complete.split(b"\n"), 1) if line.strip()]
-        rows = [parse_object(line, f"{self.path}:{n}") for n, line in lines]
-        try:
-            checked = [*rows, json.loads(last)] if last else rows
-        except ValueError:  # an incomplete last line; if it does not begin like a row, the file is not ours
-            checked = rows if last.startswith(b'{"') else [last]
-        if not all(isinstance(row, dict) and set(fields) <= set(row) for row in checked):
+        last = content.rpartition(b"\n")[2]
+        if last and not self.rows and (last[:2] != b'{"' or last.endswith(b"}")):  # the one line of a file of others
             raise InputError(f"{self.path}: not a file that this command wrote: name another")
-        return rows, len(complete + newline)
+        self._file.truncate(len(content) - len(last))
 
     def append(self, row):
         line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "replace")
@@ -333,16 +326,6 @@ class Journal(contextlib.AbstractContextManager):
                 self._file.truncate(length)
                 raise InputError(f"{self.path}: cannot write ({error.strerror}); earlier rows are intact") from None
             self.rows.append(row)
-
-    def drop(self, unwanted):
-        """Remove the rows that the function `unwanted` picks: the file is replaced by one without them."""
-        rows = [row for row in self.rows if not unwanted(row)]
-        if len(rows) < len(self.rows):
-            write_jsonl(self.path, rows)
-            self.rows = rows
-            self._replaced = self._file  # stays open and locked, so that no process that opened it can write to it
-            self._file = open(self.path, "ab", buffering=0)
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def close(self, *exception):
         self._file.close()
@@ -360,12 +343,59 @@ def keep_config(path, config, *, binding=True, notes=None, **facts):
     path, settings = Path(path), json.loads(json.dumps(dataclasses.asdict(config) | facts))
     fixed = {field.name for field in dataclasses.fields(config) if field.metadata["changes_results"]} | set(facts)
     if binding and path.exists():
-        old = parse_object(read_text(path), path)
+        old = parse_object(path.read_bytes(), path)
         for name, value in settings.items():
             if name in fixed and old.get(name, value) != value:
                 made = f"made with {name.replace('_', '-')} {old[name]}, not {value}"
                 raise InputError(f"{path}: these results were {made}: name another --out to keep both, or delete it")
     write_json(path, settings | (notes or {}))
+
+
+# ------------- Prompts
+
+SHOWN = {  # method: the prompts that its episodes show, besides the system prompt
+    "agent": ["question", "observation", "error", "no_code", "search_result"],
+    "cot": [],
+    "cot-rag": ["cot_rag_question", "search_result"],
+}
+
+
+class Prompts:
+    """Every text that a model is shown, one file each: `prompts.question` is prompts/question.txt."""
+
+    default = Path(__file__).parent.parent / "prompts"
+
+    def __init__(self, folder=default):
+        self.folder = Path(folder)
+
+    def __getattr__(self, name):
+        text = read_text(self.folder / f"{name}.txt")
+        setattr(self, name, text)
+        return text
+
+    def fill(self, name, **values):
+        """Returns the prompt with its {placeholders} replaced, in one pass: braces inside a value stay as they are."""
+        return re.sub(r"\{(\w+)\}", lambda m: str(values.get(m[1], m[0])), getattr(self, name))
+
+    def system(self, name, tools, max_steps=5):
+        """Returns a system prompt. {tools} becomes the descriptions of the tools, {calls} a list of their signatures.
+
+        tools: names. Raises InputError for a tool that prompts/tools/NAME.txt does not describe.
+        """
+        described, calls = [], []
+        for tool in (*tools, "final_answer"):
+            path = self.folder / "tools" / f"{tool}.txt"
+            text = read_text(path) if path.exists() else ""
+            if not text.startswith(f"{tool}(") or ")" not in text:
+                raise InputError(f"{path}: describes a tool of --tools, as {tool}(argument: type): what it does")
+            described.append(f"- {text}")
+            calls.append(re.sub(r":(\[[^\]]*\]|[^,)])*", "", text[: text.index(")") + 1]))  # without annotations
+        return self.fill(name, tools="\n".join(described), calls=", ".join(calls), max_steps=max_steps)
+
+    def sha256(self, method):
+        """Returns a hash of the texts that a method shows. Results made with other texts must not be mixed."""
+        texts = [getattr(self, name) for name in SHOWN[method]]
+        return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
 # ------------- HTTP: one way to serve JSON; the clients are in common/client.py

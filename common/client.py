@@ -12,7 +12,6 @@ import json
 import os
 import re
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
@@ -26,6 +25,9 @@ BACKOFF = 0.5  # seconds; the waits before the retries are 0, 1, 2, 4, ... up to
 LOST = (requests.ConnectionError, requests.Timeout, exceptions.ChunkedEncodingError, exceptions.ContentDecodingError)
 # What an answer raises that is not JSON, lacks a field, or has a field of another type.
 UNREADABLE = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError)
+
+
+HELLO = [{"role": "user", "content": "Say hello."}]
 
 
 class ServerError(InputError):
@@ -43,14 +45,13 @@ class Connection:
 
     url: what all paths are appended to. api_key_env: the environment variable with the key, which is sent as a bearer
     token and never shown. timeout: seconds for one request. retries: further attempts after lost connections, 408, 409,
-    429, 5xx and answers that cannot be read, with growing waits or those that Retry-After asks for.
+    425, 429, 5xx and answers that cannot be read, with growing waits or those that Retry-After asks for.
     """
 
     def __init__(self, url, api_key_env="", timeout=600.0, retries=8):
         self.url = url.rstrip("/")
         self.timeout = timeout
         self.retries = retries
-        self.api_key_env = api_key_env
         self.key = os.environ.get(api_key_env, "")
         self.reached = False  # whether the server has ever answered
         if not re.match(r"https?://[^/@]+(/|$)", url):
@@ -76,18 +77,18 @@ class Connection:
         if body is not None:  # half of a surrogate pair, which no server can read, becomes a question mark
             options["data"] = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
         for attempt in range(self.retries + 1):
-            wait = min(BACKOFF * 2 ** min(attempt, 10), 30.0) if attempt else 0
+            wait = min(BACKOFF * 2**attempt, 30.0) if attempt else 0
             try:
                 response = self.session.request("GET" if body is None else "POST", url, **options)
                 self.reached, status = True, response.status_code
-                words = self._shown(response.headers.get("Location") or response.content.decode("utf-8", "replace"))
-                if status == 200:
-                    return read(json.loads(response.content)), attempt
+                text = response.content.decode("utf-8-sig", "replace")
+                words = self._shown(response.headers.get("Location") or text)
+                if 200 <= status < 300:
+                    return read(json.loads(text)), attempt
                 if status in (400, 413, 422):
                     raise BadRequest(f"{status}: {words}")
                 if status < 500 and status not in (408, 409, 425, 429):
-                    key = f" (${self.api_key_env} is not set)" if status in (401, 403) and not self.key else ""
-                    raise InputError(f"{url} answered {status}{key}: {words}")
+                    raise InputError(f"{url} answered {status}: {words}")
                 reason, wait = f"{status}: {words}", max(wait, _retry_after(response))
             except LOST as error:
                 cause = getattr(error.args[0] if error.args else error, "reason", error)
@@ -118,98 +119,74 @@ def _retry_after(response):
 
 
 class Client(Connection):
-    """A client for `POST /v1/chat/completions` and `/v1/completions`. Threads may share it.
+    """Asks one model of a server. url: ends in /v1. model: None takes the first one that the server lists.
 
-    url: a base that ends in /v1. model: None asks the server which model it has. Other arguments: see Connection.
+    Other arguments: see Connection. Threads may share a client.
     """
 
     def __init__(self, url, model=None, api_key_env="OPENAI_API_KEY", timeout=600.0, retries=8):
         super().__init__(url, api_key_env, timeout, retries)
-        self.model = model
-        self.refused = collections.defaultdict(set)  # path -> names of fields; see probe
-        if model is None:
-            try:
-                self.model, _ = self.request("/models", read=lambda answer: answer["data"][0]["id"])
-            except InputError as error:
-                raise type(error)(f"{error} (or name a --model)") from None
+        self.model = model or self.request("/models", read=lambda answer: answer["data"][0]["id"])[0]
+        self.refused = set()  # names of fields; see probe
 
     def chat(self, messages, n=1, **fields):
-        """n replies to a chat: (texts, usage). fields: temperature, max_tokens, ...; those that are None are not sent.
+        """n replies to a chat, or n continuations of a text: (texts, usage). Some servers ignore n and are asked again.
 
-        texts: thinking comes before the reply as <think>...</think>; the reply ends before the first stop string.
-        usage: prompt_tokens, completion_tokens, retries, and truncated, the number of texts cut at the token limit.
+        fields: temperature, max_tokens, ...; those that are None are not sent. texts: thinking comes before the reply
+        as <think>...</think>; the reply ends before the first stop string. usage: prompt_tokens, completion_tokens,
+        retries, and truncated, the number of texts cut at the token limit.
         """
-        return self._ask("/chat/completions", n, messages=messages, **fields)
-
-    def complete(self, prompt, n=1, **fields):
-        """n continuations of a text, as `chat`."""
-        return self._ask("/completions", n, prompt=prompt, **fields)
-
-    def probe(self, path="/chat/completions", needed=(), max_tokens=16, **fields):
-        """Ask a short question with the fields that will be sent, and find those that the server refuses.
-
-        They are named in one line on stderr, and not sent from then on. Raises InputError if one of them is in
-        `needed`, or if the server refuses even the question alone.
-        """
-        question = {"messages": _HELLO} if path == "/chat/completions" else {"prompt": "Hello"}
-        todo, kept, notes, refused = {"max_tokens": max_tokens} | fields, question, [], self.refused[path]
-
-        def refusal(fields):
-            try:
-                self._ask(path, **fields)
-            except BadRequest as error:
-                return error
-
-        while refusal(kept | todo):
-            for name, value in list(todo.items()):  # one more at a time, until one is refused
-                if error := refusal(kept | {name: value}):
-                    break
-                kept[name] = todo.pop(name)
-            else:
-                break
-            if name in refused:  # neither max_tokens nor max_completion_tokens is accepted
-                raise InputError(f"{self.url} refuses even a short request ({error})")
-            if name in needed:
-                raise InputError(f"{self.url} refuses {name} {value} ({error}): name another")
-            refused.add(name)
-            notes.append(f"{name} ({error}), so {_WITHOUT.get(name, 'its own default applies')}")
-            if name != "max_tokens":
-                del todo[name]
-        if notes:
-            print(f"note: {self.url} refuses {'; '.join(notes)}", file=sys.stderr)
-
-    def _ask(self, path, n=1, **fields):
-        """Collect n choices. Some servers ignore n: missing choices are asked for again."""
-        body = {"model": self.model} | {name: value for name, value in fields.items() if value is not None}
-        texts, usage, refused, stop = [], collections.Counter(truncated=0), self.refused[path], body.get("stop", ())
+        path, question = "/chat/completions", "messages"
+        if isinstance(messages, str):
+            path, question = "/completions", "prompt"
+        body = {"model": self.model, question: messages}
+        body |= {name: value for name, value in fields.items() if value is not None}
+        texts, usage, stop = [], collections.Counter(truncated=0), body.get("stop", ())
         while len(texts) < n:
             request, missing = dict(body), n - len(texts)
             if missing > 1:
                 request["n"] = missing
             if "seed" in body:
                 request["seed"] += len(texts)  # the same seed would repeat the first answer
-            if "max_tokens" in refused:
+            if "max_tokens" in self.refused:
                 request["max_completion_tokens"] = body["max_tokens"]
-            request = {name: value for name, value in request.items() if name not in refused}
+            request = {name: value for name, value in request.items() if name not in self.refused}
             (choices, used), retries = self.request(path, request, _read_choices)
             usage.update(used, retries=retries)
             if "stop" in request and any(why == "stop" and _is_unfinished_thinking(text) for text, why in choices):
-                refused.add("stop")  # the server stops inside the thinking, too; from now on texts are cut here
+                self.refused.add("stop")  # the server stops inside the thinking, too; from now on texts are cut here
                 continue
             for text, why in choices[:missing]:
-                cut = cut_at_stop(text, stop)
-                usage["truncated"] += why == "length" and cut == text
-                texts.append(cut_partial_stop(cut, stop))
+                texts.append(cut_at_stop(text, stop))
+                usage["truncated"] += why == "length" and texts[-1] == text
         return texts, usage
 
+    def probe(self, question=HELLO, needed=(), max_tokens=16, **fields):
+        """Ask a short question with the fields that will be sent. Those that the server refuses are not sent again.
 
-_HELLO = [{"role": "user", "content": "Say hello."}]
-_WITHOUT = {
-    "max_tokens": "max_completion_tokens is sent",
-    "stop": "texts are cut here",
-    "n": "candidates are asked for one at a time",
-    "seed": "sampled replies cannot be repeated",
-}
+        They are named in one line on stderr. Raises InputError if one of them is in `needed`, or if the server refuses
+        even the question alone.
+        """
+
+        def refusal(fields):
+            try:
+                self.chat(question, **fields)
+            except BadRequest as error:
+                return error
+
+        fields, asked, notes = {"max_tokens": max_tokens} | fields, {}, []
+        if not refusal(fields):
+            return
+        for name, value in fields.items():  # one more at a time: some are refused only beside another
+            asked[name] = value
+            if error := refusal(asked):
+                if name in needed:
+                    raise InputError(f"{self.url} refuses {name} {value} ({error}): name another")
+                self.refused.add(name)
+                notes.append(f"{name} ({error})")
+                if name == "max_tokens" and (error := refusal(asked)):  # now sent as max_completion_tokens
+                    raise InputError(f"{self.url} refuses even a short request ({error})")
+        print(f"note: {self.url} refuses {'; '.join(notes)}: not sent", file=sys.stderr)
 
 
 def _read_choices(answer):
@@ -219,8 +196,6 @@ def _read_choices(answer):
         if choice.get("finish_reason") == "error":  # a gateway reports that the server behind it failed
             raise ValueError
         text = _plain(choice["text"]) if "text" in choice else _reply(choice["message"])
-        if "</think>" in text and "<think>" not in text:
-            text = "<think>" + text  # the chat template of DeepSeek-R1 opens the thinking itself
         text = text.encode("utf-8", "replace").decode()  # half of a surrogate pair cannot be written to a file
         choices.append((text, choice.get("finish_reason")))
     if not choices:
@@ -246,7 +221,6 @@ def _plain(content):
 
 
 def _is_unfinished_thinking(text):
-    """Returns whether a text is thinking that has not ended."""
     return text.lstrip().startswith("<think>") and "</think>" not in text
 
 
@@ -257,40 +231,34 @@ def cut_at_stop(text, stop):
     return text[: min((end for end in ends if end >= 0), default=len(text))]
 
 
-def cut_partial_stop(text, stop):
-    """Returns the text without the beginning of a stop string at its end, where the token limit cut it."""
-    parts = (string[:length] for string in stop for length in range(len(string) - 1, 0, -1))
-    return text.removesuffix(next(filter(text.endswith, parts), ""))
-
-
 class Served:
     """A served model that answers turns.
 
-    mode: how the server is made to continue an opening. "continue": by continue_final_message, as vLLM has it, or by
-    itself, as llama.cpp does (probed). "completions": the chat is rendered here with the tokenizer's template and sent
-    to /v1/completions. template_options: further arguments of the chat template. sampling: temperature, max_tokens, ...
+    A server continues an opening by continue_final_message, as vLLM has it, or by itself, as llama.cpp does (probed).
+    tokenizer: the model's, or its name, for a server that does neither: its template renders the chat here, which is
+    sent to /v1/completions. template_options: further arguments of the template. sampling: temperature, ...
     """
 
-    def __init__(self, client, mode="continue", tokenizer=None, template_options=None, **sampling):
+    def __init__(self, client, tokenizer=None, template_options=None, **sampling):
         self.client = client
-        self.mode = mode
         self.tokenizer = tokenizer
         self.template_options = template_options
         self.sampling = _NO_DEFAULTS | sampling
-        self.continuing = {} if mode == "completions" else _CONTINUE
+        self.continuing = _CONTINUE
 
     def answer(self, turn, usage, n=1, seed=None):
         """n candidate texts for a turn. Token counts are added to the Counter `usage`."""
-        opening = turn.opening.rstrip()  # many tokens begin with a space, so models continue badly after one
-        fields = self.sampling | {"n": n, "seed": seed} | (self.continuing if opening else {})
-        messages = [*turn.messages, {"role": "assistant", "content": opening}] if opening else turn.messages
-        if opening and self.mode == "completions":
-            texts, used = self.client.complete(self._render(messages), **fields)
-        else:
-            texts, used = self.client.chat(messages, chat_template_kwargs=self.template_options, **fields)
+        fields = {"n": n, "seed": seed, "chat_template_kwargs": self.template_options}
+        messages = turn.messages
+        if turn.opening:
+            messages = [*messages, {"role": "assistant", "content": turn.opening}]
+            fields |= self.continuing
+        if turn.opening and self.tokenizer:
+            messages = self._render(messages)
+            fields = {"n": n, "seed": seed}
+        texts, used = self.client.chat(messages, **self.sampling, **fields)
         usage.update(used)
-        texts = [text.removeprefix(opening) for text in texts]  # llama.cpp repeats it
-        return texts if opening == turn.opening else [text.lstrip() for text in texts]
+        return [text.removeprefix(turn.opening) for text in texts]  # llama.cpp repeats it
 
     def probe(self, n=1, opening=False):
         """Ask a short question first: what would fail in every episode is refused before the first one.
@@ -300,9 +268,8 @@ class Served:
         needed = [name for name in ("temperature", "top_p") if self.sampling.get(name) not in (None, 1)]
         fields = self.sampling | {"n": n, "seed": 0, "needed": needed}
         self.client.probe(chat_template_kwargs=self.template_options, **fields)
-        if opening and self.mode == "completions":
-            self._render(_OPENED)
-            self.client.probe("/completions", **fields)
+        if opening and self.tokenizer:
+            self.client.probe(self._render(_OPENED), **fields)
         elif opening:
             self._probe_continuing()
 
@@ -316,36 +283,33 @@ class Served:
         def count(messages, **fields):
             return self.client.chat(messages, max_tokens=1, **fields)[1]["prompt_tokens"]
 
-        short, same = count(_HELLO), count([{"role": "user", "content": "Say hello. Hello"}])
+        short, same = count(HELLO), count([{"role": "user", "content": "Say hello. Hello"}])
         refusal = "it ignores continue_final_message" if same else "it sends no token counts that would show it"
-        for fields in (_CONTINUE, {}):
+        for self.continuing in (_CONTINUE, {}):
             try:
-                if short < same >= count(_OPENED, **fields):
-                    self.continuing = fields
+                if short < same >= count(_OPENED, **self.continuing):
                     return
             except BadRequest as error:
                 refusal = error
-        raise InputError(f"the server does not continue a message ({refusal}): name --prefix-mode completions")
+        raise InputError(f"the server does not continue a message ({refusal}): give --prefix-tokenizer NAME")
 
     def _render(self, opened):
         """Returns a chat as text that ends with its last message, by the model's own template."""
         if isinstance(self.tokenizer, str):
-            from transformers import AutoTokenizer  # takes seconds to import, and only this mode needs it
+            from common.models import load_tokenizer  # imports torch, which a teacher behind a server does not need
 
-            try:
-                self.tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
-            except (OSError, ValueError) as error:
-                raise InputError(f"--tokenizer {self.tokenizer}: {str(error).splitlines()[0]}") from None
-        if not self.tokenizer.chat_template:
-            raise InputError(f"--tokenizer {self.tokenizer.name_or_path}: it has no chat template")
+            self.tokenizer = load_tokenizer(self.tokenizer)
         options = {"continue_final_message": True, "tokenize": False} | (self.template_options or {})
-        text = self.tokenizer.apply_chat_template(opened, **options)
+        try:
+            text = self.tokenizer.apply_chat_template(opened, **options)
+        except ValueError as error:  # it has no template, or one that changes the message
+            raise InputError(f"--prefix-tokenizer {self.tokenizer.name_or_path}: {error}") from None
         # The server adds the beginning-of-text token again where the tokenizer does so itself.
         begins = self.tokenizer.bos_token and self.tokenizer("").input_ids[:1] == [self.tokenizer.bos_token_id]
         return text.removeprefix(self.tokenizer.bos_token) if begins else text
 
 
-_OPENED = [*_HELLO, {"role": "assistant", "content": "Hello"}]
+_OPENED = [*HELLO, {"role": "assistant", "content": "Hello"}]
 _CONTINUE = {"continue_final_message": True, "add_generation_prompt": False}
 # Without these, vLLM uses the checkpoint's generation_config.json, and llama.cpp top_k 40 and min_p 0.05.
 _NO_DEFAULTS = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -374,78 +338,50 @@ def in_parallel(function, items, workers):
         raise errors[0]
 
 
+VERDICT = {"key": str, "verdict": str}  # the fields of a row of judge*.jsonl
+
+
 class Judge:
     """Asks an LLM whether an answer means the same as one of the gold answers.
 
-    Called with (question, gold answers, prediction), as grading.grade does; returns True, False, or None if no attempt
-    brought a clear verdict: `undecided` has a key for each such answer. journal: a Journal that keeps verdicts by the
-    hash of model and prompt. The files `caches` are read too: nothing is asked twice. Threads may share a judge.
+    Called with (question, gold answers, prediction), as grading.grade does; returns True, False, or None if the reply
+    has no clear verdict. journal: a Journal judge*.jsonl, which keeps verdicts by the hash of model and prompt; those
+    of all such files in its folder are read, so that nothing is asked twice. Threads may share a judge.
     Raises what Client.probe and Client.chat raise, except BadRequest for a single answer, which then has no verdict.
     """
 
-    ATTEMPTS = 3
     CHARACTERS = 2000  # of an answer; the answer to a factual question is a phrase, so a longer one is cut
     MAX_TOKENS = 1024  # some judges think first
 
-    def __init__(self, client, prompts, journal, caches=()):
+    def __init__(self, client, prompts, journal):
         self.client = client
         self.prompts = prompts
         self.journal = journal
-        self.undecided = set()
-        rows = list(journal.rows)
-        for path in caches:
-            with contextlib.suppress(InputError):  # another process may be writing its last line
-                rows.extend(row for _, row in read_jsonl(path))
-        self.verdicts = {row["key"]: row["verdict"] for row in rows}
-        self.lock = threading.Lock()
-        self.probed = False
-
-    def probe(self):
-        """Ask a short question once, before the first verdict; see Client.probe."""
-        with self.lock:
-            if not self.probed:
-                self.client.probe(temperature=0.0, max_tokens=self.MAX_TOKENS, seed=0)
-            self.probed = True
+        self.sampling = {"temperature": 0.0, "max_tokens": self.MAX_TOKENS, "seed": 0}
+        self.verdicts = {}
+        for path in journal.path.parent.glob("judge*.jsonl"):
+            self.verdicts |= {row["key"]: row["verdict"] for _, row in read_jsonl(path, VERDICT, growing=True)}
+        client.probe(**self.sampling)
 
     def __call__(self, question, answers, prediction):
         answers, prediction = (json.dumps(x, ensure_ascii=False) for x in (answers, prediction[: self.CHARACTERS]))
         prompt = self.prompts.fill("judge", question=question or "(not given)", answer=answers, prediction=prediction)
         key = hashlib.sha256(f"{self.client.model}\n{prompt}".encode("utf-8", "replace")).hexdigest()
-        if key not in self.verdicts and key not in self.undecided:
-            self.probe()
-            if verdict := self._ask([{"role": "user", "content": prompt}]):
+        if key not in self.verdicts:
+            verdict = None
+            with contextlib.suppress(BadRequest):
+                [text], _ = self.client.chat([{"role": "user", "content": prompt}], **self.sampling)
+                verdict = read_verdict(text)
+            if verdict:
                 self.journal.append({"key": key, "verdict": verdict, "model": self.client.model})
-                self.verdicts[key] = verdict
-            else:
-                self.undecided.add(key)
-        return self.verdicts[key] == "correct" if key in self.verdicts else None
-
-    def _ask(self, messages):
-        with contextlib.suppress(BadRequest):
-            for attempt in range(self.ATTEMPTS):
-                [text], _ = self.client.chat(messages, temperature=0.0, max_tokens=self.MAX_TOKENS, seed=attempt)
-                if verdict := read_verdict(text):
-                    return verdict
-        return None
+            self.verdicts[key] = verdict
+        return self.verdicts[key] and self.verdicts[key] == "correct"
 
 
 def read_verdict(reply):
-    """Returns the verdict of the JSON object in a reply, with any text around it, or of a reply that is one word.
-
-    None for a reply without a verdict, or with two different ones.
-    """
+    """Returns the verdict in a reply's JSON, or of a one-word reply; None if there is none, or two different ones."""
     text = "" if _is_unfinished_thinking(reply) else reply.rpartition("</think>")[2].lower()
-    verdicts, at = [], text.find("{")
-    while at >= 0:
-        try:
-            value, end = json.JSONDecoder(strict=False).raw_decode(text, at)
-            verdicts += [value["verdict"]] if "verdict" in value else []
-        except ValueError:
-            end = at + 1
-        except RecursionError:
-            return None
-        at = text.find("{", end)
+    verdicts = set(re.findall(r"""["']verdict["']\s*:\s*["'](correct|incorrect)["']""", text))
     if word := re.fullmatch(r"[^\w\[]*(?:verdict[^\w\[]+)?(correct|incorrect)[^\w\[]*", text):
-        verdicts.append(word[1])
-    clear = verdicts[:1] in (["correct"], ["incorrect"]) and all(each == verdicts[0] for each in verdicts)
-    return verdicts[0] if clear else None
+        verdicts.add(word[1])
+    return verdicts.pop() if len(verdicts) == 1 else None

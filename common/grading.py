@@ -4,26 +4,24 @@ r"""Is this answer right? Exact match for facts, equality of value for math, and
     grade("math", "0.5", r"\frac{1}{2}")                   # Verdict(correct=True, why="equal")
     same("math", 4, "4.0")                                 # True: one vote
 
-A wrong answer that counts as right is worse than a right answer that is missed: it inflates a result, and as a
-teacher trajectory it trains the student on an error. A text that cannot be read is therefore never right.
+A wrong answer that counts as right inflates a result, and as a teacher trajectory it trains the student on an error. A
+text that cannot be read is therefore never right.
 
 Math: common/expressions.py reads an answer (LaTeX, plain text, Python's or sympy's notation, a JSON value). Words after
-a value may be left out, but two different units never agree. 50% is 0.5, and 50 if the gold answer has the sign or the
-question asks for percent. A decimal equals the numbers that round to it if it has six decimal places, as in
-Math-Verify, or seven digits: 3.141593 is pi, 3.14159 is not. From other numbers it may differ by 10^-14 (doubles are
-rounded). "x =" before an answer may be left out; two equations are equal if their differences are proportional. x < 2
-is (-oo, 2). "1, 2" is unordered; tuples and vectors are ordered; (a, b] is not [a, b]. [2, 5] may be the list 2, 5, but
-not the set {2, 5}; a program's list may be any of them. 52_8 needs its base unless the question names one. Letters are
-variables, and their case counts; AB and words of four letters are names.
+the answer may be left out, but two different units never agree. 50% is 0.5, and 50 if the gold answer has the sign or
+the question asks for percent. A decimal equals the numbers that round to it if it has six decimal places, as in
+Math-Verify, or seven digits: 3.141593 is pi, 3.14159 is not. "x =" may be left out; two equations are equal if their
+differences are proportional. x < 2 is (-oo, 2). "1, 2" is unordered; tuples and vectors are ordered. [2, 5] may be the
+list 2, 5, but not the set {2, 5}; a program's list may be any of them. 52_8 needs its base unless the question names
+one. Letters are variables, and their case counts; AB and words of four letters are names.
 
 Not read, and right only as the same text: chains (x = 10/4 = 5/2), inequalities in two variables, x > 2 and x < 5 in
 words, x \ne 2; set-builder notation, unions that touch, set differences; ratios in other terms; repeating decimals;
 [1 2]; products without a sign after a division (1/ab), or after a function without brackets (\sin x/2); odd roots of
 negative numbers; factorials of variables; \max, \sum, vectors with arrows; number words (20 million); single letters as
-units in plain text (5 m); sentences around an answer; a choice with its value, (B) 16, for the letter.
+units in plain text (5 m), a unit for each item of a list; sentences around an answer; (B) 16 for the letter.
 """
 
-import ast
 import dataclasses
 import json
 import re
@@ -31,7 +29,7 @@ import string
 import unicodedata
 
 from common import InputError
-from common.expressions import Group, Value, clean, is_group, proportional, read, same_value
+from common.expressions import Group, clean, is_group, read, same_equation, same_value
 
 MAX_CHARACTERS = 2000  # of one answer; 2^{4181}, a gold answer of MATH, has 1,259 digits
 
@@ -59,16 +57,14 @@ def grade(kind, prediction, answer, aliases=(), question="", judge=None):
     answers = [gold for gold in answers if gold not in (None, []) and str(gold).strip()]
     if not answers:
         return Verdict(False, "no gold answer")  # three MATH training rows have none
+    if prediction in (None, []) or (isinstance(prediction, str) and not prediction.strip()):
+        return Verdict(False, "no answer")
     if kind == "math":
-        if prediction is None or (isinstance(prediction, str) and not prediction.strip()):
-            return Verdict(False, "no answer")
         return compare(prediction, answer, question or "")
     try:
         text = fact_text(prediction)
     except (RecursionError, ValueError):  # deeply nested lists; an integer that is too long to print
         return Verdict(False, "unreadable")
-    if not text.strip():
-        return Verdict(False, "no answer")
     aliases = [aliases] if isinstance(aliases, str) else aliases or []
     if exact_match(text, answers):
         return Verdict(True, "exact")
@@ -83,45 +79,44 @@ def grade(kind, prediction, answer, aliases=(), question="", judge=None):
 
 # ------------- Facts: exact match as the evaluation scripts of SQuAD and HotpotQA define it
 
-
-def fact_text(value):
-    """Returns a JSON value as plain text: True is yes, 1969.0 is 1969, a list has commas, LaTeX is replaced."""
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    if isinstance(value, list):
-        return ", ".join(map(fact_text, value))
-    return without_latex(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-FONT = r"\\(?:text\w*|math\w*|mbox|emph|operatorname|underline|boxed|fbox)\s*(?=\{)"
+FONT = r"text\w*|math\w*|mbox|emph|operatorname|underline|boxed|fbox|rm|bf|it|[lL]arge|[hH]uge|displaystyle"
 LATEX = [  # (pattern, replacement), in this order
     (r"(?<=\d)\\,(?=\d{3})", ""),  # 10\,000
-    (r"\\(?:[\\,;: ]|q?quad\b)|(?<!\\)~", " "),  # \text{New}\ \text{York}
+    (r"\\(?:[\\,;: ]|q?quad\b)|(?<=\w)~(?=\w)", " "),  # \text{New}\ \text{York}, Barack~Obama
     (r"\^\s*(?:\\circ|\{\s*\\circ\s*\})", "°"),  # 60^\circ
     (r"\\([`'^\"~])\s*(?:\{\\?(\w)\}|(\w))", lambda match: (match[2] or match[3]) + ACCENTS[match[1]]),  # M\'elanie
     (r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2"),
-    (rf"{FONT}|(?<!\\)[{{}}$]|\\[()\[\]]", ""),  # \text{Paris}, $\mathbf{yes}$
+    (rf"\\(?:{FONT})(?![a-zA-Z])\s*|(?<!\\)[{{}}$]|\\[()\[\]]", ""),  # \text{Paris}, {\rm yes}
     (r"\\(?=[a-zA-Z]|[^\w\s])", ""),  # A\$AP, Steely \& Clevie, \alpha
 ]
 ACCENTS = dict(zip("`'^\"~", "\u0300\u0301\u0302\u0308\u0303", strict=True))  # combining characters
 
 
-def without_latex(text):
-    r"""Returns a fact in plain text: \text{A\$AP Rocky} is A$AP Rocky. A text without LaTeX stays as it is."""
-    if "\\" in text:
+def fact_text(value):
+    """Returns a JSON value as plain text: True is yes, 1969.0 is 1969, a list has commas, LaTeX is replaced."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(fact_text, value))
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if re.search(r"\\|\w~\w", value):
         for pattern, replacement in LATEX:
-            text = re.sub(pattern, replacement, text)
-    return unicodedata.normalize("NFC", text)
+            value = re.sub(pattern, replacement, value)
+    return unicodedata.normalize("NFC", value)
 
 
 # A number's sign, its decimal point and other signs between two digits are not punctuation; the comma of 1,000 is.
 IN_NUMBERS = r"(?<![^\s(])-(?=\$?\.?\d)|(?<!\w)\.(?=\d)|(?<=\d)(?:[^\w\s,]|,(?!\d{3}(?!\d)))(?=\d)"
 PUNCTUATION = re.compile(f"({IN_NUMBERS})|[{re.escape(string.punctuation)}]")
 QUOTES = str.maketrans("‘’´“”–—−", "\u0027\u0027\u0027" + '""---')
+
+
+def exact_match(prediction, answers):
+    """Returns whether the prediction is one of the answers after normalisation."""
+    return normalise_fact(prediction) in map(normalise_fact, answers)
 
 
 def normalise_fact(value):
@@ -134,37 +129,14 @@ def normalise_fact(value):
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split()) or text.strip() or original
 
 
-def exact_match(prediction, answers):
-    """Returns whether the prediction is one of the answers after normalisation."""
-    return normalise_fact(prediction) in map(normalise_fact, answers)
-
-
 # ------------- Answers of chain-of-thought replies
 
-# \boxed{ or \boxed 5; \{ and \}; { and }
-BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*(?:\{|(\\?[^\s$\\{}]*[^\s$\\{}.,;]))|\\.|[{}]", re.DOTALL)
-
-
-def boxed_answer(text):
-    r"""Returns the content of the last complete \boxed{...} or \fbox{...} (or `\boxed 5`) with an answer, or None."""
-    boxes = []  # (start, end) of the contents
-    opened = []  # (start, whether it is a box) of the braces
-    for match in BOX.finditer(text):
-        if match[1]:
-            boxes.append(match.span(1))
-        elif match[0][-1] == "{" and match[0] != r"\{":
-            opened.append((match.end(), len(match[0]) > 1))
-        elif match[0] == "}" and opened:
-            start, is_box = opened.pop()
-            if is_box:
-                boxes.append((start, match.start()))
-    for start, end in sorted(boxes, reverse=True):
-        content = text[start:end].strip()
-        if not NO_ANSWER.fullmatch(content):
-            return content
-    return None
-
-
+BRACES = r"(?:[^{}\\]|\\.)*+"  # the text between two braces
+for _ in range(8):
+    BRACES = rf"(?:[^{{}}\\]|\\.|\{{{BRACES}\}})*+"
+BOX = re.compile(  # \boxed{5} or \boxed 5
+    rf"\\(?:boxed|fbox)(?![a-zA-Z])\s*(?:\{{({BRACES})\}}|(\\?[^\s$\\{{}}]*[^\s$\\{{}}.,;]))", re.DOTALL
+)
 # What a box holds where a reply repeats its instructions: \boxed{}, \boxed{...}, \boxed{\text{answer}}
 NO_ANSWER = re.compile(r"(?i)(?:\\text)?[\s{}.…_]*(?:\\[lc]?dots|(?:(?:your|the|final)\s+)*answer)?[\s{}.…_]*")
 
@@ -187,20 +159,21 @@ SENTENCE_END = re.compile(
 
 
 def cot_answer(text):
-    """Returns the boxed answer; else what the last "Final answer: ...", "The answer is ...", "Answer: ..." or
-    "#### ..." states, up to the end of its sentence; else None."""
-    boxed = boxed_answer(text)
-    if boxed is not None:
-        return boxed
+    r"""Returns the content of the last complete \boxed{...} or \fbox{...} with an answer; else what the last "Final
+    answer: ...", "The answer is ..." or "#### ..." states, up to the end of its sentence; else None."""
+    boxes = [(in_braces or bare).strip() for in_braces, bare in BOX.findall(text)]
+    if boxes := [box for box in boxes if not NO_ANSWER.fullmatch(box)]:
+        return boxes[-1]
     stated = STATED.findall(text)
-    return SENTENCE_END.split(stated[-1])[0].strip(" *").removesuffix(".").rstrip(" *") if stated else None
+    return SENTENCE_END.split(stated[-1])[0].strip(" *`").removesuffix(".").rstrip(" *`") if stated else None
 
 
 # ------------- Math: comparison
 
-WORDING = re.compile(r"\\text\s*\{[a-zA-Z ,.()'-]+\}|[a-zA-Z]{4,}( [a-zA-Z]+)*")  # words or a letter: \text{(C)}, east
-
-CHOICE = re.compile(r"^(?:\\text\s*\{)?\([A-Z]\)\s*\}?\s+(?!.*[A-Z])")  # of \text{(B)} 16
+# Words or a letter: \text{(C)}, east, No solution
+WORDING = re.compile(r"\\text\s*\{[a-zA-Z ,.()'-]+\}|(?=.*[a-zA-Z]{4})[a-zA-Z]+( [a-zA-Z]+)*")
+# \text{5 cm} is 5 cm, \text{(B)} 16 is 16
+TEXT_OR_CHOICE = re.compile(r"^(?:\\text\s*\{([^{}]*)\}$|(?:\\text\s*\{)?\([A-Z]\)\s*\}?\s+(?!.*[A-Z]))")
 
 
 def compare(prediction, answer, question=""):
@@ -211,92 +184,56 @@ def compare(prediction, answer, question=""):
     try:
         if max(len(str(prediction)), len(str(answer))) > MAX_CHARACTERS:
             return Verdict(False, "unreadable")
-        if clean(str(prediction)) == clean(str(answer)):
+        text, gold_text = clean(str(prediction)), clean(str(answer))
+        if text == gold_text:
             return Verdict(True, "exact")
-        if WORDING.fullmatch(clean(str(answer))):
-            equal = words_of(str(prediction)) == words_of(str(answer))
+        if WORDING.fullmatch(gold_text):
+            equal = words_of(text) == words_of(gold_text)
             return Verdict(equal, "text" if equal else "different")
-        if re.search(r"\bbase\b|binary|octal|hexadecimal", question) and re.fullmatch(r"\s*-?\d+\s*", str(prediction)):
-            answer = re.sub(r"_\s*\{?\d{1,2}\}?$", "", str(answer))
+        if re.search(r"\bbase\b|binary|octal|hexadecimal", question) and re.fullmatch(r"-?\d+", text):
+            answer = re.sub(r"_\d{1,2}$", "", gold_text)
         readings = [prediction]
-        if isinstance(prediction, str):
-            readings = [re.sub(r"^\\text\s*\{([^{}]*)\}$", r"\1", CHOICE.sub("", clean(prediction)))]
-            if re.fullmatch(r"\s*-?\d{1,3}(,\d{3})+\s*", prediction):
-                readings.append(prediction.replace(",", ", "))  # 81,256 is a number or two
-        gold = read(exact_part(answer))
-        equal = any(same_node(read(exact_part(reading)), gold, question.lower()) for reading in readings)
-        return Verdict(equal, "equal" if equal else "different")
-    except (ValueError, ArithmeticError, SyntaxError, RecursionError, MemoryError):  # the last two: nested too deeply
+        if isinstance(prediction, str):  # 81,256 is a number or two
+            readings = [TEXT_OR_CHOICE.sub(r"\1", text), prediction.replace(",", ", ")]
+        gold_unit, gold = read(answer)
+        for unit, node in map(read, readings):
+            if (not unit or not gold_unit or unit == gold_unit) and same_node(node, gold, question.lower()):
+                return Verdict(True, "equal")
+        return Verdict(False, "different")
+    except (ValueError, ArithmeticError, TypeError, SyntaxError, RecursionError, MemoryError):
         return Verdict(False, "unreadable")
-
-
-def exact_part(answer):
-    r"""Returns x = 2\sqrt{3} for x = 2\sqrt{3} \approx 3.46, and 3.46 for x \approx 3.46."""
-    if not isinstance(answer, str):
-        return answer
-    pieces = [piece for piece in re.split(r"\\approx|≈", answer) if not re.fullmatch(r"[a-zA-Z]?\s*", clean(piece))]
-    return pieces[0] if pieces else answer
 
 
 def words_of(text):
     """Returns the words of a text in lower case, without LaTeX's \\text: "(C)" is ["c"]."""
-    return re.findall(r"\w+", clean(text).replace(r"\text", " ").lower())
+    return re.findall(r"\w+", text.replace(r"\text", " ").lower())
 
 
 def same_node(prediction, gold, question=""):
     """Returns whether two nodes mean the same."""
-    interval = is_group(prediction, "∈") or is_group(gold, "∈")
-    if is_group(prediction, "=", "∈") and is_group(gold, "=", "∈"):
-        names = (prediction.items[0], gold.items[0])
-        if names[0] != names[1] and "" not in names:
-            return prediction.kind == gold.kind == "=" and same_equation(prediction, gold)
-        prediction, gold = prediction.items[1], gold.items[1]
-    elif is_group(prediction, "=", "∈") and isinstance(prediction.items[0], str):
-        prediction = prediction.items[1]
-    elif is_group(gold, "=", "∈") and isinstance(gold.items[0], str):
-        gold = gold.items[1]
-    if isinstance(prediction, Value) and isinstance(gold, Value):
-        return same_value(prediction, gold, question)
-    if not isinstance(prediction, Group) or not isinstance(gold, Group):
-        return False
-    kinds = (prediction.kind, gold.kind)
-    if interval and kinds[0] != kinds[1] and kinds != ("json", "[]"):
-        return False  # x in [2,5] is not 2, 5
-    return same_group(prediction, gold, question)
-
-
-def same_equation(prediction, gold):
-    """Returns whether the differences of their sides are proportional: 2x - 4 = 0 is x = 2."""
-    differences = []
-    for left, right in (prediction.items, gold.items):
-        if not isinstance(right, Value):
-            return False
-        differences.append(ast.BinOp(ast.Name(left) if isinstance(left, str) else left, ast.Sub(), right.tree))
-    return any(not isinstance(node.items[0], str) for node in (prediction, gold)) and proportional(*differences)
+    if is_group(prediction, "=") and is_group(gold, "=") and prediction.items[0] != gold.items[0]:
+        return same_equation(prediction, gold)
+    nodes = [prediction, gold]
+    nodes = [node.items[1] if is_group(node, "=") and isinstance(node.items[0], str) else node for node in nodes]
+    groups = [isinstance(node, Group) for node in nodes]
+    if any(groups):
+        return all(groups) and same_group(*nodes, question)
+    return same_value(*nodes, question)
 
 
 # The brackets of a gold answer: others that a prediction may have. A Python list cannot say that an end is open.
-LISTS = {"": ("json", "[]", "{}", "()"), "{}": ("json", ""), "()": ("json",), "[]": ("json",)}
-LISTS |= {"json": ("[]", "()", "{}", "")}
-
-
-def names_of(node):
-    """Returns the names of x = 1, y = 2; none for x_1 = 1, x_2 = 2, which is a list of values."""
-    names = [str(item.items[0]) for item in node.items if is_group(item, "=")]
-    return names if len({name[:1] for name in names}) > 1 else []
+ALLOWED = {"": ("json", "[]", "{}", "()"), "{}": ("json", ""), "()": ("json", "∈()"), "[]": ("json", "∈[]")}
+ALLOWED |= {"json": ("[]", "()", "{}", ""), "∈()": ("()",), "∈[]": ("[]", "json")}
 
 
 def same_group(prediction, gold, question):
     """Returns whether the items are the same; in any order, where it does not matter."""
-    names, gold_names = names_of(prediction), names_of(gold)
-    if bool(names) == bool(gold_names):
-        allowed = prediction.kind in (gold.kind, *LISTS.get(gold.kind, ()))
-        ordered = "()" in (prediction.kind, gold.kind) or gold.kind not in ("", "{}", "∪")
-    else:  # (1, 2) is x = 1, y = 2, but neither y = 1, x = 2 nor {1, 2}
-        other = gold if names else prediction
-        allowed = is_group(other, "", "()", "[]", "json") and names + gold_names == sorted(names + gold_names)
-        ordered = True
-    if not allowed:
+    kinds = (prediction.kind, gold.kind)
+    # (1, 2) is x = 1, y = 2, but neither x = 2, y = 1 nor {1, 2}
+    named = ", " in "".join(kinds) and not any(is_group(item, "=") for item in prediction.items + gold.items)
+    allowed = kinds[0] in (kinds[1], *ALLOWED.get(kinds[1], ())) or (named and {"", "()", "[]", "json"} & set(kinds))
+    ordered = named or "()" in kinds or gold.kind not in ("", "{}", "∪")
+    if not allowed or len(prediction.items) != len(gold.items):
         return False
     items = list(prediction.items)
     for item in gold.items:
@@ -304,7 +241,7 @@ def same_group(prediction, gold, question):
         if i is None or (i and ordered):
             return False
         del items[i]
-    return not items
+    return True
 
 
 def same(kind, a, b):

@@ -106,8 +106,7 @@ def split_words(text):
 
 
 def index_term(word):
-    """Returns the term that a word is indexed as: its singular, by the S stemmer (Harman, "How effective is
-    suffixing?", JASIS 1991)."""
+    """Returns the term of a word: its singular, by the S stemmer (Harman, "How effective is suffixing?", 1991)."""
     if word in STOP_WORDS or len(word) < 4 or not word.endswith(b"s") or word.endswith((b"us", b"ss")):
         return word
     if word.endswith(b"ies") and not word.endswith((b"eies", b"aies")):
@@ -118,7 +117,7 @@ def index_term(word):
 def query_terms(query):
     """Returns the terms of a query. Stop words are left out unless there are no other words."""
     words = split_words(query)
-    return [index_term(word) for word in words if word not in STOP_WORDS] or list(map(index_term, words))
+    return [index_term(word) for word in words if word not in STOP_WORDS] or words
 
 
 POSTING = np.dtype([("doc", np.uint32), ("value", np.float32)])  # value: how often the passage has the term
@@ -127,9 +126,8 @@ POSTING = np.dtype([("doc", np.uint32), ("value", np.float32)])  # value: how of
 def invert(passages):
     """Returns the inverted index of passages, as NumPy arrays.
 
-    terms [terms]: in the order of their bytes; counts [terms]: in how many passages each term occurs; postings [sum of
-    counts]: POSTINGs of the first term, the second, ..., each in the order of the passages; lengths [passages]: the
-    number of words of each passage, without stop words.
+    terms [terms]: sorted; counts [terms]: in how many passages each occurs; postings [sum of counts]: POSTINGs of the
+    first term, the second, ..., each in the order of the passages; lengths [passages]: in words, without stop words.
     """
     numbers = defaultdict(itertools.count().__next__)  # of the distinct words
     words, sizes = [], []

@@ -14,37 +14,37 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
-from common import InputError, parse_object, read_text, write_json
+from common import InputError, parse_object, read_jsonl, read_text, write_json
 
 
 class Task(NamedTuple):
-    """A benchmark of the paper. kind: "fact" | "math". domain: "in" | "out". questions: in the paper's test set."""
+    """A benchmark of the paper. kind: "fact" | "math". domain: "in" | "out"."""
 
     label: str
     kind: str
     domain: str
-    questions: int
 
 
 TASKS = {  # in the paper's order
-    "hotpotqa": Task("HotpotQA", "fact", "in", 500),
-    "2wikimultihopqa": Task("2WikiMultiHopQA", "fact", "out", 500),
-    "musique": Task("MuSiQue", "fact", "out", 500),
-    "bamboogle": Task("Bamboogle", "fact", "out", 125),
-    "math": Task("MATH", "math", "in", 500),
-    "gsm_hard": Task("GSM-Hard", "math", "out", 500),
-    "aime": Task("AIME", "math", "out", 90),
-    "olymmath": Task("OlymMATH", "math", "out", 200),
+    "hotpotqa": Task("HotpotQA", "fact", "in"),
+    "2wikimultihopqa": Task("2WikiMultiHopQA", "fact", "out"),
+    "musique": Task("MuSiQue", "fact", "out"),
+    "bamboogle": Task("Bamboogle", "fact", "out"),
+    "math": Task("MATH", "math", "in"),
+    "gsm_hard": Task("GSM-Hard", "math", "out"),
+    "aime": Task("AIME", "math", "out"),
+    "olymmath": Task("OlymMATH", "math", "out"),
 }
 LABELS = {name: task.label for name, task in TASKS.items()}
 # The paper's names of methods and trainings, in the order of its table.
 METHODS = {"cot": "CoT", "cot-rag": "CoT + RAG", "agent": "agent"}
 TRAININGS = {"none": "prompting", "distill": "distilled", "distill+prefix": "distilled + prefix"}
-# Settings that not all methods have; the page shows them in plain words.
-SETTINGS = {"cot": "", "cot-rag": "top_k", "agent": "top_k max_steps"}
 SEED = re.compile(r"(seed[-_]?)\d+")
-KEY = {"task": str, "id": (str, int)}  # fields of any row, and of a transcript, with their types
-FIELDS = dict.fromkeys(("id", "task", "kind", "question", "stop"), str) | {"correct": bool, "steps": list}
+# Fields with their types (see common.parse_object): of any row, of a finished question, and of one to be graded.
+KEY = {"task": str, "id": (str, int), "sample?": int}
+FIELDS = dict.fromkeys(("task", "id", "kind", "question", "stop"), str)
+FIELDS |= {"correct": bool, "steps": [], "sample?": int, "usage?": dict}
+GRADED = FIELDS | {"answer": (str, int, float, list), "prediction": object}
 
 
 # ------------- One run
@@ -55,19 +55,15 @@ def transcript_files(folder):
 
 
 def transcripts(where, fields=KEY):
-    """Returns the rows of a run folder, or of one file of trajectories: one row for each (task, id, sample).
+    """Returns the rows of a run folder, or of one file of trajectories: one row per question and sample.
 
     The last row of a question counts; one that ended in an error counts only if there is no other. An incomplete last
     line is ignored: it is being written, or a kill left it. Raises InputError for a row without {field: type}.
     """
     rows = {}
     for path in [Path(where)] if Path(where).is_file() else transcript_files(where):
-        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-            row = parse_object(line, f"{path}:{number}")
-            wrong = [name for name, kind in fields.items() if not isinstance(row.get(name), kind)]
-            if wrong:
-                raise InputError(f"{path}:{number}: not a transcript: the field {wrong[0]!r} is missing or wrong")
-            key = row["task"], row["id"], row.get("sample", 0)
+        for _, row in read_jsonl(path, fields, growing=True):
+            key = row["task"], row["id"], row.get("question"), row.get("sample", 0)
             if key not in rows or row.get("stop") != "error":
                 rows[key] = row
     return list(rows.values())
@@ -85,7 +81,7 @@ def outcome(row):
         "tokens": (row.get("usage") or {}).get("completion_tokens", 0),
     }
     domain = row.get("domain") or (TASKS[row["task"]].domain if row["task"] in TASKS else "out")
-    about = {name: row.get(name) for name in ("task", "kind", "correct", "stop", "why")}
+    about = {name: row.get(name) for name in ("task", "kind", "correct", "stop", "error", "why")}
     return about | {"domain": domain, "question": (row["id"], row["question"]), "figures": figures}
 
 
@@ -108,7 +104,7 @@ class Run:
     """A run folder: who answered, how, and all outcomes. Raises InputError if run.json is missing or broken.
 
     about: what results.json says of it. label: the method's name in the paper's table. order: sorts as that table.
-    settings: {option: value}, of those that a reader needs. asked: {task: questions}; some may not be answered yet.
+    asked: {task: questions}; some may not be answered yet.
     """
 
     def __init__(self, folder):
@@ -119,7 +115,7 @@ class Run:
         about = self.folder / "model.json"
         about = parse_object(read_text(about), about) if about.exists() else {}
         method, training, sc = config["method"], about.get("training") or "none", config.get("sc") or 1
-        sampled = sc > 1 or config.get("sample")
+        sampled = sc > 1 or (config.get("temperature") or 0) > 0
         self.about = {
             "model": str(config.get("name") or about.get("model") or config.get("model")),
             "parameters": about.get("parameters"),
@@ -131,15 +127,14 @@ class Run:
             self.label += ", sampled" if sc == 1 else " + SC-action" if method == "agent" else " + self-consistency"
         rank = training != "none", [*METHODS, method].index(method), training, sc
         self.order = self.about["parameters"] or 0, self.about["model"], rank
-        names = f"seed sc max_tokens {SETTINGS.get(method, '')} {'temperature top_p' if sampled else ''}"
-        self.settings = {name: config.get(name) for name in names.split()}
+        self.seed = config.get("seed")
         self.outcomes = [outcome(row) for row in transcripts(folder, FIELDS)]
         self.asked = collections.Counter(o["task"] for o in self.outcomes)
         self.asked |= collections.Counter(config.get("questions"))
 
 
 def summarise(folder):
-    """Write results.json of one run folder, one row per task, and return a line that describes it."""
+    """Write results.json of one run folder, one row per task. Returns (a line about it, whether all are errors)."""
     run, rows = Run(folder), []
     for task, outcomes in by_task(run.outcomes).items():
         right, n = sum(o["correct"] for o in outcomes), len(outcomes)
@@ -147,7 +142,12 @@ def summarise(folder):
         rows.append(run.about | row | {"accuracy": right / n, "ci95": [round(end, 4) for end in wilson(right / n, n)]})
     write_json(run.folder / "results.json", rows)
     mean = fmean(row["accuracy"] for row in rows) if rows else 0.0
-    return f"{len(run.outcomes)} questions, {len(rows)} tasks, average {mean:.1%}"
+    line = f"{len(run.outcomes)} questions, {len(rows)} tasks, average {mean:.1%}"
+    if errors := collections.Counter(o["error"] for o in run.outcomes if o["stop"] == "error"):
+        line += f"; {errors.total()} errors, most often: {errors.most_common(1)[0][0]}"
+    if undecided := sum(o["why"] == "judge: no verdict" for o in run.outcomes):
+        line += f"; {undecided} answers without a verdict of the judge count as wrong"
+    return line, errors.total() == len(run.outcomes)
 
 
 # ------------- Intervals and tests
@@ -199,6 +199,18 @@ def paired_table(first, second, names):
     return table(["task", "n", *names, "gain", *(f"only {name}" for name in names), "p (McNemar)"], rows)
 
 
+def compare(*paths):
+    """Two run folders, or files of trajectories, as paired_table. Raises InputError if one has no rows."""
+    sides = []
+    for path in paths:
+        rows = transcripts(path, KEY | {"question": str, "correct": bool})
+        if not rows:
+            raise InputError(f"{path}: neither a run folder with transcripts in it nor a file of trajectories")
+        sides.append({(row["task"], row["id"], row["question"], row.get("sample", 0)): row["correct"] for row in rows})
+    names = [Path(path).name for path in paths]
+    return paired_table(*sides, paths if names[0] == names[1] else names)
+
+
 def table(head, rows):
     """Returns a Markdown table. In a cell, line breaks and what is not printable become spaces; | is escaped."""
     lines = [head, ["---"] * len(head), *rows]
@@ -239,7 +251,7 @@ def load_systems(folder):
 
 def tables(systems):
     """Returns {title: (heads, rows of cells)}, without columns that are empty."""
-    shown = {"Accuracy in %: averages": [], "Accuracy in %: each task": [], "Tool use per question": [], "Settings": []}
+    shown = {"Accuracy in %: averages": [], "Accuracy in %: each task": [], "Tool use per question": []}
     tasks = in_order(task for runs in systems.values() for run in runs for task in run.asked)
     for (student, name), runs in systems.items():
         who, accuracy = {"student": student, "method": name}, {}
@@ -258,9 +270,7 @@ def tables(systems):
         use["n with an error"] = sum(o["stop"] == "error" for o in outcomes)
         use["n graded by a judge"] = sum(str(o["why"]).startswith("judge:") for o in outcomes)
         use["n left open by the judge"] = sum(o["why"] == "judge: no verdict" for o in outcomes)
-        options = runs[0].settings
-        how = {option: ", ".join(dict.fromkeys(str(run.settings[option]) for run in runs)) for option in options}
-        for rows, cells in zip(shown.values(), (accuracy, each, use, how), strict=True):
+        for rows, cells in zip(shown.values(), (accuracy, each, use), strict=True):
             rows.append(who | cells)
     for title, rows in shown.items():
         heads = [head for head in dict.fromkeys(h for row in rows for h in row) if any(row.get(head) for row in rows)]
@@ -268,10 +278,15 @@ def tables(systems):
     return shown
 
 
+def averages_table(folder):
+    """Returns the first table of the report. Makefile prints it after each row."""
+    return table(*tables(load_systems(folder))["Accuracy in %: averages"])
+
+
 def markdown(folder):
     """Returns the report as Markdown: accuracies, then the figures of tool use."""
-    *shown, _ = tables(load_systems(folder)).items()
-    return "\n\n".join([*(f"{title}:\n\n{table(*cells)}" for title, cells in shown), NOTES]) + "\n"
+    shown = tables(load_systems(folder))
+    return "\n\n".join([*(f"{title}:\n\n{table(*cells)}" for title, cells in shown.items()), NOTES]) + "\n"
 
 
 def html(folder, per_task=10):
@@ -279,7 +294,7 @@ def html(folder, per_task=10):
     systems, episodes = load_systems(folder), []
     for (student, name), runs in systems.items():
         for run in runs:
-            about = {"student": student, "system": name, "seed": run.settings["seed"], "messages": None}
+            about = {"student": student, "system": name, "seed": run.seed, "messages": None}
             for task, rows in by_task(transcripts(run.folder)).items():
                 first = sorted(rows, key=lambda row: (len(row["id"]), row["id"]))[:per_task]
                 episodes += [row | about | {"task": LABELS.get(task, task)} for row in first]

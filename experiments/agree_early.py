@@ -94,7 +94,7 @@ def run(config):
     early = evaluate_student(config, config.model, "early", sc=2, episode="experiments.agree_early.episode")
     every_step = evaluate_student(config, config.model, "sc8", sc=MOST)
     tests = repeat_questions(config.tests, config.limit, repeated)
-    episodes = evaluate_student(config, config.model, "episodes", tasks=tests, limit=None, sample=True)
+    episodes = evaluate_student(config, config.model, "episodes", tasks=tests, limit=None, temperature=0.4)
     vote_over_episodes(episodes, eval_folder / "majority of episodes")
     compare(every_step, early)
     compare(every_step, eval_folder / "majority of episodes")

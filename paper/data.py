@@ -38,18 +38,16 @@ def make_tasks(config):
     contents = {}  # as an ordered set
     for task in POOLED_TASKS if config.pooled else ():
         questions = json.loads(read_text(Path(config.pooled) / f"{task}.json"))
-        # A teacher of one's own needs training questions whose paragraphs are among these passages.
-        tests = len(questions) // 2 if task == "hotpotqa" else len(questions)
-        write_tasks(config.out, "test", task, questions[:tests])
-        if questions[tests:]:
-            write_tasks(config.out, "train", task, questions[tests:])
+        if task == "hotpotqa":  # a teacher of one's own needs training questions whose paragraphs are among these
+            half = len(questions) // 2
+            write_tasks(config.out, "train", task, questions[half:])
+            questions = questions[:half]
+        write_tasks(config.out, "test", task, questions)
         paragraphs = json.loads(read_text(Path(config.pooled) / f"{task}_corpus.json"))
         contents |= dict.fromkeys(f'"{paragraph["title"]}"\n{paragraph["text"]}' for paragraph in paragraphs)
     if contents:
-        write_jsonl(
-            Path(config.out) / "passages.jsonl", [{"id": str(i), "contents": c} for i, c in enumerate(contents)]
-        )
-        print(f"{len(contents)} passages")
+        rows = [{"id": str(number), "contents": content} for number, content in enumerate(contents)]
+        write_jsonl(Path(config.out) / "passages.jsonl", rows)
 
 
 def task_of(path):
@@ -84,8 +82,7 @@ def make_training_file(config):
     """Write training rows {"messages", "method", "prefix", ...} from a file of collect, or from the authors' data set.
 
     Rows of collect are graded again, because grading may have improved since, and filtered. The authors' rows get our
-    system prompts, and our wording of questions and search results: that is what the student will see. Rows without a
-    log, or with a second system message, are dropped, as the authors do.
+    system prompts, and our wording of questions and search results: that is what the student will see.
     """
     prompts, rows, made = Prompts(), list(read_rows(Path(config.source))), []
     collected = bool(rows) and "steps" in rows[0][1]
@@ -133,7 +130,7 @@ def graded_again(row):
 
 
 def training_row(row, prompts, prefix):
-    """Returns one of the authors' rows as a training row, or None if it is dropped."""
+    """Returns one of the authors' rows as a training row; None without a log or with two system messages, as theirs."""
     method, messages = published_messages(row, prompts)
     turns = [message for message in messages if message["role"] != "system"]
     if len(turns) < 2 or len(messages) - len(turns) > 1:
@@ -146,10 +143,8 @@ def published_messages(row, prompts):
     """Returns (method, messages) of one of the authors' rows; messages is [] for a row without a log.
 
     A CoT row has the messages and the response. An agent row has the log of smolagents 1.13: an object or, on the hub,
-    its JSON text. Contents are lists of text parts; "tool-call" repeats the code of the assistant's message and is
-    removed; "tool-response" is the user's turn and loses its line "Call id: ..."; neighbours of one role (logs, then an
-    error) become one turn. What follows the last assistant's turn is removed, and so are the references and the
-    instructions that the authors append to a question.
+    its JSON text. Contents are lists of text parts; "tool-call" repeats the code of the assistant's message;
+    "tool-response" is the user's turn; neighbours of one role (logs, then an error) become one turn.
     """
     if "response" in row:
         return "cot", [*row["messages"], {"role": "assistant", "content": row["response"]}]
@@ -162,12 +157,12 @@ def published_messages(row, prompts):
         if role == "tool-call":
             continue
         if role == "tool-response":
-            role, content = "user", reword_search_results(re.sub(r"^Call id: .*\n", "", content), prompts)
+            role, content = "user", reword_search_results(content, prompts)
         if chat and chat[-1]["role"] == role:
             chat[-1]["content"] += "\n" + content
         else:
             chat.append({"role": role, "content": content})
-    for question in chat[1:2]:
+    for question in chat[1:2]:  # without the references and instructions that the authors append
         question["content"] = prompts.fill("question", question=row["question"])
     if chat and chat[-1]["role"] == "user":
         chat.pop()
@@ -180,7 +175,7 @@ DOCUMENT = re.compile(r"===== Document (\d+), similarity: [-\d.]+ =====\n\"?(.*?
 
 def reword_search_results(text, prompts):
     """Search results in the authors' wording -> in ours (prompts/search_result.txt)."""
-    text = re.sub(r"\n*Retrieved documents:\n+(?======)", "\n", text)
+    text = re.sub(r"\n*Retrieved documents:\n+(?======)", "\n", re.sub(r"^Call id: .*\n", "", text))
     return DOCUMENT.sub(lambda m: prompts.fill("search_result", rank=int(m[1]) + 1, title=m[2], text=""), text)
 
 

@@ -37,7 +37,7 @@ PAPER_TRAIN_OPTIONS ?=
 PAPER_EVALUATE_OPTIONS ?=
 
 .PHONY: paper paper-data paper-passages paper-trajectories paper-train paper-evaluate paper-report paper-authors \
-  rehearse
+  rehearse rehearse-wiki rehearse-e5 rehearse-pooled rehearse-local rehearse-authors
 
 # Models are found by their names in what was downloaded, and nowhere else.
 OFFLINE = HF_HUB_CACHE=$(abspath $(PAPER))/hub HF_HUB_OFFLINE=1
@@ -171,7 +171,7 @@ $(INDEX)/.done: $(PASSAGES_FILE) $(PAPER)/e5_Flat.index $(DOWNLOADED)/intfloat/e
 	$(OFFLINE) $(RUN) retriever.py build $< $(@D) --kind dense --encoder intfloat/e5-base-v2 \
 	  --vectors $(PAPER)/e5_Flat.index
 	touch $@
-else
+else ifeq ($(SERVED),)
 $(INDEX)/.done: $(PASSAGES_FILE) | $(READY)
 	$(RUN) retriever.py build $< $(@D) --kind bm25
 	touch $@
@@ -282,13 +282,19 @@ $(REHEARSAL)/.done: | $(READY)
 	$(RUN) -m paper.rehearse $(@D) --collected $(COLLECTED_HERE)
 	gzip -c $(@D)/world/passages.jsonl > $(@D)/passages.jsonl.gz
 	touch $@
-rehearse: $(REHEARSAL)/.done  ## make paper on small stand-ins, offline: every stage, minutes on 2 CPU cores
-	$(REHEARSED) paper
-	$(REHEARSED) paper PASSAGES=e5 PAPER_ROWS=cot.cot-rag
-	$(REHEARSED) paper PASSAGES=pooled PAPER_ROWS=base.agent
-	$(REHEARSED) paper YES= TRAJECTORIES=$(COLLECTED_HERE) QUESTIONS=$(REHEARSAL)/world/test \
-	  PASSAGES=$(REHEARSAL)/passages.jsonl.gz PAPER_ROWS=agent.sc8 \
-	  STUDENT=$(REHEARSAL)/paper/hub/models--Qwen--Qwen2.5-0.5B-Instruct/snapshots/rehearsal < /dev/null
+# One of its ways, up to the stages STAGES: make rehearse-local STAGES="paper-passages paper-trajectories".
+STAGES ?= paper
+WAY_e5 := PASSAGES=e5 PAPER_ROWS=cot.cot-rag
+WAY_pooled := PASSAGES=pooled PAPER_ROWS=base.agent
+WAY_local := YES= TRAJECTORIES=$(COLLECTED_HERE) QUESTIONS=$(REHEARSAL)/world/test PAPER_ROWS=agent.sc8 \
+  PASSAGES=$(REHEARSAL)/passages.jsonl.gz \
+  STUDENT=$(REHEARSAL)/paper/hub/models--Qwen--Qwen2.5-0.5B-Instruct/snapshots/rehearsal
+# The plus sign: with -n, too, the inner make says what it would run.
+rehearse-wiki rehearse-e5 rehearse-pooled rehearse-local: rehearse-%: $(REHEARSAL)/.done
+	+$(REHEARSED) $(STAGES) $(WAY_$*) < /dev/null
+rehearse-authors: $(REHEARSAL)/.done
 	mkdir -p $(STAND_INS)/authors-student
 	cp $(REHEARSAL)/paper/students/published/*/prefix/adapter_* $(STAND_INS)/authors-student
-	$(REHEARSED) paper-authors
+	+$(REHEARSED) paper-authors
+rehearse:  ## make paper on small stand-ins, offline: every stage, minutes on 2 CPU cores
+	for way in wiki e5 pooled local authors; do $(MAKE) --no-print-directory -j2 rehearse-$$way || exit; done

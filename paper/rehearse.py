@@ -12,6 +12,7 @@ import dataclasses
 import importlib.util
 import json
 import re
+import shutil
 import struct
 from pathlib import Path
 
@@ -37,11 +38,13 @@ def write(config):
     world.write(world.Config(out=str(made), train_questions=30, test_questions=2))
     write_questions(made, paper / "download")
     write_vectors(made, paper / "download/e5-index")
-    for name in ("intfloat--e5-base-v2", "Qwen--Qwen2.5-0.5B-Instruct"):
-        folder = paper / "hub" / f"models--{name}"
-        with replace_file(folder / "refs/main") as file:
-            file.write("rehearsal")  # the commit that transformers takes for this name
-        write_model(made, folder / "snapshots/rehearsal")
+    student, encoder = (
+        paper / f"hub/models--{name}" for name in ("Qwen--Qwen2.5-0.5B-Instruct", "intfloat--e5-base-v2")
+    )
+    with replace_file(student / "refs/main") as file:
+        file.write("rehearsal")  # the commit that transformers takes for this name
+    write_model(made, student / "snapshots/rehearsal")
+    shutil.copytree(student, encoder, dirs_exist_ok=True)
 
 
 def rows_of(path):
@@ -50,12 +53,12 @@ def rows_of(path):
 
 def write_questions(made, downloads):
     """The authors' benchmark files, and HippoRAG's: each with a third of the passages, the first one in all."""
-    train = {"fact": [], "math": []}
-    for row in rows_of(made / "train.jsonl"):
-        train[row["kind"]].append(row)
+    train = rows_of(made / "train.jsonl")
+    facts = [row for row in train if row["kind"] == "fact"]
     for path in data.BENCHMARK_FILES:
         split, task = data.task_of(path)
-        rows = rows_of(made / f"test/{task}.jsonl") if split == "test" else train["fact" if "qa_" in path else "math"]
+        rows = rows_of(made / f"test/{task}.jsonl") if split == "test" else train
+        rows = [row for row in rows if (row["kind"] == "fact") == ("qa_" in path)]
         examples = [{name: row[name] for name in ("id", "question", "answer")} for row in rows]
         write_json(downloads / "benchmarks" / path, {"metadata": {}, "examples": examples})
     pool = []
@@ -64,7 +67,7 @@ def write_questions(made, downloads):
         pool.append({"title": title.strip('"'), "text": text})
     for number, task in enumerate(data.POOLED_TASKS):
         questions = []
-        for row in train["fact"] if task == "hotpotqa" else rows_of(made / f"test/{task}.jsonl"):
+        for row in facts if task == "hotpotqa" else rows_of(made / f"test/{task}.jsonl"):
             own = {"id": row["id"], "answer_aliases": ["an alias"]} if task == "musique" else {"_id": row["id"]}
             questions.append(own | {"question": row["question"], "answer": row["answer"]})
         write_json(downloads / f"pooled/{task}.json", questions)

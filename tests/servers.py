@@ -14,13 +14,13 @@ import time
 import requests
 
 
-def completion(text, model="served-name", **more):
+def completion(text, **more):
     choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop", **more}
-    return {"model": model, "choices": [choice], "usage": {"prompt_tokens": 5, "completion_tokens": 2}}
+    return {"choices": [choice], "usage": {"prompt_tokens": 5, "completion_tokens": 2}}
 
 
 @contextlib.contextmanager
-def serve(behave, port=0):
+def serve(behave, model="served-name"):
     """behave(path, body, request number) returns a dict (answered as JSON), or a tuple that names a fault:
 
     ("status", code, headers, text), ("reset",), ("reset in body",), ("cut",), ("raw", bytes),
@@ -30,12 +30,13 @@ def serve(behave, port=0):
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
 
         def log_message(self, *args):
             pass
 
         def do_GET(self):
-            self.answer({"data": [{"id": "served-name"}]})
+            self.answer({"data": [{"id": model}]})
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -89,7 +90,7 @@ def serve(behave, port=0):
             if not isinstance(sys.exception(), OSError):  # a fault of the test's own behaviour must be seen
                 super().handle_error(request, client_address)
 
-    server = Server(("127.0.0.1", port), Handler)
+    server = Server(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:

@@ -26,7 +26,7 @@ def short_waits(monkeypatch):
 
 PASSING = {
     "429": ("status", 429, {}, "slow down"),
-    "429 retry-after": ("status", 429, {"Retry-After": "0.6"}, "slow down"),
+    "429 retry-after": ("status", 429, {"Retry-After": "0.3"}, "slow down"),
     "500": ("status", 500, {}, "oops"),
     "502": ("status", 502, {}, "<html>bad gateway</html>"),
     "503": ("status", 503, {"Retry-After": "when it is Friday"}, ""),
@@ -53,13 +53,10 @@ PASSING = {
 @pytest.mark.parametrize("fault", PASSING)
 def test_passing_faults_are_retried(fault):
     with serve(lambda path, body, number: PASSING[fault] if number < 2 else completion("fine")) as (url, seen):
-        asker = Client(url, timeout=0.4, retries=4)
         start = time.monotonic()
-        texts, usage = asker.chat(HELLO)
+        texts, usage = Client(url, timeout=0.4, retries=4).chat(HELLO)
         assert (texts, usage["retries"], usage["prompt_tokens"], len(seen)) == (["fine"], 2, 5, 3)
-        if "retry-after" in fault:
-            assert time.monotonic() - start > 1.2
-        assert time.monotonic() - start < 5
+        assert 2 * ("retry-after" in fault) * 0.3 < time.monotonic() - start < 5
 
 
 def test_retries_are_bounded_and_the_servers_words_are_shown():
@@ -73,21 +70,15 @@ def test_retries_are_bounded_and_the_servers_words_are_shown():
         Client(url, model="m", retries=1).chat(HELLO)
 
 
-PERMANENT = [
-    (status, ("status", status, {}, "no: sk-very-secret")) for status in (400, 401, 402, 403, 404, 405, 413, 422)
-]
-PERMANENT.append((301, ("status", 301, {"Location": "https://elsewhere/v1"}, "")))
-
-
-@pytest.mark.parametrize("status, answer", PERMANENT)
-def test_what_cannot_succeed_is_not_repeated_and_shows_no_key(status, answer, monkeypatch):
+@pytest.mark.parametrize("status", [301, 400, 401, 402, 403, 404, 405, 413, 422])
+def test_what_cannot_succeed_is_not_repeated_and_shows_no_key(status, monkeypatch):
     monkeypatch.setenv("TEACHER_KEY", "sk-very-secret")
-    with serve(lambda *request: answer) as (url, seen):
+    headers = {"Location": "https://elsewhere/v1"} if status == 301 else {}
+    with serve(lambda *request: ("status", status, headers, "no: sk-very-secret")) as (url, seen):
         expected = r"https://elsewhere/v1" if status == 301 else r"no: \[key\]"
-        with pytest.raises(InputError, match=rf"{status}[^\n]*: .*{expected}") as caught:
+        with pytest.raises(InputError, match=rf"{status}: {expected}$") as caught:
             Client(url, api_key_env="TEACHER_KEY").chat(HELLO)
         assert isinstance(caught.value, BadRequest) == (status in (400, 413, 422))
-        assert "secret" not in str(caught.value)
         assert len(seen) == 1 and seen[0][2]["Authorization"] == "Bearer sk-very-secret"
 
 
@@ -97,11 +88,9 @@ ADDRESSES += ["http://two words/v1", f"http://{'x' * 70}/v1", "http://nowhere.in
 
 @pytest.mark.parametrize("url", ADDRESSES)
 def test_an_address_that_is_none_is_refused_at_once(url):
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError, match="^[^\n]*$") as caught:
         Client(url, "m").chat(HELLO)
-    assert (
-        not isinstance(caught.value, ServerError) and "\n" not in str(caught.value) and "word@" not in str(caught.value)
-    )
+    assert not isinstance(caught.value, ServerError) and "word@" not in str(caught.value)
 
 
 def test_a_key_that_no_header_can_carry(monkeypatch):
@@ -122,21 +111,6 @@ def test_neither_the_proxy_nor_netrc_is_used_for_loopback(monkeypatch, tmp_path)
             assert seen[-1][2]["Authorization"] == "Bearer sk-1"
 
 
-def test_a_server_that_restarts_in_the_middle(monkeypatch):
-    monkeypatch.setattr("common.client.BACKOFF", 0.1)
-    with serve(lambda *r: completion("before")) as (url, _):
-        asker = Client(url, retries=10)
-        assert asker.chat(HELLO)[0] == ["before"]
-    asker.session.close()  # a thread of the old server would still answer on an open connection
-    answers = []
-    thread = threading.Thread(target=lambda: answers.extend(asker.chat(HELLO)[0]))
-    thread.start()
-    time.sleep(0.2)
-    with serve(lambda *r: completion("after"), port=int(url.split(":")[2].split("/")[0])):
-        thread.join(20)
-    assert answers == ["after"]
-
-
 # ------------- What replies look like
 
 
@@ -150,8 +124,6 @@ REPLIES = {  # name: (answer, text, truncated)
     "half a surrogate pair": (reply("cut \ud83d", "length"), "cut ?", 1),
     "a stop string left in": (reply("code ```<end_code> and more"), "code ```", 0),
     "a stop string before the limit": (reply("code ```<end_code> and mo", "length"), "code ```", 0),
-    "a stop string cut by the limit": (reply("code\n```<end_co", "length"), "code\n```", 1),
-    "another": (reply("code\n```\nObserv"), "code\n```", 0),
     "a stop string in the thinking": (reply("<think><end_code></think>x<end_code>"), "<think><end_code></think>x", 0),
     "a refusal": (reply(None, refusal="I cannot help with that."), "", 0),
     "null at the limit": (reply(None, "length"), "", 1),
@@ -167,7 +139,9 @@ REPLIES = {  # name: (answer, text, truncated)
     "reasoning": (reply("5", reasoning="hm"), "<think>hm</think>5", 0),
     "both ways": (reply("<think>hm</think>5", reasoning_content="hm"), "<think>hm</think>5", 0),
     "thinking up to the limit": (reply(None, "length", reasoning_content="hm"), "<think>hm", 1),
-    "thinking that the template opened": (reply("hm\n</think>\n5"), "<think>hm\n</think>\n5", 0),
+    "thinking that the template opened": (reply("hm\n</think>\n5"), "hm\n</think>\n5", 0),
+    "in Latin-1": (("raw", b'{"choices": [{"text": "caf\xe9"}]}'), "caf\ufffd", 0),
+    "status 201": (("status", 201, {}, '{"choices": [{"text": "made"}]}'), "made", 0),
 }  # fmt: skip
 
 
@@ -190,15 +164,15 @@ def test_a_server_that_stops_inside_the_thinking_is_asked_without_stop_strings(s
 
 
 def test_a_server_that_ignores_n_is_asked_n_times_with_other_seeds():
-    with serve(lambda path, body, number: completion(f"seed {body['seed']}")) as (url, seen):
-        texts, usage = Client(url).chat(HELLO, n=3, seed=7, temperature=0.5)
-        assert texts == ["seed 7", "seed 8", "seed 9"]
+    """Half of a surrogate pair is sent as a question mark."""
+
+    def behave(path, body, number):
+        return completion(f"{body['messages'][0]['content']} {body['seed']}")
+
+    with serve(behave) as (url, seen):
+        texts, usage = Client(url).chat([{"role": "user", "content": "caf\udce9 é"}], n=3, seed=7, temperature=0.5)
+        assert texts == ["caf? é 7", "caf? é 8", "caf? é 9"]
         assert len(seen) == 3 and usage["completion_tokens"] == 6
-
-
-def test_half_a_surrogate_pair_in_a_question_is_sent_as_a_question_mark():
-    with serve(lambda path, body, number: completion(body["messages"][0]["content"])) as (url, _):
-        assert Client(url).chat([{"role": "user", "content": "caf\udce9 \ud83d é"}])[0] == ["caf? ? é"]
 
 
 # ------------- Probes
@@ -216,8 +190,7 @@ def refusing(*names, status=400):
 
 FIELDS = {"temperature": 0.0, "top_p": 1.0, "max_tokens": 64, "stop": STOP}
 REFUSED = [
-    ([], 422), (["seed"], 422), (["stop"], 400), (["n"], 400), (["max_tokens"], 400), (["top_p"], 400),
-    (["top_k", "min_p", "repetition_penalty", "chat_template_kwargs"], 422),
+    ([], 422), (["seed"], 422), (["max_tokens"], 400),
     (["seed", "stop", "n", "max_tokens", "top_p", "top_k", "min_p", "repetition_penalty", "chat_template_kwargs"], 400),
 ]  # fmt: skip
 
@@ -228,7 +201,7 @@ def test_the_probe_finds_the_fields_that_a_server_refuses_and_does_without(names
         served = Served(Client(url), template_options={"enable_thinking": False}, **FIELDS)
         served.probe(n=3)
         note = capsys.readouterr().err
-        assert all(f"{name} ({status}: unwelcome: {name}), so " in note for name in names)
+        assert all(f"{name} ({status}: unwelcome: {name})" in note for name in names)
         assert note.count("\n") == bool(names)
         seen.clear()
         assert served.answer(SimpleNamespace(messages=HELLO, opening=""), collections.Counter(), 3, 7) == ["fine"] * 3
@@ -268,23 +241,20 @@ def continuing(flag=True, closing=9, repeats=False, usage=True, strict=False):
 
 
 def test_the_probe_tells_a_server_that_continues_from_those_that_do_not():
-    turn = SimpleNamespace(messages=HELLO, opening="Thought: I need ")
+    turn = SimpleNamespace(messages=HELLO, opening="Thought: I need")
     by_itself = {"flag": False, "closing": 0}
     for options in ({}, by_itself, by_itself | {"repeats": True}, by_itself | {"strict": True}):
         with serve(continuing(**options)) as (url, seen):
             served = Served(Client(url))
             served.probe(opening=True)
-            assert served.answer(turn, collections.Counter()) == ["5"]
+            assert served.answer(turn, collections.Counter()) == [" 5"]
             assert seen[-1][1]["messages"][-1]["content"] == "Thought: I need"
             assert ("continue_final_message" in seen[-1][1]) != ("strict" in options)
     refused = {"ignores continue_final_message": {"flag": False}, "422: unknown field": {"strict": True}}
     for words, options in (refused | {"sends no token counts": {"usage": False}}).items():
         with serve(continuing(**options)) as (url, _):
-            with pytest.raises(InputError, match=f"{words}.*: name --prefix-mode completions"):
+            with pytest.raises(InputError, match=f"{words}.*: name .* with --prefix-tokenizer"):
                 Served(Client(url)).probe(opening=True)
-    with serve(lambda *request: completion("Hello!")) as (url, _):
-        with pytest.raises(InputError, match="ignores continue_final_message.*--prefix-mode"):
-            Served(Client(url)).probe(opening=True)
 
 
 # ------------- Chats that are rendered here
@@ -300,21 +270,23 @@ def test_a_rendered_chat_begins_once(tiny_tokenizer, own_bos):
         ids = [("<|endoftext|>", tokenizer.bos_token_id)]
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<|endoftext|> $A", None, ids)
     with serve(lambda *request: {"choices": [{"text": "lo"}]}) as (url, seen):
-        served = Served(Client(url), "completions", tokenizer, {"date_string": "today"})
+        served = Served(Client(url), tokenizer, {"date_string": "today"})
         assert served.answer(SimpleNamespace(messages=HELLO, opening="Hel"), collections.Counter()) == ["lo"]
     ids = tokenizer(seen[0][1]["prompt"]).input_ids
     assert tokenizer.decode(ids) == ("<|endoftext|>today<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nHel")
     assert "chat_template_kwargs" not in seen[0][1]
 
 
-@pytest.mark.parametrize("name", ["nowhere", "no template"])
-def test_a_tokenizer_that_cannot_render_is_one_line(tiny_tokenizer, tmp_path, name):
-    tokenizer = copy.deepcopy(tiny_tokenizer)
-    tokenizer.chat_template = None
-    tokenizer.save_pretrained(tmp_path / "no template")
+def test_a_tokenizer_that_cannot_render_is_one_line(tiny_tokenizer, tmp_path):
+    bare = copy.deepcopy(tiny_tokenizer)
+    bare.chat_template = None
     with serve(lambda *request: completion("hello")) as (url, _):
-        with pytest.raises(InputError, match=r"^--tokenizer \S*(nowhere|no template): [^\n]*$"):
-            Served(Client(url), "completions", str(tmp_path / name)).probe(opening=True)
+        for tokenizer, message in (
+            (bare, "^--prefix-tokenizer .*template"),
+            (str(tmp_path / "no"), "^model .*no such folder"),
+        ):
+            with pytest.raises(InputError, match=f"{message}[^\n]*$"):
+                Served(Client(url), tokenizer).probe(opening=True)
 
 
 # ------------- Many at once
@@ -343,12 +315,12 @@ VERDICTS = {
         '{"verdict": "correct"}', "Correct.", "Correct", "**correct**", "\"correct\"", "Verdict: **Correct**",
         '{"verdict":"correct","reason":"the same {name},\n\tin lines"}', '{"reason": "a {b}", "verdict": "Correct"}',
         'Both name her.\n```json\n{"verdict": "correct"}\n```\nI hope this helps.', "{'verdict': 'correct'}",
-        '<think>{"verdict": "incorrect"}? No.</think>\n{"verdict": "correct"}', '{1} {"verdict": "correct"}',
+        '<think>{"verdict": "incorrect"}? No.</think>\n{"verdict": "correct"}',
     ],
     "incorrect": ['```json\n{"verdict": "incorrect"}\n```', "incorrect", '{"verdict": "INCORRECT", "sure": 1}'],
     None: [
         "", "not correct", '{"verdict": "maybe"}', '["correct"]', '{"verdict": ["correct"]}', '{"verdict": null}',
-        "The answer is incorrect", '<think>{"verdict": "correct"}', "{" * 3000, '{"a":' * 50_000,
+        "The answer is incorrect", '<think>{"verdict": "correct"}', '{"verdict": "correct or incorrect"}',
         'It says {"verdict": "correct"}, but: {"verdict": "incorrect"}', "correct or incorrect",
     ],
 }  # fmt: skip
@@ -359,7 +331,7 @@ def test_verdicts_are_read_strictly(verdict):
     assert {text: read_verdict(text) for text in VERDICTS[verdict]} == dict.fromkeys(VERDICTS[verdict], verdict)
 
 
-def test_the_judge_is_probed_first_and_counts_what_it_did_not_decide(tmp_path):
+def test_the_judge_is_probed_first_and_asked_once(tmp_path):
     def behave(path, body, number):
         text = body["messages"][0]["content"]
         if "temperature" in body:  # as reasoning models do
@@ -368,13 +340,15 @@ def test_the_judge_is_probed_first_and_counts_what_it_did_not_decide(tmp_path):
             return ("status", 400, {}, "too long")
         return completion("I cannot say." if "Oslo" in text else '{"verdict": "correct"}')
 
-    with serve(behave) as (url, seen), Journal(tmp_path / "judge.jsonl") as journal:
-        judge = Judge(Client(url), Prompts(), journal)
-        judge.probe()
-        seen.clear()
-        asked = [("Where?", ["Rome"], text) for text in ("Roma", "Roma", "Oslo", "Oslo", "too long")]
-        assert [judge(*question) for question in asked] == [True, True, None, None, None]
-        assert len(judge.undecided) == 2 and len(seen) == 1 + 3 + 1
-    with serve(lambda *request: ("status", 400, {}, "closed")) as (url, _):
-        with pytest.raises(InputError, match="refuses even a short request .400: closed"):
-            Judge(Client(url), Prompts(), journal)("Where?", ["Rome"], "Athens")
+    with Journal(tmp_path / "judge.0.jsonl") as journal, Journal(tmp_path / "judge.1.jsonl") as other:
+        with serve(behave) as (url, seen):
+            judge = Judge(Client(url), Prompts(), journal)
+            seen.clear()
+            asked = [("Where?", ["Rome"], text) for text in ("Roma", "Roma", "Oslo", "Oslo", "too long")]
+            assert [judge(*question) for question in asked] == [True, True, None, None, None]
+            assert len(seen) == 3
+            assert Judge(Client(url), Prompts(), other)(*asked[0])  # the verdict of another process
+            assert [row["verdict"] for row in journal.rows] == ["correct"] and not other.rows
+        with serve(lambda *request: ("status", 400, {}, "closed")) as (url, _):
+            with pytest.raises(InputError, match="refuses even a short request .400: closed"):
+                Judge(Client(url), Prompts(), other)

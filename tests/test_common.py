@@ -3,16 +3,16 @@
 import dataclasses
 import json
 import os
-import subprocess
 import sys
-import textwrap
 import threading
-from pathlib import Path
+from typing import Literal
 
 import pytest
 import requests
 
+import agent_distill
 from common import (
+    REQUIRED,
     InputError,
     Journal,
     keep_config,
@@ -21,13 +21,12 @@ from common import (
     read_jsonl,
     replace_file,
     resolve,
+    run_command_line,
     serve_json,
     source_hash,
     write_json,
 )
 from conftest import write_jsonl
-
-ROOT = Path(__file__).parent.parent
 
 
 def test_journal_drops_a_torn_line_and_names_a_broken_one(tmp_path):
@@ -37,19 +36,25 @@ def test_journal_drops_a_torn_line_and_names_a_broken_one(tmp_path):
         assert journal.rows == [{"a": 1}, {"a": 2}]
         journal.append({"a": "ü"})
     assert path.read_text(encoding="utf-8") == '{"a": 1}\n{"a": 2}\n{"a": "ü"}\n'
-    path.write_text('{"a": 1}\nnot json\n{"a": 2}\n')
-    with pytest.raises(InputError, match=r"j\.jsonl:2: not JSON"):
-        Journal(path)
 
 
-@pytest.mark.parametrize(
-    "text", ['{"examples": []}', '{"a": 1}\n{"b": 2}\n', '{\n "a": 1\n}', "[1]", "notes", '{"a": 1}\n[1]']
-)
+FOREIGN = [
+    '{"examples": []}',
+    '{"a": 1}\n{"b": 2}\n',
+    '{\n "a": 1\n}',
+    "[1]",
+    "notes",
+    '{"a": "1"}\n',
+    '{"a": 1, "b": [1]}\n',
+]
+
+
+@pytest.mark.parametrize("text", FOREIGN)
 def test_journal_leaves_a_foreign_file_as_it_is(tmp_path, text):
     path = tmp_path / "j"
     path.write_text(text)
-    with pytest.raises(InputError, match="not a file that this command wrote|not JSON"):
-        Journal(path, fields=("a",))
+    with pytest.raises(InputError, match=r"^\S*j(:\d: |: not a file that this command wrote)"):
+        Journal(path, {"a": int, "b?": []})
     assert path.read_text() == text
 
 
@@ -79,68 +84,59 @@ def test_replace_file_shows_all_or_nothing(tmp_path):
 
 
 def test_read_jsonl_names_the_file_and_the_line(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"a": 1}\n\n{"a": 2}\n[1]\n')
-    rows = read_jsonl(tmp_path / "a.jsonl")
-    assert [next(rows), next(rows)] == [(1, {"a": 1}), (3, {"a": 2})]
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n\n{"a": 2}\n[1]')
+    assert list(read_jsonl(tmp_path / "a.jsonl", growing=True)) == [(1, {"a": 1}), (3, {"a": 2})]
     with pytest.raises(InputError, match=r"a\.jsonl:4: a JSON object was expected, not list"):
-        next(rows)
-    with pytest.raises(InputError, match="nowhere: No such file"):
-        list(read_jsonl(tmp_path / "nowhere"))
+        list(read_jsonl(tmp_path / "a.jsonl"))
 
 
-COMMAND = """
-    from dataclasses import dataclass
-    from typing import Literal
-    from common import REQUIRED, InputError, option, run_command_line
+@dataclasses.dataclass(kw_only=True)
+class Config:
+    data: list[str] = option(REQUIRED, "files, 100% of them", positional=True)
+    rate: float = option(0.5, "a rate", above=0)
+    limit: int | None = option(None, "a limit", above=0)
+    share: float = option(0.5, "a share", at_least=0, at_most=1)
+    seed: int = option(0, "a seed")
+    kind: Literal["a", "b"] = option("a", "a kind")
+    url: list[str] = option([], "servers")
+    quiet: bool = option(False, "hush")
 
-    @dataclass(kw_only=True)
-    class Config:
-        data: list[str] = option(REQUIRED, "files, 100% of them", positional=True)
-        rate: float = option(0.5, "a rate", above=0)
-        limit: int | None = option(None, "a limit", above=0)
-        share: float = option(0.5, "a share", at_least=0, at_most=1)
-        kind: Literal["a", "b"] = option("a", "a kind")
-        url: list[str] = option([], "servers")
-        quiet: bool = option(False, "hush")
 
-    def go(config):
-        '''Go 100%.'''
-        if config.limit == 13:
-            raise InputError("--limit 13: an unlucky number")
-        if config.url == ["/proc/none"]:
-            open(config.url[0], "w")
-        print(config)
-
-    run_command_line("What it is.", {"go": (Config, go)}, default="go")
-"""
+def go(config):
+    """Go 100%."""
+    if config.limit == 13:
+        raise InputError("--limit 13: an unlucky number")
+    print(config, open(config.data[0]).name)
 
 
 @pytest.mark.parametrize(
     "arguments, status, shown",
     [
-        ("x y --rate 2 --limit 3 --url u v", 0, "['x', 'y'], rate=2.0, limit=3, share=0.5, kind='a', url=['u', 'v']"),
-        ("x --quiet", 0, "quiet=True"),
-        ("go x --no-quiet", 0, "rate=0.5, limit=None"),
+        (". --rate 2 --limit 3 --url u v", 0, "rate=2.0, limit=3, share=0.5, seed=0, kind='a', url=['u', 'v']"),
+        (". --quiet", 0, "quiet=True"),
+        ("go . --no-quiet", 0, "rate=0.5, limit=None"),
         ("--help", 0, "the default command"),
         ("go --help", 0, "a rate (default: 0.5)"),
-        ("x --limit 13", 2, "error: --limit 13: an unlucky number"),
-        ("x --rate 0", 2, "error: --rate 0.0: must be above 0"),
-        ("x --rate nan", 2, "error: --rate nan: must be above 0"),
-        ("x --share 1.5", 2, "error: --share 1.5: must be at most 1"),
-        ("x --share -1", 2, "error: --share -1.0: must be at least 0"),
-        ("x --url /proc/none", 2, "error: /proc/none: No such file or directory"),
-        ("x --limit -1", 2, "error: --limit -1: must be above 0"),
-        ("x --lim 3", 2, "error: unrecognized arguments: --lim 3"),
-        ("x --kind c", 2, "invalid choice: 'c'"),
+        (". --limit 13", 2, "error: --limit 13: an unlucky number"),
+        (". --rate 0", 2, "error: --rate 0.0: must be above 0"),
+        (". --rate nan", 2, "error: --rate nan: must be above 0"),
+        (". --rate inf", 2, "error: --rate inf: must be at most"),
+        (f". --seed {2**70}", 2, f"error: --seed {2**70}: must be at most"),
+        (". --share 1.5", 2, "error: --share 1.5: must be at most 1"),
+        (". --share -1", 2, "error: --share -1.0: must be at least 0"),
+        ("nowhere", 2, "error: [Errno 2] No such file or directory: 'nowhere'"),
+        (". --lim 3", 2, "error: unrecognized arguments: --lim 3"),
+        (". --kind c", 2, "invalid choice: 'c'"),
         ("", 2, "error: the following arguments are required: data"),
     ],
 )  # fmt: skip
-def test_command_line(arguments, status, shown):
-    command = [sys.executable, "-c", textwrap.dedent(COMMAND), *arguments.split()]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, shown in done.stdout + done.stderr) == (status, True), done.stderr
-    if status == 2:
-        assert done.stderr.count("\n") == 1
+def test_command_line(arguments, status, shown, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "_exit", sys.exit)  # the real exit: test_collect.py
+    arguments = arguments.replace(". ", f"{__file__} ")
+    with pytest.raises(SystemExit) as exit:
+        run_command_line("What it is.", {"go": (Config, go)}, "go", arguments.split())
+    out, err = capsys.readouterr()
+    assert (exit.value.code, shown in out + err, err.count("\n")) == (status, True, status // 2)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -166,26 +162,21 @@ def vote(actions, observations, rng):
     return 0
 
 
-@pytest.mark.parametrize(
-    "dotted, message",
-    [
-        ("nowhere.vote", "--choose nowhere.vote: ModuleNotFoundError"),
-        ("math.vote", "--choose math.vote: AttributeError"),
-        ("math.pi", "not a function"),
-        ("agent_distill.choose", None),
-        ("math.hypot", "no signature"),
-        ("operator.add", "it is called with \\(actions, observations, rng\\)"),
-    ],
-)
-def test_a_function_named_on_the_command_line_is_checked(dotted, message):
-    if message is None:
-        assert callable(resolve(dotted, vote, "--choose"))
-        return
-    with pytest.raises(InputError, match=message):
-        resolve(dotted, vote, "--choose")
-    assert source_hash(vote) == source_hash(test_serve_json_answers_every_request)
-    with pytest.raises(InputError, match="its source cannot be read"):
-        source_hash(os.getcwd)
+FUNCTIONS = {
+    "nowhere.vote": "--choose nowhere.vote: ModuleNotFoundError",
+    "math.vote": "--choose math.vote: AttributeError",
+    "math.pi": "not a function of a Python file",
+    "math.hypot": "not a function of a Python file",
+    "shutil.disk_usage": r"it is called with \(actions, observations, rng\)",
+}
+
+
+def test_a_function_named_on_the_command_line_is_checked():
+    for dotted, message in FUNCTIONS.items():
+        with pytest.raises(InputError, match=message):
+            resolve(dotted, vote, "--choose")
+    assert resolve("agent_distill.choose", vote, "--choose") is agent_distill.choose
+    assert source_hash(vote) == source_hash(test_serve_json_answers_every_request) != source_hash(resolve)
 
 
 def test_serve_json_answers_every_request(capsys):
@@ -212,48 +203,52 @@ def test_serve_json_answers_every_request(capsys):
 
 
 def test_tasks_from_jsonl_and_from_published_files(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"id": 1, "question": "q", "answer": "a", "kind": "math"}\n')
-    (tmp_path / "b.json").write_text(
-        json.dumps({"examples": [{"id": i, "question": "q", "answer": "a"} for i in "xy"]})
-    )
+    write_jsonl(tmp_path / "a.jsonl", [TASK | {"kind": "math"}])
+    write_jsonl(tmp_path / "b.json", [{"examples": [{"id": i, "question": "q", "answer": "a"} for i in "xy"]}])
     rows = load_tasks([tmp_path / "a.jsonl", tmp_path / "b.json"], kind="fact", limit=1)
     assert [(row["task"], row["id"], row["kind"]) for row in rows] == [("a", "1", "math"), ("b", "x", "fact")]
 
 
-@pytest.mark.parametrize(
-    "fields, expected",
-    [
-        ({"answer": "a", "aliases": None}, ("a", [])),
-        ({"answer": "a", "aliases": "Fab Four"}, ("a", ["Fab Four"])),
-        ({"answer": ["a", "b"], "aliases": ["c"]}, ("a", ["b", "c"])),
-        ({"answer": 7}, (7, [])),
-        ({"answer": "\ud83d"}, ("?", [])),
-    ],
-)
+TASK = {"id": 1, "question": "q", "answer": "a", "kind": "fact"}
+ANSWERS = [
+    ({"answer": "a", "aliases": None}, ("a", [])),
+    ({"answer": "a", "aliases": "Fab Four"}, ("a", ["Fab Four"])),
+    ({"answer": ["a", "b"], "aliases": ["c"]}, ("a", ["b", "c"])),
+    ({"answer": 7}, (7, [])),
+    ({"answer": "\ud83d"}, ("?", [])),
+]
+
+
+@pytest.mark.parametrize("fields, expected", ANSWERS)
 def test_answers_and_aliases_of_a_task(tmp_path, fields, expected):
-    row = {"id": 1, "question": "q", "kind": "fact"} | fields
-    [task] = load_tasks([write_jsonl(tmp_path / "a.jsonl", [row])])
+    [task] = load_tasks([write_jsonl(tmp_path / "a.jsonl", [TASK | fields])])
     assert (task["answer"], task["aliases"]) == expected
 
 
-BAD_TASKS = {
-    "": "a.jsonl: no tasks in it",
-    '{"id": 1, "question": "q", "answer": [], "kind": "fact"}': "a.jsonl:1: a task needs the field 'answer'",
-    '{"id": 1, "question": "q", "answer": [" "], "kind": "fact"}': "a.jsonl:1: a task needs the field 'answer'",
-    '{"id": 1, "question": "q", "answer": [null], "kind": "fact"}': "a.jsonl:1: a task needs the field 'answer'",
-    '{"id": 1, "question": "q", "answer": {"value": 1}, "kind": "fact"}': "a.jsonl:1: a task needs the field 'answer'",
-    '{"id": 1, "question": " ", "answer": "a", "kind": "fact"}': "a.jsonl:1: a task needs the field 'question'",
-    '{"id": 1, "question": "q", "answer": "a", "kind": "fact", "task": ["t"]}': "a.jsonl:1: the task must be a text",
-    '{"id": 1, "question": ["q"], "answer": "a", "kind": "fact"}': "a.jsonl:1: the question must be a text",
-    "[" * 100_000: "a.jsonl:1: not JSON",
-    '{"id": 1, "question": "q", "kind": "fact"}': "a.jsonl:1: a task needs the field 'answer'",
-    '{"id": 1, "question": "q", "answer": "a"}': "the kind must be stated",
-    '{"id": 1, "question": "q", "answer": "a", "kind": "fact"}\n' * 2: "a.jsonl:2: task a has id '1' twice",
-}
+BAD_TASKS = [
+    ([], "a.jsonl: no tasks in it"),
+    ([TASK | {"answer": []}], "a.jsonl:1: the field 'answer'"),
+    ([TASK | {"answer": [" "]}], "a.jsonl:1: the field 'answer'"),
+    ([TASK | {"answer": [None]}], "a.jsonl:1: the field 'answer'"),
+    ([TASK | {"answer": {"value": 1}}], "a.jsonl:1: the field 'answer'"),
+    ([TASK | {"question": " "}], "a.jsonl:1: the field 'question'"),
+    ([TASK | {"question": ["q"]}], "a.jsonl:1: the field 'question'"),
+    ([TASK | {"task": ["t"]}], "a.jsonl:1: the field 'task'"),
+    ([TASK | {"kind": None}], "a.jsonl:1: the kind must be stated"),
+    ([{"question": "q"}], "a.jsonl:1: the field 'id'"),
+    (["[" * 100_000], "a.jsonl:1: not JSON"),
+    ([TASK, TASK], "a.jsonl:2: task a has id '1' twice"),
+]
 
 
-@pytest.mark.parametrize("text", BAD_TASKS)
-def test_bad_tasks_are_refused_with_their_place(tmp_path, text):
-    (tmp_path / "a.jsonl").write_text(text)
-    with pytest.raises(InputError, match=BAD_TASKS[text]):
-        load_tasks([tmp_path / "a.jsonl"])
+@pytest.mark.parametrize("rows, message", BAD_TASKS)
+def test_bad_tasks_are_refused_with_their_place(tmp_path, rows, message):
+    with pytest.raises(InputError, match=message):
+        load_tasks([write_jsonl(tmp_path / "a.jsonl", rows)])
+
+
+def test_a_file_of_examples_that_is_none_is_one_line(tmp_path):
+    for text, message in ((b'{"examples": [1]}', "'examples'"), (b"[]", "not list"), (b'{"a": "\xe9"}', "not JSON")):
+        (tmp_path / "a.json").write_bytes(text)
+        with pytest.raises(InputError, match=f"a.json: .*{message}"):
+            load_tasks([tmp_path / "a.json"])

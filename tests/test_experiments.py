@@ -266,15 +266,15 @@ def test_on_policy_distillation_continues_after_a_kill(place, monkeypatch):
     config = on_policy.Config(**settings | {"out": str(place / "kill")})
     sft = experiments.train_student(config, "sft", settings["data"][0])
     on_policy.distill(config, sft, place / "kill" / "whole")
-    update = train.Trainer.update
+    step = torch.optim.AdamW.step
 
-    def stop(trainer, rate, scale):
-        if rate < config.policy_lr:
+    def stop(optimizer):
+        if optimizer.param_groups[0]["lr"] < config.policy_lr:
             raise KeyboardInterrupt
-        return update(trainer, rate, scale)
+        return step(optimizer)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train.Trainer, "update", stop)
+        patch.setattr(torch.optim.AdamW, "step", stop)
         on_policy.distill(config, sft, place / "kill" / "cut")
     on_policy.distill(config, sft, place / "kill" / "cut")
     names = [place / "kill" / name / "adapter_model.safetensors" for name in ("whole", "cut")]

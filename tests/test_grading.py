@@ -7,7 +7,6 @@ import itertools
 import json
 import random
 import re
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -17,13 +16,9 @@ import sympy
 
 from common import InputError
 from common.expressions import CLEANING, REWRITES, clean, read
-from common.grading import WORDING, Verdict, boxed_answer, compare, cot_answer, grade, same, same_node
+from common.grading import WORDING, Verdict, compare, cot_answer, grade, same, same_node
 
 ROOT = Path(__file__).parent.parent
-
-
-def math_equal(prediction, gold):
-    return compare(prediction, gold).correct
 
 
 def pairs(table, sign):
@@ -36,174 +31,122 @@ def pairs(table, sign):
 
 # One of each shape that the gold answers of MATH, GSM-Hard, AIME and OlymMATH have; no two are equal.
 GOLDS = r"""
-116  |  -7  |  10,\!080  |  58,500  |  13138980.0  |  39.9999834113  |  40.0  |  3.509e-07  |  0.5  |  \frac{14}{3}
-\frac43  |  \frac 59  |  \frac9{19}  |  -\tfrac{32}{3}  |  1\frac{4}{5}  |  137 \frac{1}{2}  |  \sqrt[4]{3}
-3\sqrt{13}  |  11\sqrt2  |  \frac{3\sqrt{2}+\sqrt{6}}{2}  |  \sqrt{1+\frac{\sqrt{6}}{3}}  |  2^{4181}  |  2^2023
-\pi -\arccos \frac{1}{8}  |  4\times 3^{2010}-5\times 2^{2010}+1  |  \frac{3^{2023} + 3}{4}  |  12^{1/7}
-6 - 5i  |  -i  |  1 \pm \sqrt{19}  |  3 \pm 2 \sqrt{2}  |  1,-2  |  3, 5, 7  |  -1,3,3  |  3i,-3i  |  5,\,-11
-90^\circ  |  115^{\circ}  |  \frac{990}{7}^\circ  |  \frac{270}7\text{ degrees}  |  45^\circ, 135^\circ
-52_8  |  4210_{5}  |  \text{A5}_{11}  |  73\%  |  237.5\%  |  \$18.90  |  \$32,\!348  |  5.4 \text{ cents}
-864 \mbox{ inches}^2  |  6\frac{1}{6}\text{ feet}  |  16\text{ daps}  |  8\!:\!34 \text{ p.m.}  |  3:5  |  9:24
-\left( 3, \frac{\pi}{2} \right)  |  (6,31,-1)  |  (2,4)  |  (4,2)  |  (3,4]  |  [3,4)  |  [3,4]  |  (2,\infty)
-(-\infty, 2) \cup (3, \infty)  |  (-\infty, 2] \cup [3, \infty)  |  [3, 4) \cup \left(4, \frac{64}{11}\right]
-x \in [-2,7]  |  \{1\pm\sqrt{5},-2\}  |  \{4,5,7\}  |  x=17  |  y = 2x + 3  |  5x - 7y + 11z + 4 = 0  |  2k+2
-\begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix}  |  \begin{pmatrix} 0 & 1 \\ 1 & 0 \end{pmatrix}  |  x^3+3x-6
-(a+5)(b+2)  |  \cot x  |  \tan \frac{x}{2}  |  30p \sqrt{p}  |  \frac{1}{(a - b)b}  |  \sqrt{a^2 + b^2}
-3^x - 2^x  |  xy  |  \text{Evelyn}  |  \text{two lines}  |  \text{(C)}  |  \text{A,B,E}  |  D, E
+116  |  -7  |  10,\!080  |  13138980.0  |  39.9999834113  |  3.509e-07  |  0.5  |  \frac{14}{3}  |  \frac43
+\frac9{19}  |  1\frac{4}{5}  |  137 \frac{1}{2}  |  \sqrt[4]{3}  |  3\sqrt{13}  |  11\sqrt2
+\sqrt{1+\frac{\sqrt{6}}{3}}  |  2^{4181}  |  \pi -\arccos \frac{1}{8}  |  \frac{3^{2023} + 3}{4}  |  12^{1/7}  |  6 - 5i
+-i  |  1 \pm \sqrt{19}  |  1,-2  |  -1,3,3  |  90^\circ  |  \frac{990}{7}^\circ  |  \frac{270}7\text{ degrees}
+45^\circ, 135^\circ  |  4210_{5}  |  \text{A5}_{11}  |  73\%  |  \$18.90  |  \$32,\!348  |  5.4 \text{ cents}
+864 \mbox{ inches}^2  |  6\frac{1}{6}\text{ feet}  |  16\text{ daps}  |  8\!:\!34 \text{ p.m.}  |  3:5
+\left( 3, \frac{\pi}{2} \right)  |  (2,4)  |  (4,2)  |  (3,4]  |  [3,4)  |  (2,\infty)  |  (-\infty, 2) \cup (3, \infty)
+[3, 4) \cup \left(4, \frac{64}{11}\right]  |  x \in [-2,7]  |  \{1\pm\sqrt{5},-2\}  |  x=17  |  y = 2x + 3
+5x - 7y + 11z + 4 = 0  |  \begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix}  |  \begin{pmatrix} 0 & 1 \\ 1 & 0 \end{pmatrix}
+x^3+3x-6  |  (a+5)(b+2)  |  \cot x  |  \tan \frac{x}{2}  |  30p \sqrt{p}  |  \frac{1}{(a - b)b}  |  \sqrt{a^2 + b^2}
+xy  |  \text{Evelyn}  |  \text{(C)}  |  \text{A,B,E}
 """
 GOLDS = [gold for line in GOLDS.strip().splitlines() for gold in line.split("  |  ")]
 
 EQUAL = r"""
 # numbers, separators, currency
-0.5  ==  \frac{1}{2}  |  sqrt(51)  ==  \sqrt{51}  |  9/5  ==  1\frac{4}{5}  |  \sqrt 3 \frac{1}{2}  ==  \sqrt3/2
-0.0833333  ==  \frac{1}{12}  |  1.2 \times 10^5  ==  120000  |  10080  ==  10,\!080  |  $32,348  ==  \$32,\!348
-# degrees, percent, units
-90 degrees  ==  90^\circ  |  pi/2  ==  90^\circ  |  5  ==  5 \text{ cm}
-# sympy's and Python's notation, matrices
-6 - 5*I  ==  6 - 5i  |  3**(1/4)  ==  \sqrt[4]{3}  |  pi - acos(1/8)  ==  \pi -\arccos \frac{1}{8}
-Matrix([[-1/3], [2/3]])  ==  \begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix}
-# lists, sets, tuples, intervals
--2, 1  ==  1,-2  |  {1, -2}  ==  1,-2  |  x = 1 or x = -2  ==  1,-2  |  1 and -2  ==  1,-2  |  5  ==  \{5\}
-1-sqrt(19), 1+sqrt(19)  ==  1 \pm \sqrt{19}  |  (3, pi/2)  ==  \left( 3, \frac{\pi}{2} \right)
-[-2,7]  ==  x \in [-2,7]
-# names, variables, functions, words
-x = 5  ==  5  |  5  ==  x=5  |  f(x) = 2*x + 3  ==  2x+3  |  a*b+2*a+5*b+10  ==  (a+5)(b+2)  |  \frac xy  ==  x/y
-cos(x)/sin(x)  ==  \cot x  |  30*p**(3/2)  ==  30p \sqrt{p}  |  evelyn  ==  \text{Evelyn}  |  C  ==  \text{(C)}
-$5$  ==  5  |  \boxed{5}  ==  5  |  x = 2\sqrt{3} \approx 3.46  ==  2\sqrt3
-# the same kinds again, from replies of models and reports on other graders
-(6-5j)  ==  6-5i  |  -inf  ==  -\infty  |  (5,)  ==  5  |  [np.int64(1), np.int64(-2)]  ==  1,-2
-Interval(-2, 7)  ==  [-2,7]  |  Interval.open(-2*sqrt(3)/3, sqrt(2))  ==  (-\frac{2\sqrt3}{3}, \sqrt2)
-Interval(-oo, 2)  ==  (-\infty,2]  |  {1, 2}  ==  \{1,2\}  |  array([ 3., -2.])  ==  \begin{pmatrix}3\\-2\end{pmatrix}
-array([1., 2.], dtype=float32)  ==  1,2  |  Fraction(1, 2)  ==  \frac12  |  [{x: -2}, {x: 3}]  ==  -2,3
-Fraction(1, 2), Fraction(3, 4)  ==  \frac12,\frac34  |  {x: 1, y: 2}  ==  (1,2)  |  {'x': 1, 'y': 2}  ==  (1,2)
-[(1, 2)]  ==  (1,2)  |  [(1, 2), (3, 4)]  ==  (1,2),(3,4)  |  {(1, 2), (3, 4)}  ==  (3,4),(1,2)  |  1j  ==  i
-(np.float64(3.0), 2)  ==  (3,2)  |  np.complex128(3+2j)  ==  3+2i  |  [(1+2j), (1-2j)]  ==  1+2i,1-2i
-mpf('0.5')  ==  \frac12  |  Matrix([[1], [2]])  ==  \begin{pmatrix}1\\2\end{pmatrix}  |  FiniteSet(1, 2)  ==  1,2
-frozenset({1, 2})  ==  1,2  |  Union(Interval.open(-oo, 2), Interval.open(3, oo))  ==  (-\infty, 2) \cup (3, \infty)
-Union({3}, Interval(4, 5))  ==  \{3\} \cup [4,5]  |  Interval.Lopen(3, 4)  ==  (3,4]  |  ['A', 'B']  ==  \text{A,B}
-(2 <= x) & (x <= 5)  ==  [2,5]  |  (-oo < x) & (x < 2)  ==  (-\infty,2)  |  ('1/2', '3')  ==  (\frac12, 3)
-((-oo < x) & (x < 2)) | ((3 < x) & (x < oo))  ==  (-\infty,2) \cup (3,\infty)  |  2*sqrt(3)*I  ==  2\sqrt3 i
-(x < 2) | (3 < x)  ==  (-\infty,2) \cup (3,\infty)  |  oo  ==  \infty  |  EmptySet  ==  \varnothing
-Point2D(1, 2)  ==  (1,2)  |  math.pi  ==  \pi  |  4210_5  ==  4210_{5}  |  (x,y) = (1,2)  ==  (1,2)  |  3 : 5  ==  3:5
-(1,2)  ==  (x,y) = (1,2)  |  x_1 = 1, x_2 = -2  ==  1,-2  |  Eq(x, 5)  ==  5  |  x = 1, y = 2  ==  (1,2)
-(1, 2)  ==  x = 1, y = 2  |  y = 2, x = 1  ==  x = 1, y = 2
-\begin{array}{c} 1 \\ 2 \end{array}  ==  \begin{pmatrix} 1 \\ 2 \end{pmatrix}
+0.5  ==  \frac{1}{2}  |  9/5  ==  1\frac{4}{5}  |  1.2 \times 10^5  ==  120000  |  10080  ==  10,\!080
+81,256  ==  81, 256  |  81,256  ==  81256  |  \$1.85  ==  1.85 USD  |  \sqrt 3 \frac{1}{2}  ==  \sqrt3/2
+\frac xy  ==  x/y  |  0.333333  ==  \frac13  |  \approx 6366.1977  ==  6366.1977
+x = 2\sqrt{3} \approx 3.46  ==  2\sqrt3  |  2/3  ==  \$\dfrac23 \approx \$0.67
+# degrees, percent, units, ratios, bases
+90 deg  ==  90^\circ  |  pi/2  ==  90^\circ  |  \tan 15^\circ  ==  2-\sqrt3  |  5  ==  5 \text{ cm}
+$5$ cm  ==  5\text{ cm}  |  \text{5 cm}  ==  5\text{ centimeters}  |  864 square inches  ==  864 \mbox{ inches}^2
+5 km/h  ==  5 \text{ km/h}  |  8:34 pm  ==  8\!:\!34 \text{ p.m.}  |  3 : 5  ==  3:5  |  4210_5  ==  4210_{5}
+# delimiters, text
+$5$  ==  5  |  \text{5}  ==  5  |  5 \text{ and } 13  ==  5,13  |  \text{5 and 13}  ==  5, 13
+$x=5$ or $x=6$  ==  5,6  |  C  ==  \text{(C)}  |  east  ==  \text{east}  |  ['A', 'B']  ==  \text{A,B}
+\textbf{(B)}\ 16  ==  16  |  no solution  ==  \text{No solution}
+# lists, sets, tuples
+-2, 1  ==  1,-2  |  {1, -2}  ==  1,-2  |  x = 1 or x = -2  ==  1,-2  |  x_1 = 1, x_2 = -2  ==  1,-2
+(x,y) = (1,2)  ==  (1,2)  |  x = 1, y = 2  ==  (1,2)  |  y = 2, x = 1  ==  x = 1, y = 2
+⟨7,-8⟩  ==  \langle 7,-8 \rangle  |  1-sqrt(19), 1+sqrt(19)  ==  1 \pm \sqrt{19}  |  x = \pm 3  ==  3,-3
+\frac{1 \pm \sqrt5}{2}  ==  \frac{1+\sqrt5}{2},\frac{1-\sqrt5}{2}
+# intervals, inequalities, unions
+[-2,7]  ==  x \in [-2,7]  |  x < 2  ==  (-\infty, 2)  |  2 > x  ==  (-\infty, 2)  |  2 <= x <= 5  ==  [2,5]
+5 \ge x > 2  ==  (2,5]  |  x < 2 or x >= 3  ==  (-\infty, 2) \cup [3, \infty)
+(3, oo) U (-oo, 2)  ==  (-\infty, 2) \cup (3, \infty)
+# matrices
 \left(\begin{array}{cc} 1 & 2\\ 3 & 4\end{array}\right)  ==  \begin{pmatrix} 1 & 2 \\ 3&4 \end{pmatrix}
-\begin{pmatrix} 1 \\[6pt] 2 \end{pmatrix}  ==  \begin{pmatrix} 1 \\ 2 \end{pmatrix}  |  \text{5}  ==  5
-5 \text{ and } 13  ==  5,13  |  \text{5 and 13}  ==  5, 13  |  $x=5$ or $x=6$  ==  5,6  |  $5$ cm  ==  5\text{ cm}
-90 deg  ==  90^\circ  |  P(A)=1/3  ==  \frac13  |  P(X=2) = 1/3  ==  \frac13  |  \approx 6366.1977  ==  6366.1977
-x \approx 6366.1977  ==  6366.1977  |  8:34 p.m.  ==  8\!:\!34 \text{ p.m.}  |  8:34 pm  ==  8\!:\!34 \text{ p.m.}
-81,256  ==  81, 256  |  81,256  ==  81256  |  \$1.85  ==  1.85 USD  |  \sqrt{1/n}  ==  1/\sqrt{n}  |  6!  ==  720
-34x+45y-20z+100=0  ==  -34x-45y+20z-100=0  |  2x+4y-3=0  ==  y=-x/2+3/4  |  \binom{5}{2}  ==  10  |  \log_2 8  ==  3
-binomial(5, 2)  ==  10  |  log(8, 2)  ==  3  |  \tan^2(y)+1  ==  \sec^2 y  |  \sin^2 x + \cos^2 x  ==  1
-\sin^{-1}(1/2)  ==  \arcsin \frac12  |  \sin 2x  ==  2\sin x\cos x  |  x < 2  ==  (-\infty, 2)  |  2 < x  ==  x > 2
-2 > x  ==  (-\infty, 2)  |  x \le 2  ==  (-\infty, 2]  |  2 <= x <= 5  ==  [2,5]  |  5 \ge x > 2  ==  (2,5]
-x < 2 or x >= 3  ==  (-\infty, 2) \cup [3, \infty)  |  x<2 or x>3  ==  (-\infty, 2) \cup (3, \infty)
-|x|  ==  \sqrt{x^2}  |  2|x|  ==  |2x|  |  1 4/5  ==  1\frac{4}{5}  |  -1\frac12  ==  -1.5  |  x² − 1  ==  (x-1)(x+1)
-x = \pm 3  ==  3,-3  |  \pm 3  ==  x = 3, x = -3  |  x = 3 or x = -3  ==  \pm 3  |  x = 1, 2  ==  1,2
-\frac{1 \pm \sqrt5}{2}  ==  \frac{1+\sqrt5}{2},\frac{1-\sqrt5}{2}  |  B.  ==  \text{(B)}  |  \text{Area} = 5  ==  5
-AB = 5  ==  5  |  x \in \{2,5\}  ==  2,5  |  f^{-1}(x) = 2x  ==  2x  |  2\theta + \theta  ==  3\theta
-\alpha\beta  ==  \beta\alpha  |  a_1 + a_1  ==  2a_1  |  864 square inches  ==  864 \mbox{ inches}^2
-864 in^2  ==  864 \mbox{ inches}^2  |  5 cm  ==  5\text{ centimeters}  |  60 mph  ==  60\text{ miles per hour}
-5 feet  ==  5\text{ ft}  |  0.333333  ==  \frac13  |  east  ==  \text{east}  |  even  ==  \text{even}
-\text{DC}  ==  DC  |  20\,000  ==  20000  |  1,000,000  ==  10^6  |  \ln 2  ==  \log 2  |  2e  ==  2\cdot e
-+\infty  ==  \infty  |  \left(\frac{1}{2}, 3\right)  ==  (0.5,3)  |  (1,2,3)  ==  \langle 1,2,3 \rangle
-\left\{1,2\right\}  ==  1,2  |  \(7\)  ==  7  |  $$7$$  ==  7  |  x=17  ==  17 = x  |  \text{Yes}  ==  \text{yes}
-(-\infty,2)\cup(2,\infty)  ==  (2,\infty)\cup(-\infty,2)  |  \tan 15^\circ  ==  2-\sqrt3  |  3.0 × 10^5  ==  300000
-(a+b)^2  ==  a^2+2ab+b^2  |  \frac{x+1}{2}  ==  0.5x+0.5  |  2/3  ==  \$\dfrac23 \approx \$0.67  |  3.141593  ==  \pi
--2<=x<=7  ==  [-2,7]  |  (3, oo) U (-oo, 2)  ==  (-\infty, 2) \cup (3, \infty)  |  2.718282  ==  e
-⟨7,-8⟩  ==  (7,-8)  |  [{x: 1, y: 2}, {x: 3, y: 4}]  ==  (1,2),(3,4)  |  5, 6, and 7  ==  5,6,7
-x^2 + y^2 = 1  ==  y^2 = 1 - x^2  |  5 km/h  ==  5 \text{ km/h}
+\begin{pmatrix} 10\\[4pt]200 \end{pmatrix}  ==  \begin{pmatrix} 10 \\ 200 \end{pmatrix}
+# names, equations, functions
+f(x) = 2*x + 3  ==  2x+3  |  f^{-1}(x) = 2x  ==  2x  |  P(A)=1/3  ==  \frac13  |  \text{Area} = 5  ==  5
+x=17  ==  17 = x  |  2x+4y-3=0  ==  y=-x/2+3/4  |  34x+45y-20z+100=0  ==  -34x-45y+20z-100=0
+a*b+2*a+5*b+10  ==  (a+5)(b+2)  |  a_1 + a_1  ==  2a_1  |  \sqrt{1/n}  ==  1/\sqrt{n}  |  6!  ==  720
+\binom{5}{2}  ==  10  |  \log_2 8  ==  3  |  \tan^2(y)+1  ==  \sec^2 y  |  \sin^{-1}(1/2)  ==  \arcsin \frac12
+\sin 2x  ==  2\sin x\cos x
+# Python's and sympy's notation
+(6-5j)  ==  6-5i  |  1j  ==  i  |  [(1+2j), (1-2j)]  ==  1+2i,1-2i  |  -inf  ==  -\infty
+pi - acos(1/8)  ==  \pi -\arccos \frac{1}{8}  |  (5,)  ==  5  |  [np.int64(1), np.int64(-2)]  ==  1,-2
+(np.float64(3.0), 2)  ==  (3,2)  |  array([1., 2.], dtype=float32)  ==  1,2  |  ('1/2', '3')  ==  (\frac12, 3)
+Fraction(1, 2), Fraction(3, 4)  ==  \frac12,\frac34  |  Matrix([[1], [2]])  ==  [1, 2]
+Matrix([[1, 2], [3, 4]])  ==  \begin{pmatrix}1&2\\3&4\end{pmatrix}  |  {(1, 2), (3, 4)}  ==  (3,4),(1,2)
+FiniteSet(2, 1)  ==  1,2  |  EmptySet  ==  \varnothing  |  [{x: -2}, {x: 3}]  ==  -2,3  |  {'x': 1, 'y': 2}  ==  (1,2)
+[{x: 1, y: 2}, {x: 3, y: 4}]  ==  (1,2),(3,4)  |  {'mean': 3.5}  ==  3.5  |  Interval(-2, 7)  ==  [-2,7]
+Interval(-oo, 2)  ==  (-\infty,2]  |  Union({3}, Interval.Lopen(4, 5))  ==  \{3\} \cup (4,5]
+(2 <= x) & (x <= 5)  ==  [2,5]  |  ((-oo < x) & (x < 2)) | ((3 < x) & (x < oo))  ==  (-\infty,2) \cup (3,\infty)
 """
 EQUAL = pairs(EQUAL, "==")
-EQUAL += [(0.5, "\\frac12"), (13138980, 13138980.0), (410332.9, 410332.8999999999)]
-EQUAL += [(3.508771929824561e-07, 3.509e-07), (116.00000000000001, "116"), (6.1e-17, "0")]
-EQUAL += [(3.4641016151377544, "2\\sqrt{3}"), (51196733.33, 51196733.33333333)]
-EQUAL += [(1267650600228229401496703205376, "2^{100}"), (90, "90^\\circ"), (10, "10\\%"), (0.1, "10\\%")]
-EQUAL += [([1, -2], "1,-2"), ([5], "5"), ([3, 1.5707963267948966], "\\left( 3, \\frac{\\pi}{2} \\right)")]
-EQUAL += [([-2, 7], "[-2,7]"), ([7, -8], "\\begin{pmatrix} 7 \\\\ -8 \\end{pmatrix}")]
-EQUAL += [([[16, -2], [0, 4]], "\\begin{pmatrix}16 & -2 \\\\ 0 & 4 \\end{pmatrix}")]
-EQUAL += [(["A", "B", "E"], "\\text{A,B,E}"), (" 7 . ", "7"), (str(2**4181), "2^{4181}")]
+EQUAL += [(410332.9, 410332.8999999999), (13138980, 13138980.0), (51196733.33, 51196733.33333333), (6.1e-17, "0")]
+EQUAL += [(3.508771929824561e-07, 3.509e-07), (3.4641016151377544, "2\\sqrt{3}"), (str(2**4181), "2^{4181}")]
+EQUAL += [(90, "90^\\circ"), (10, "10\\%"), (0.1, "10\\%"), ([1, -2], "1,-2"), ([5], "5"), ([-2, 7], "[-2,7]")]
+EQUAL += [
+    ([3, 1.5707963267948966], "(3, \\frac{\\pi}{2})"),
+    ([[1, 2], [3, 4]], "\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}"),
+]
+EQUAL += [({"x": 1, "y": 2}, "(1,2)"), (" 7 . ", "7")]
 
 # Equal answers that are not recognised; common/grading.py lists the kinds.
 NOT_RECOGNISED = r"""
-2\frac{3}{2}  ==  3  |  20 million  ==  20,\!000,\!000  |  0.67  ==  \$\dfrac23 \approx \$0.67
-\mathbb{R} \setminus \{2\}  ==  (-\infty,2) \cup (2,\infty)  |  (0,1) \cup [1,2)  ==  (0,2)
+2\frac{3}{2}  ==  3  |  20 million  ==  20,\!000,\!000  |  0.67  ==  \$\dfrac23 \approx \$0.67  |  5 m  ==  5\text{ m}
+\mathbb{R} \setminus \{2\}  ==  (-\infty,2) \cup (2,\infty)  |  (0,1) \cup [1,2)  ==  (0,2)  |  6:10  ==  3:5
 The answer is 42.  ==  42  |  x >= 2 and x <= 5  ==  [2,5]  |  \sqrt[3]{-8}  ==  -2  |  1/ab  ==  \frac{1}{ab}
 x = 10/4 = 5/2  ==  5/2  |  0.\overline{3}  ==  \frac13  |  52 (base 8)  ==  52_8  |  [1 2]  ==  1,2
-(B) 16  ==  \text{(B)}
-\sin x/2  ==  \frac{\sin x}{2}  |  (n+1)!  ==  (n+1) \cdot n!  |  5 m  ==  5\text{ m}  |  6:10  ==  3:5  |  5!!  ==  15
+(B) 16  ==  \text{(B)}  |  \sin x/2  ==  \frac{\sin x}{2}  |  (n+1)!  ==  (n+1) \cdot n!  |  5!!  ==  15
+5 cm, 6 cm  ==  5,6
 """
 
 DIFFERENT = r"""
-# decimals that are not precise enough, large numbers, roots, i
-3.46  !=  2\sqrt3  |  1.0000001  !=  1  |  3.14  !=  \pi  |  2^400  !=  2^401  |  2\sqrt{3}+10^{-30}  !=  2\sqrt3
-\sqrt[3]{5}  !=  \sqrt5
-# mixed numbers, words that change a number
-1 1/2  !=  11/2  |  11/2  !=  1\frac12  |  23  !=  2 3  |  5 factorial  !=  5  |  5 dozen  !=  5  |  2 cosx  !=  2
-sin 2(x)  !=  sin(2)*x  |  1/ab  !=  b/a  |  x!  !=  x  |  2 million  !=  2
-# bases, percent, degrees, units
-52  !=  52_8  |  52_9  !=  52_8  |  10%  !=  10  |  45  !=  \frac{\pi}{4}  |  5 cm  !=  5 \text{ m}
-15 cm  !=  15\mbox{ cm}^2  |  36 cents  !=  \$36  |  36 euros  !=  \$36  |  14 cm long  !=  14\text{ m}
-90 degrees  !=  90\text{ radians}  |  8:34 am  !=  8\!:\!34 \text{ p.m.}
-# brackets and order, numbers of items
-[1,2]  !=  (1,2)  |  1,2  !=  (1,2)  |  (100,101)  !=  100101  |  100101  !=  (100,101)  |  2,2,1  !=  2,1,1
-# names, equations, relations, words, ratios
-x=5  !=  y=5  |  x  !=  X  |  5x  !=  5  |  2x = 10  !=  10  |  x>2  !=  x<2  |  x>2  !=  [2,\infty)  |  3:5  !=  5:3
-x+y=5  !=  5x+y=5  |  sqrt(x**2)  !=  x  |  x^2  !=  |x|^3  |  B, A  !=  \text{A,B}  |  D  !=  \text{(C)}
-CABD  !=  \text{CBAD}
-# unreadable
-1/0  !=  1  |  ((((  !=  1  |  \frac{1}{  !=  1  |  \begin{pmatrix} 1 \\ 2  !=  (1,2)
-# what fooled other graders, and the neighbours of what is equal
-DC  !=  CD  |  \text{DC}  !=  CD  |  even  !=  odd  |  east  !=  seat  |  0.33333  !=  1/3  |  0.333334  !=  1/3
-x < 2  !=  (-\infty,2]  |  x \le 2  !=  (-\infty,2)  |  2 <= x <= 5  !=  (2,5)  |  x + y < 5  !=  x + y \le 5
+# numbers: precision, mixed numbers, separators, bases
+3.46  !=  2\sqrt3  |  3.14159  !=  \pi  |  0.333334  !=  1/3  |  0.041667  !=  1/24  |  1.0000000000001  !=  1
+0.0000001  !=  0  |  2^400  !=  2^401  |  x + 1  !=  x + 1 + 10^{-30}
+100000000000000000001  !=  100000000000000000000  |  1 1/2  !=  11/2  |  23  !=  2 3  |  5 0.5  !=  2.5  |  1,2  !=  12
+1 000  !=  1  |  (100,101)  !=  100101  |  81, 256  !=  81256  |  52  !=  52_8  |  \text{5}_2  !=  5
+# percent, degrees, units, words that change a number
+10%  !=  10  |  45  !=  \frac{\pi}{4}  |  \sin 30  !=  \sin 30^\circ  |  180^\circ  !=  180\pi  |  5 cm  !=  5 \text{ m}
+36 cents  !=  \$36  |  90 degrees  !=  90\text{ radians}  |  8:34 am  !=  8\!:\!34 \text{ p.m.}
+5 km/h  !=  5\text{ km}  |  5 factorial  !=  5  |  5 more than 3  !=  5  |  not 5  !=  5
+5 apples and 3 oranges  !=  5  |  5 \pmod 3  !=  5  |  2 cosx  !=  2
+# brackets, order, numbers of items, names
+[1,2]  !=  (1,2)  |  (5,2)  !=  2,5  |  (2,5)  !=  \{2,5\}  |  [2,5]  !=  \{2,5\}  |  (1,2),(3,4)  !=  (1,3),(2,4)
+1)(2  !=  2  |  Matrix([[1, 2]])  !=  \begin{pmatrix}1\\2\end{pmatrix}  |  x = \pm 3  !=  3
+Matrix([[1, 2], [3, 4]])  !=  \begin{pmatrix}1&3\\2&4\end{pmatrix}  |  y = 1, x = 2  !=  x = 1, y = 2
+\{1, 2\}  !=  x = 1, y = 2  |  [{x: -2}, {y: 3}]  !=  x=-2, x=3  |  [{x: 1, y: 2}, {x: 3, y: 4}]  !=  (1,4),(3,2)
+5, 6, y  !=  5, 6, x  |  P(A) = 1, P(B) = 2  !=  P(A) = 2, P(B) = 1
+# intervals and inequalities
+x>2  !=  y>2  |  x \le 2  !=  (-\infty,2)  |  x \ne 2  !=  2  |  x \in [2,5]  !=  2,5  |  x = [2,5]  !=  \{2,5\}
 x < 2 and x > 3  !=  (-\infty,2)\cup(3,\infty)  |  x > 2 and x < 5  !=  (-\infty,5)\cup(2,\infty)
-x \ne 2  !=  x = 2  |  Interval(-2, 7)  !=  (-2,7)  |  Interval(1, 2)  !=  1,2  |  {x: 2, y: 1}  !=  (1,2)
-y = 1, x = 2  !=  x = 1, y = 2  |  (y,x) = (1,2)  !=  (x,y) = (1,2)  |  [{x: -2}, {x: 3}]  !=  2,3  |  6-5j  !=  6+5i
-Matrix([[1, 2]])  !=  \begin{pmatrix}1\\2\end{pmatrix}  |  -inf  !=  \infty  |  zoo  !=  \infty  |  4210_5  !=  4210_6
-Matrix([[1, 2], [3, 4]])  !=  \begin{pmatrix}1&3\\2&4\end{pmatrix}  |  Fraction(1, 2)  !=  2  |  6:10  !=  3:4
-81, 256  !=  81256  |  (81,256)  !=  81256  |  5 inches  !=  5 \text{ inches}^2  |  \sqrt{n^2}  !=  n
-\sqrt{x}\sqrt{x}  !=  |x|  |  \log(x^2)  !=  2\log x  |  34x+45y-20z+100=0  !=  34x+45y-20z-100=0  |  x = x  !=  x = 1
-2x+4y-3=0  !=  y = x/2 + 3/4  |  y = 2x  !=  x = 2y  |  (x-1)(x-2) = 0  !=  x = 1  |  x(x-1)=0  !=  x = 0
-\binom{5}{2}  !=  \binom{2}{5}  |  5!!  !=  120  |  (3!)!  !=  6  |  \log_2 8  !=  \log_8 2  |  \sin^2 x  !=  \sin x^2
-\sin^{-1} x  !=  1/\sin x  |  \sin 2x  !=  x\sin 2  |  \sin x/2  !=  \sin(x/2)  |  |x|^3  !=  x^3  |  1 4/5  !=  14/5
-2\frac12  !=  1  |  x = \pm 3  !=  3  |  1 \pm 2  !=  3, 1  |  B 16  !=  16  |  a_1 + a_2  !=  2a_1  |  1,2  !=  12
-1/2004!  !=  1/2006!  |  1/2^{99}  !=  1/2^{98}  |  [0,1]  !=  (0,1)  |  (1,2),(3,4)  !=  (1,3),(2,4)  |  1 2  !=  12
-\{1,2\},\{3\}  !=  \{1,2,3\}  |  \{\}  !=  0  |  \infty  !=  10^{40}  |  \infty  !=  -\infty  |  i  !=  j
-\pi  !=  22/7  |  3.1415926  !=  \pi+1  |  \sqrt{2}+10^{-50}  !=  \sqrt2  |  0.9999999  !=  1  |  0.99999999999  !=  1
-100000000000000000001  !=  100000000000000000000  |  0.0000001  !=  0  |  10\%  !=  0.01  |  1  !=  \text{(1)}x
-5 more than 3  !=  5  |  not 5  !=  5  |  5 or 6  !=  5  |  between 5 and 6  !=  5,6  |  at least 5  !=  5
-5 hundred  !=  5  |  negative 5  !=  5  |  5 squared  !=  5  |  1/2x  !=  \frac{1}{2x}  |  a/bc  !=  ac/b
--x^2  !=  (-x)^2  |  2^3^2  !=  64  |  x^23  !=  3x^2  |  \sqrt23  !=  3\sqrt2  |  \sin(x+y)  !=  \sin x + \sin y
-\text{A,B}  !=  \text{A,C}  |  (-\infty,2)\cup(2,\infty)  !=  (-\infty,\infty)  |  (0,1) \cup (1,2)  !=  (0,2)
-(-\infty,2)\cup(3,\infty)  !=  (-\infty,3)\cup(2,\infty)  |  \text{5}_2  !=  5  |  5\text{ cm}^2  !=  5\text{ cm}^3
-5\text{ cubic cm}  !=  5\text{ cm}  |  f(2) = 5  !=  2  |  x = 5, y = 6  !=  5  |  5,  !=  5,6  |  $5 and $6  !=  5
-\frac{1}{0}  !=  \infty  |  0^0  !=  0  |  \infty - \infty  !=  0  |  \infty + 1  !=  \infty  |  \sqrt{-4}  !=  2
-\arcsin(2)  !=  2  |  \tan 90^\circ  !=  0  |  180^\circ  !=  180\pi  |  x + 1  !=  x + 1 + 10^{-30}
-\text{(A) and (B)}  !=  \text{(A)}  |  (y-x)^2 = 0  !=  y = x  |  y^2 = x  !=  y = \sqrt{x}  |  3 < x < 5  !=  (3,5]
-5 km/h  !=  5\text{ km}  |  \sin x \cos y  !=  \sin(x\cos y)  |  \{x \mid x > 2\}  !=  \{x \mid x > 3\}
-1,,2  !=  1,2  |  \bar{x}  !=  x  |  5 \pmod 3  !=  5  |  max(1, 2)  !=  (1,2)  |  ||x||  !=  x
-[{x: 1, y: 2}, {x: 3, y: 4}]  !=  (1,4),(3,2)
-# what fooled this grader
-0 = 0  !=  x = 0  |  [{x: -2}, {y: 3}]  !=  x=-2, x=3  |  [{x: -2}, {y: 3}]  !=  x=-2, y=4  |  2 = 2  !=  2x = 2x
-x \in [2,5]  !=  2,5  |  x \in (2,5)  !=  2,5  |  2 < x < 5  !=  2,5  |  2 \le x \le 5  !=  2,5  |  [2,5]  !=  \{2,5\}
-Interval(2, 5)  !=  2,5  |  (2,5)  !=  \{2,5\}  |  \{2,5\}  !=  [2,5]  |  x = [2,5]  !=  \{2,5\}  |  (5,2)  !=  2,5
-3.14159  !=  \pi  |  2.71828  !=  e  |  1.41421  !=  \sqrt2  |  1.0000000000001  !=  1  |  1  !=  0.99999999999
-\sin 30  !=  \sin 30^\circ  |  y = 1, x = 2  !=  (1, 2)  |  a = b = c  !=  a = b = d  |  5, 6, y  !=  5, 6, x
-\{1, 2\}  !=  x = 1, y = 2  |  2.5!  !=  240  |  \text{True}  !=  1  |  5, ^x  !=  5  |  1)(2  !=  2
-# what fooled others: units, indices, words, order
-\pi \text{ degrees}  !=  180^\circ  |  30^\circ  !=  30 \text{ radians}  |  1 \frac12  !=  \frac12  |  5-6  !=  5, 6
-3 and a half  !=  3  |  5 apples and 3 oranges  !=  5  |  5 apples and 3 oranges  !=  8  |  (3,2,1)  !=  1,2,3
-[1,2,3]  !=  (3,2,1)  |  \{1, 2\}  !=  \begin{pmatrix} 2 \\ 1 \end{pmatrix}  |  6  !=  110_2  |  110  !=  110_2
-1 000  !=  1  |  1,5  !=  1.5  |  1.000  !=  1000  |  12:30  !=  12.5  |  no solution  !=  0  |  undefined  !=  \infty
-f'(x) = 2x  !=  f(x) = 2x  |  x'  !=  x  |  \vec{a}  !=  a  |  \lfloor 2.5 \rfloor  !=  2.5  |  5 \bmod 3  !=  5
-\gcd(4,6)  !=  4,6  |  \int x dx  !=  x  |  5 pairs  !=  10  |  \frac{2023!}{2022!}  !=  2022  |  2/3/4  !=  2/(3/4)
-\log 100  !=  2  |  (x-1)^2 = 0  !=  x = 1  |  0.1  !=  \frac19
+(0,1) \cup (1,2)  !=  (0,2)  |  (-\infty,2)\cup(3,\infty)  !=  (-\infty,3)\cup(2,\infty)  |  x + y < 5  !=  x + y \le 5
+# names, equations, words, ratios
+x=5  !=  y=5  |  x'  !=  x  |  a_1 + a_2  !=  2a_1  |  x = x  !=  x = 1  |  2x = 10  !=  10  |  (x-1)^2 = 0  !=  x = 1
+x(x-1)=0  !=  x = 0  |  0 = 0  !=  x = 0  |  a = b = c  !=  a = b = d  |  f(2) = 5  !=  2  |  f'(x) = 2x  !=  f(x) = 2x
+DC  !=  CD  |  B, A  !=  \text{A,B}  |  B 16  !=  16  |  1  !=  \text{(1)}x  |  \text{(A) and (B)}  !=  \text{(A)}
+no solution  !=  0  |  3:5  !=  5:3
+# operations and functions
+\sqrt23  !=  3\sqrt2  |  \sqrt{n^2}  !=  n  |  \log(x^2)  !=  2\log x  |  2^3^2  !=  64  |  1/ab  !=  b/a
+1/2x  !=  \frac{1}{2x}  |  1/\sqrt{2}x  !=  \frac{x}{\sqrt2}  |  1/2004!  !=  1/2006!  |  5!!  !=  120  |  2.5!  !=  240
+\log_2 8  !=  \log_8 2  |  \sin^2 x  !=  \sin x^2  |  \sin^{-1} x  !=  1/\sin x  |  \sin x/2  !=  \sin(x/2)
+sin 2(x)  !=  sin(2)*x  |  ||x||  !=  x
+# no value
+\frac{1}{0}  !=  \infty  |  \infty + 1  !=  \infty  |  \infty  !=  10^{40}  |  zoo  !=  \infty  |  \sqrt{-4}  !=  2
+((((  !=  1  |  5, ^x  !=  5
 """
 DIFFERENT = pairs(DIFFERENT, "!=")
-DIFFERENT += [(13138981, 13138980.0), (40.0, 39.9999834113), (39.99998, "40"), ("51196733.5", 51196733.33333333)]
-DIFFERENT += [(4561195, 4561195.2), (3e-07, 3.509e-07), ([1, 2], "(1,2]"), ("", "1"), (None, "x"), ({}, "1")]
-DIFFERENT += [({"x": 5}, "1"), ([], "1"), ([[]], "1"), (float("nan"), "1"), (float("inf"), "1"), (True, "1")]
+DIFFERENT += [(13138981, 13138980.0), (40.0, 39.9999834113), (39.99998, "40"), (4561195, 4561195.2), (3e-07, 3.509e-07)]
+DIFFERENT += [([1, 2], "(1,2]"), (["5 m"], "5 cm"), ("", "1"), (None, "x"), ({}, "1"), ({"x": 5}, "1"), ([[]], "1")]
+DIFFERENT += [(float("nan"), "1"), (float("inf"), "1"), (True, "1")]
 
 HOSTILE = [
     # powers and factorials
@@ -220,7 +163,6 @@ HOSTILE = [
 
 # ------------- Facts
 
-
 SAME_FACT = r"""
 The Beatles!  ==  beatles  |  an  Apple a day  ==  Apple day  |  rock ’n’ roll  ==  Rock 'n' Roll  |  U.S.  ==  US
 1914–18  ==  1914-18  |  1,234,567  ==  1234567  |  (-5)  ==  -5  |  −5  ==  -5  |  3.5.  ==  3.5  |  A  ==  a
@@ -229,7 +171,8 @@ The Beatles!  ==  beatles  |  an  Apple a day  ==  Apple day  |  rock ’n’ ro
 \text{Paris}  ==  Paris  |  \textbf{Paris}.  ==  Paris  |  $\mathrm{yes}$  ==  yes  |  3\text{ a.m.}  ==  3 A.M.
 \text{A\$AP Rocky}  ==  A$AP Rocky  |  \text{Steely \& Clevie}  ==  Steely & Clevie  |  60^\circ\text{ S}  ==  60° S
 150\,000\ \text{cars}  ==  150,000 cars  |  \text{New}~\text{York}\\ \text{City}  ==  New York City
-\text{M\'elanie Sm\"{o}r}  ==  Mélanie Smör  |  \frac{3}{4}  ==  3/4
+\text{M\'elanie Sm\"{o}r}  ==  Mélanie Smör  |  \frac{3}{4}  ==  3/4  |  \large\text{Paris}  ==  Paris
+{\rm Paris}  ==  Paris  |  Barack~Obama  ==  Barack Obama
 """
 SAME_FACT = [*pairs(SAME_FACT, "=="), (True, "yes"), (False, "no"), (1969, "1969"), (1969.0, "1969"), (3.5, "3.5")]
 SAME_FACT += [(["Rome", "Paris"], "Rome, Paris"), ("Rome", ["Paris", "Rome"]), ("-5", -5)]
@@ -264,7 +207,10 @@ def test_aliases_count_for_facts(aliases, correct):
     "kind, answers",  # equal answers are one vote; no other two are
     [
         ("math", [[4, "4", 4.0, "x = 4", r"\frac82"], [5], ["1/2", 0.5, r"\frac12"], [[1, -2], "[1, -2]"], [{}]]),
-        ("math", [["0.333333", "1/3"], ["no idea ~", "no idea ~"], ["(3, 4)"], ["2, 1", "1, 2"], [True], [None]]),
+        (
+            "math",
+            [["hm ~", "hm ~"], ["No solution", r"\text{no solution}"], ["(3, 4)"], ["2, 1", "1, 2"], [True], [None]],
+        ),
         ("fact", [["The Beatles", "beatles!"], ["3.5", 3.5], [["Rome", "Paris"], "Rome, Paris"], ["Rome"], [None]]),
     ],
 )
@@ -274,7 +220,7 @@ def test_same_is_what_votes_count(kind, answers):
 
 
 @pytest.mark.parametrize("kind", ["fact", "math"])
-@pytest.mark.parametrize("nothing", [None, "", "  "])
+@pytest.mark.parametrize("nothing", [None, "", "  ", []])
 def test_no_answer_is_wrong_and_so_is_no_gold_answer(kind, nothing):
     assert grade(kind, nothing, "5") == Verdict(False, "no answer")
     assert grade(kind, "5", nothing) == grade(kind, nothing, nothing) == Verdict(False, "no gold answer")
@@ -304,44 +250,32 @@ def test_the_judge_is_asked_only_where_exact_match_fails():
 
 # ------------- Answers of chain-of-thought replies
 
-
-BOXED = r"""
+REPLIES = r"""
 so \boxed{5}.  ->  5  |  \boxed{1} and then \boxed{\frac{1}{\sqrt{2}}}  ->  \frac{1}{\sqrt{2}}
-\boxed{\left\{ x \mid x > 2 \right\}}  ->  \left\{ x \mid x > 2 \right\}
+\boxed{\left\{ x \mid x > 2 \right\}}  ->  \left\{ x \mid x > 2 \right\}  |  The answer is 3. \boxed{4}  ->  4
 \boxed{\left\{ 1 \right.}  ->  \left\{ 1 \right.  |  \fbox{7}  ->  7  |  \boxed 5, done  ->  5  |  \boxed5  ->  5
 \boxed{\text{yes}}  ->  \text{yes}  |  \boxed{3} ... \boxed{4  ->  3  |  \boxed{}  ->  None
 \boxed{5}. As asked, the answer stands in \boxed{} (not \boxed{...} or \boxed{\text{your answer}}).  ->  5
-\boxed{\infty}  ->  \infty  |  \boxedness{3}  ->  None  |  no box  ->  None  |    ->  None
-"""
-
-
-STATED = r"""
+\boxed{\infty}  ->  \infty  |    ->  None  |  The answer is 5. It goes into \boxed{}.  ->  5
+# without a box; None: there is no answer
+It may be 5.  ->  None  |  \boxedness{3}  ->  None  |  ### 1. A heading  ->  None
 Think.¶¶Final answer: 12  ->  12  |  The answer is 3.¶No: the answer is **Paris**.  ->  Paris
-The answer is 3. \boxed{4}  ->  4  |  the answer is .5  ->  .5  |  So the answer is: -.25.  ->  -.25
-**Final Answer**: 12  ->  12  |  **Final Answer:** 12  ->  12  |  ## Final Answer¶¶$\frac12$  ->  $\frac12$
-The final answer is 7.  ->  7  |  Answer: 9  ->  9  |  Reasoning.¶**Answer:** (2, 3)  ->  (2, 3)
-7 * 6 = 42¶#### 42  ->  42  |  Answer: 9¶Wait.¶Answer: 10  ->  10
-The answer is Paris. It is the capital of France.  ->  Paris
+the answer is .5  ->  .5  |  So the answer is: -.25.  ->  -.25  |  The answer is **3.5**. Done.  ->  3.5
+**Final Answer**: `12`  ->  12  |  **Final Answer:** 12  ->  12  |  ## Final Answer¶¶$\frac12$  ->  $\frac12$
+Reasoning.¶**Answer:** (2, 3)  ->  (2, 3)  |  7 * 6 = 42¶#### 42  ->  42  |  Answer: 9¶Wait.¶Answer: 10  ->  10
+The answer is Paris. It is the capital of France.  ->  Paris  |  The answer is yes, because both are bands.  ->  yes
 The answer is Washington, D.C. It is the capital.  ->  Washington, D.C
-The answer is St. Louis. Missouri has it.  ->  St. Louis
-The answer is J. K. Rowling, who wrote it.  ->  J. K. Rowling  |  The answer is **3.5**. Done.  ->  3.5
-The answer is Mamma Mia! Here We Go Again.  ->  Mamma Mia! Here We Go Again
-The answer is yes, because both are bands.  ->  yes  |  The correct answer is (B).  ->  (B)
+The answer is St. Louis. It is old.  ->  St. Louis  |  The answer is J. K. Rowling, who wrote it.  ->  J. K. Rowling
+The answer is Mamma Mia! Here We Go Again.  ->  Mamma Mia! Here We Go Again  |  The correct answer is (B).  ->  (B)
 So the answer would be 12.  ->  12  |  The answer to the question is 12.  ->  12  |  The answer: 42  ->  42
 Step 3. The final answer: 42  ->  42  |  ### Answer¶12  ->  12  |  #### Final answer¶12  ->  12
-The answer is:¶¶$$¶\frac12¶$$  ->  \frac12  |  The answer is 5. The answer is not 6.  ->  5
-The answer is 5. It goes into \boxed{}.  ->  5  |  It may be 5.  ->  None
-I know the answer to this question.  ->  None  |  ### 1. A heading  ->  None  |  Final answer:  ->  None
+The answer is:¶¶$$¶\frac12¶$$  ->  \frac12  |  The answer is 5. The answer is not 6.  ->  5  |  Final answer:  ->  None
+I know the answer to this question.  ->  None
 """
 
 
-@pytest.mark.parametrize("text, answer", pairs(BOXED, "->"))
-def test_boxed_answer(text, answer):
-    assert str(boxed_answer(text)) == answer  # None: there is no answer
-
-
-@pytest.mark.parametrize("text, answer", pairs(STATED, "->"))
-def test_answers_without_a_box(text, answer):
+@pytest.mark.parametrize("text, answer", pairs(REPLIES, "->"))
+def test_answers_of_chain_of_thought_replies(text, answer):
     assert str(cot_answer(text.replace("¶", "\n"))) == answer
 
 
@@ -359,71 +293,51 @@ def test_equal(prediction, gold):
     assert verdict.correct and verdict.why in ("exact", "text", "equal")
 
 
-@pytest.mark.parametrize("prediction, gold", DIFFERENT, ids=repr)
-def test_different(prediction, gold):
+@pytest.mark.parametrize("prediction, gold", [*DIFFERENT, *pairs(NOT_RECOGNISED, "==")], ids=repr)
+def test_different_or_not_recognised(prediction, gold):
     verdict = compare(prediction, gold)
     assert not verdict.correct and verdict.why in ("different", "unreadable")
-
-
-@pytest.mark.parametrize("prediction, gold", pairs(NOT_RECOGNISED, "=="), ids=repr)
-def test_what_is_not_recognised_counts_as_wrong(prediction, gold):
-    assert not compare(prediction, gold).correct
 
 
 @pytest.mark.parametrize("gold", GOLDS)
 def test_every_shape_of_gold_answer_equals_its_variants(gold):
     assert compare(gold, gold) == Verdict(True, "exact")
-    assert math_equal(f"${gold} $", gold)
+    assert compare(f"${gold} $", gold).correct
     if not WORDING.fullmatch(clean(gold)) and not re.search(r"\d\}?_|:", gold):  # number bases, ratios: the text only
-        assert same_node(read(gold), read(gold))  # it is parsed and evaluated too, although equal texts do not need it
+        assert same_node(read(gold)[1], read(gold)[1])  # parsed and evaluated too, although equal texts do not need it
 
 
 def test_no_two_gold_answers_are_equal():
-    assert [pair for pair in itertools.permutations(GOLDS, 2) if math_equal(*pair)] == []
+    assert [pair for pair in itertools.permutations(GOLDS, 2) if compare(*pair).correct] == []
 
 
-@pytest.mark.parametrize(
-    "prediction, gold, question",
-    [
-        ("52", "52_8", "Write 42 in base 8."),
-        (1010, "1010_2", "What is ten in binary?"),
-        ("10%", "10", "What percent of 50 is 5?"),
-    ],
-)
+BASE, PERCENT = ("52", "52_8", "Write 42 in base 8."), ("10%", "10", "What percent of 50 is 5?")
+
+
+@pytest.mark.parametrize("prediction, gold, question", [BASE, (1010, "1010_2", "What is ten in binary?"), PERCENT])
 def test_what_only_the_question_allows(prediction, gold, question):
     assert grade("math", prediction, gold, question=question).correct
-    assert not grade("math", prediction, gold).correct
     assert not grade("math", prediction, gold, question="How much is it?").correct
 
 
 def random_expression(generator, depth=3):
     """A sympy expression of integers, roots, pi and two variables."""
-    x, y = sympy.symbols("x y")
-    if depth == 0 or generator.random() < 0.2:
-        leaves = [sympy.Integer(generator.randint(-9, 9)), x, y, sympy.pi, sympy.sqrt(generator.randint(2, 12))]
-        return generator.choice(leaves)
+    if depth == 0:
+        leaves = [generator.randint(1, 9), *sympy.symbols("x y"), sympy.pi, sympy.sqrt(generator.randint(2, 12))]
+        return sympy.sympify(generator.choice(leaves))
     a, b = random_expression(generator, depth - 1), random_expression(generator, depth - 1)
-    kind = generator.choice("+*-/^")
-    if kind == "^":
-        return a ** generator.randint(2, 3)
-    return {"+": a + b, "*": a * b, "-": a - b, "/": a / b if b != 0 else a}[kind]
+    return generator.choice([a + b, a * b, a - b, a / (b or 1), a**2, -a])
 
 
 def test_equality_agrees_with_sympy_on_random_expressions():
     generator = random.Random(0)
-    equal = different = 0
-    while equal < 120 or different < 120:
+    for _ in range(60):
         expression = random_expression(generator)
-        if expression.has(sympy.zoo, sympy.nan) or len(str(expression)) > 200:
-            continue
         gold = sympy.latex(expression)
-        for other in (sympy.expand(expression), sympy.together(expression), sympy.factor(expression)):
-            for text in (str(other), sympy.latex(other)):
-                assert math_equal(text, gold), (text, gold)
-                equal += 1
+        for other in (expression, sympy.expand(expression), sympy.together(expression), sympy.factor(expression)):
+            assert compare(str(other), gold).correct and compare(sympy.latex(other), gold).correct, (other, gold)
         other = expression + generator.choice([1, sympy.Rational(1, 10**9), sympy.sqrt(2) - sympy.Rational(7, 5)])
-        assert not math_equal(str(other), gold), (other, gold)
-        different += 1
+        assert not compare(str(other), gold).correct, (other, gold)
 
 
 # ------------- Predictions that attack the grader
@@ -433,27 +347,20 @@ def test_hostile_predictions_cost_neither_time_nor_memory(tmp_path):
     """Each takes less than half a second, all stay within 1 GiB of address space; none is right, and none is run."""
     hostile = [*HOSTILE, f"__import__('os').system('touch {tmp_path}/run')", f"open('{tmp_path}/run', 'w')"]
     script = (
-        "import json, sys, time\n"
+        "import json, resource, sys, time\n"
         "from common.grading import compare\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))\n"
         "for text in json.load(sys.stdin):\n"
         "    start = time.process_time()\n"
-        "    verdicts = [compare(text, gold).correct for gold in ('5', 'x', text[:300] + '+0', '(x+1)^9')]\n"
-        "    print(json.dumps([verdicts, time.process_time() - start]), flush=True)\n"
+        "    right = [compare(text, gold).correct for gold in ('5', 'x', text[:300] + '+0', '(x+1)^9')][0]\n"
+        "    print(json.dumps([right, time.process_time() - start]), flush=True)\n"
     )
-    process = subprocess.run(
-        [sys.executable, "-c", script],
-        input=json.dumps(hostile),
-        text=True,
-        capture_output=True,
-        cwd=ROOT,
-        timeout=120,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30)),
-    )
+    command = [sys.executable, "-c", script]
+    process = subprocess.run(command, input=json.dumps(hostile), text=True, capture_output=True, cwd=ROOT, timeout=120)
     assert process.returncode == 0, process.stderr
-    results = [json.loads(line) for line in process.stdout.splitlines()]
-    assert len(results) == len(hostile)
-    for text, (verdicts, seconds) in zip(hostile, results, strict=True):
-        assert not verdicts[0] and seconds < 4 * 0.5, (text[:60], verdicts, seconds)
+    for text, line in zip(hostile, process.stdout.splitlines(), strict=True):
+        right, seconds = json.loads(line)
+        assert not right and seconds < 4 * 0.5, (text[:60], right, seconds)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -468,8 +375,9 @@ def test_values_that_cannot_be_printed_are_wrong(kind, gold):
 
 def test_random_damage_to_an_answer_never_raises():
     generator = random.Random(0)
-    pieces = r"\frac { } ( ) [ ] \sqrt ^ _ ! 9 x - / , | \pm \cup = < % $ \text{a} \begin{pmatrix} & \\ sin"
-    pieces += r" \ . 1e9 \circ : ²"
+    pieces = (
+        r"\frac { } ( ) [ ] \sqrt ^ _ ! 9 x - / , | \pm \cup = < % $ \text{a} \begin{pmatrix} & \\ sin \ . 1e9 \circ :"
+    )
     pieces = [*pieces.split(" "), " "]
     for _ in range(3000):
         text = list(generator.choice(GOLDS))

@@ -18,25 +18,11 @@ bench = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(bench)
 
 
-@pytest.fixture(scope="module")
-def verdicts():
-    """[(truth, ours, math-verify's, prediction, gold)]"""
-    pairs = bench.make_pairs(GOLDS)
-    return [(truth, compare(p, g).correct, bench.math_verify_equal(p, g), p, g) for truth, p, g in pairs]
-
-
-def test_nothing_unequal_is_called_equal(verdicts):
-    assert sum(not truth for truth, *_ in verdicts) > 600
-    assert [row for row in verdicts if row[1] and not row[0]] == []
-
-
-def test_what_is_equal_by_construction_is_called_equal(verdicts):
-    """Up to 2 %: what common.grading lists as not read. Over whole test sets it is below 0.2 %."""
-    equal = sum(truth for truth, *_ in verdicts)
-    missed = [row for row in verdicts if row[0] and not row[1]]
-    assert equal > 450 and len(missed) <= 0.02 * equal, missed
-
-
-def test_math_verify_agrees(verdicts):
-    agreed = sum(ours == theirs for _, ours, theirs, *_ in verdicts)
-    assert agreed / len(verdicts) > 0.95
+def test_only_what_is_equal_by_construction_is_called_equal():
+    """Up to 2 % are missed: what common.grading lists as not read. Over whole test sets it is below 0.2 %."""
+    pairs = list(bench.make_pairs(GOLDS))
+    wrong = [pair for pair in pairs if not pair[0] and compare(*pair[1:]).correct]
+    missed = [pair for pair in pairs if pair[0] and not compare(*pair[1:]).correct]
+    assert wrong == [] and len(missed) <= 0.02 * sum(truth for truth, *_ in pairs), missed
+    agreed = [compare(*pair).correct == bench.math_verify_equal(*pair) for _, *pair in pairs]
+    assert sum(agreed) > 0.95 * len(pairs) > 600

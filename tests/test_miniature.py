@@ -27,7 +27,7 @@ PROMPTS = Prompts()
 
 
 def write_world(folder, seed=0):
-    world.write(world.Config(out=str(folder), seed=seed, train_questions=1200, test_questions=40))
+    world.write(world.Config(out=str(folder), seed=seed, train_questions=900, test_questions=40))
     return folder
 
 
@@ -76,10 +76,10 @@ def test_a_world_is_a_function_of_its_seed(folder, tmp_path):
 def test_files_are_task_files_with_kind_and_domain(folder):
     train = load_tasks([str(folder / "train.jsonl")])
     rows = train + load_tasks([str(folder / "test" / f"{task}.jsonl") for task in world.TASKS])
-    assert len(rows) == len({row["question"] for row in rows}) == 1200 + 8 * 40
+    assert len(rows) == len({row["question"] for row in rows}) == 900 + 8 * 40
     about = {task: (value.kind, value.domain) for task, value in world.TASKS.items()}
     assert {row["task"]: (row["kind"], row["domain"]) for row in rows} == about
-    assert collections.Counter(row["task"] for row in train) == {"hotpotqa": 720, "math": 480}
+    assert collections.Counter(row["task"] for row in train) == {"hotpotqa": 540, "math": 360}
 
 
 def test_pages_are_short_prose_that_states_every_fact(facts):
@@ -92,13 +92,6 @@ def test_pages_are_short_prose_that_states_every_fact(facts):
     first_words = collections.Counter(title.split()[0] for title in pages)
     ambiguous = [title for title in pages if first_words[title.split()[0]] > 3]
     assert len(ambiguous) > len(pages) / 2  # pages compete: most titles begin like three others
-
-
-def test_real_facts_are_consistent_and_some_are_known(facts):
-    assert {facts.kind[known["country"]] for known in facts.facts.values() if "country" in known} == {"country"}
-    assert {facts.kind[facts.facts[novel]["author"]] for novel in facts.entities["novel"]} == {"writer"}
-    assert facts.facts["Japan"] == {"capital": "Tokyo", "currency": "yen", "language": "Japanese"}
-    assert facts.facts["Hamlet"] == {"author": "William Shakespeare"}
 
 
 def plans_of(plans, split, task=""):
@@ -133,10 +126,11 @@ def test_out_of_domain_tasks_ask_what_training_never_shows(plans):
     unseen = {relation for _, relation in compared - trained}
     assert unseen == {"population", "publication year", "country", "author"} and compared & trained
 
-    def digits(split, task):
-        return {len(n) for plan in plans_of(plans, split, task) for n in re.findall(r"\d+", plan["question"])}
-
-    assert digits("test", "gsm_hard") == {5, 6, 7} and max(digits("train", "math")) <= 4
+    digits = {
+        split: {len(n) for plan in plans_of(plans, *split) for n in re.findall(r"\d+", plan["question"])}
+        for split in (("test", "gsm_hard"), ("train", "math"))
+    }
+    assert digits["test", "gsm_hard"] == {5, 6, 7} and max(digits["train", "math"]) <= 4
 
 
 def test_math_plans_are_right_and_their_working_is_true(plans):
@@ -167,7 +161,7 @@ def test_a_flawless_teacher_solves_tasks_of_every_kind_with_real_search_and_code
     config = agent_distill.CollectConfig(tasks=[], out="", url="", search=str(tmp_path / "index"))
     tools, system = agent_distill.open_tools(config, PROMPTS), PROMPTS.system("agent_system", ["web_search"])
     reply, right, places = script(folder).reply, [], []
-    for row in (row for task in world.TASKS for _, row in list(read_jsonl(folder / "test" / f"{task}.jsonl"))[:4]):
+    for row in (row for task in world.TASKS for _, row in list(read_jsonl(folder / "test" / f"{task}.jsonl"))[:3]):
         episode = agent_distill.open_episode(config, row["question"], PROMPTS, tools, system=system)
         done = agent_distill.drive(episode, lambda turn: [reply(turn.messages, turn.opening)])
         right.append((str(done.prediction), done.stop) == (row["answer"], "final_answer"))
@@ -180,7 +174,7 @@ def test_a_flawless_teacher_solves_tasks_of_every_kind_with_real_search_and_code
                 places.append(shown.index(page) if page in shown else None)
     assert sum(right) >= len(right) - 1  # a page that the search cannot find costs a question
     # The page that a query names is first, or at least shown.
-    assert len(places) >= 4 * 4 and places.count(0) > 0.7 * len(places) and places.count(None) < 0.1 * len(places)
+    assert len(places) >= 3 * 4 and places.count(0) > 0.7 * len(places) and places.count(None) < 0.1 * len(places)
 
 
 def test_mistakes_come_at_the_stated_rates_and_the_prefix_hands_over_the_better_plan(folder, plans):
@@ -237,7 +231,7 @@ def test_an_error_is_repaired_in_the_next_step(folder, plans):
 @pytest.fixture(scope="module")
 def url(folder):
     server = teacher.open_server(teacher.Config(world=str(folder), **FLAWLESS | {"wrong_plan": 0.5}))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}/v1"
     server.shutdown()
 
@@ -249,29 +243,17 @@ def ask(url, question, **body):
 
 def test_the_server_speaks_chat_completions(url, plans):
     assert requests.get(f"{url}/models", timeout=10).json()["data"][0]["id"] == teacher.MODEL
-    question = plans[-1]["question"]
-    answer = ask(url, question, n=3, temperature=0.7, seed=1, stop=["<end_code>"]).json()
-    assert [c["index"] for c in answer["choices"]] == [0, 1, 2]
+    fields = {"n": 3, "temperature": 0.7, "seed": 1, "stop": ["<end_code>"]}
+    answer = ask(url, plans[-1]["question"], **fields).json()
+    assert answer == ask(url, plans[-1]["question"], **fields).json()
     texts = [choice["message"]["content"] for choice in answer["choices"]]
-    assert all(text.startswith("Thought: ") and text.endswith("```") for text in texts)
+    assert len(texts) == 3 and all(text.startswith("Thought: ") and text.endswith("```") for text in texts)
     assert {choice["finish_reason"] for choice in answer["choices"]} == {"stop"}
     assert answer["usage"]["prompt_tokens"] > answer["usage"]["completion_tokens"] > 0
-    short = ask(url, question, max_tokens=3).json()["choices"][0]
+    short = ask(url, plans[-1]["question"], max_tokens=3).json()["choices"][0]
     assert short["finish_reason"] == "length" and short["message"]["content"] == "Thought: "
-    assert "I am a script" in ask(url, "Who are you?").json()["choices"][0]["message"]["content"]
     assert requests.get(f"{url}/nothing", timeout=10).status_code == 404
-    assert ask(url, question, model="another").json()["error"].startswith("model: 'scripted-teacher' is served here")
-
-
-def test_greedy_repeats_itself_and_seeds_make_samples_differ(url, plans):
-    def texts(**body):
-        answers = [ask(url, plan["question"], **body).json() for plan in plans_of(plans, "train")[:30]]
-        return [[choice["message"]["content"] for choice in answer["choices"]] for answer in answers]
-
-    assert texts(temperature=0, seed=1) == texts(temperature=0, seed=2)
-    first, again, other = (texts(temperature=1, seed=seed, n=2) for seed in (1, 1, 2))
-    assert first == again != other
-    assert any(a != b for a, b in first)
+    assert ask(url, "Who are you?", model="another").json()["error"].startswith("model: 'scripted-teacher' is served")
 
 
 def test_the_server_continues_a_message_and_writes_only_the_continuation(url, plans):

@@ -1,6 +1,6 @@
 """`make paper`: the pinned downloads, the published formats, the question before the download, and every stage.
 
-python -m pytest tests/test_paper.py      # the last test runs `make rehearse` itself
+python -m pytest tests/test_paper.py      # the last test runs a part of `make rehearse`
 """
 
 import contextlib
@@ -28,12 +28,10 @@ ROOT = Path(__file__).parent.parent
 
 @contextlib.contextmanager
 def file_server(files, folder):
-    """Serve {path: bytes} with the headers of the Hub. Yields the address and the list of paths that were asked for."""
-    seen = []
+    """Serve {path: bytes} with the headers of the Hub. Yields the address."""
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def end_headers(self):
-            seen.append(self.path.partition("?")[0])
             self.send_header("ETag", hashlib.sha1(self.path.encode()).hexdigest())
             self.send_header("X-Repo-Commit", self.path.partition("/resolve/")[2].split("/")[0])
             super().end_headers()
@@ -43,7 +41,7 @@ def file_server(files, folder):
         (folder / path[1:]).write_bytes(content)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", seen
+    yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
 
 
@@ -72,7 +70,7 @@ def test_repositories_are_downloaded_at_their_commits(tmp_path):
     files = repository(student, commit, contents)
     files |= repository(f"agent-distillation/{published}", newest, rows, "datasets")
     marks = [f"{tmp_path}/download/{name}.done" for name in (student, "agent-trajectories")]
-    with file_server(files, tmp_path / "served") as (endpoint, _):
+    with file_server(files, tmp_path / "served") as endpoint:
         done = make("YES=1", f"PAPER={tmp_path}", f"HF_ENDPOINT={endpoint}", *marks)
     assert done.returncode == 0, done.stderr
     cached = tmp_path / "hub/models--Qwen--Qwen2.5-0.5B-Instruct"
@@ -81,24 +79,19 @@ def test_repositories_are_downloaded_at_their_commits(tmp_path):
     assert {name: (tmp_path / "download/agent-trajectories" / name).read_bytes() for name in rows} == rows
 
 
-@pytest.mark.parametrize(
-    "name, served, why",
-    [
-        ("a/b", "no server", "error: a/b: .*refused"),
-        ("benchmarks", "no server", "error: http://127.0.0.1:9: .*connect"),
-        ("pooled", "no files", "error: http.*404"),
-        ("benchmarks", "other files", f"{data.BENCHMARK_FILES[0]}: FAILED"),
-        ("pooled", "other files", "hotpotqa.json: FAILED"),
-    ],
-)
+@pytest.mark.parametrize("name, served, why", [
+    ("a/b", "no server", "error: a/b: .*refused"),
+    ("benchmarks", "no server", "error: http://127.0.0.1:9: .*connect"),
+    ("pooled", "no files", "error: http.*404"),
+    ("pooled", "other files", "hotpotqa.json: FAILED"),
+])  # fmt: skip
 def test_a_download_that_fails_says_so_in_one_line(name, served, why, tmp_path):
     """The line of make itself, which says where it stopped, comes after ours."""
     sums, mark = ROOT / f"paper/{name}.sha256", f"{tmp_path}/download/{name}.done"
     files = [line.split()[1] for line in sums.read_text().splitlines()] if served == "other files" else []
-    with file_server({f"/{path}": b"{}" for path in files}, tmp_path) as (address, seen):
+    with file_server({f"/{path}": b"{}" for path in files}, tmp_path) as address:
         place = "http://127.0.0.1:9" if served == "no server" else address
         done = make("YES=1", f"PAPER={tmp_path}", f"HF_ENDPOINT={place}", f"URL_{name}={place}", mark)
-    assert seen[: len(files)] == [f"/{path}" for path in files]
     assert re.search(why, done.stdout if files else done.stderr.splitlines()[0])
     assert done.returncode == 2 and done.stderr.splitlines()[1].startswith("make: ***") and not Path(mark).exists()
 
@@ -118,15 +111,16 @@ def test_disk_and_memory_are_stated_before_the_question(answer, status, tmp_path
 
 def test_local_data_needs_no_download_and_must_be_there(tmp_path):
     needed = {"PASSAGES": "", "TRAJECTORIES": "/cot.jsonl", "QUESTIONS": "/*.jsonl", "STUDENT": "/config.json"}
-    places = {name: tmp_path / name for name in needed}
-    places["PASSAGES"].touch()
-    for file in ("TRAJECTORIES/cot.jsonl", "TRAJECTORIES/agent.parquet", "QUESTIONS/a.jsonl", "STUDENT/config.json"):
+    files = "PASSAGES TRAJECTORIES/cot.jsonl TRAJECTORIES/agent.parquet QUESTIONS/a.jsonl STUDENT/config.json"
+    for file in files.split():
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).touch()
-    paper = ["-n", "paper", f"PAPER={tmp_path}", *(f"{name}={path}" for name, path in places.items())]
+    paper = ["-n", "paper", f"PAPER={tmp_path}", *(f"{name}={tmp_path}/{name}" for name in needed)]
     made = make(*paper)
     assert made.returncode == 0 and "evaluate.py report" in made.stdout and "--limit" not in made.stdout
     assert not any(word in made.stdout for word in ("hf download", "curl", "Continue?"))
+    made = make(*paper, "PASSAGES=http://127.0.0.1:9")  # a /retrieve server
+    assert made.returncode == 0 and "--search http://127.0.0.1:9" in made.stdout and " build " not in made.stdout
     for name, file in needed.items():
         made = make(*paper, f"{name}={tmp_path}/nowhere")
         assert made.returncode == 2 and f"No rule to make target '{tmp_path}/nowhere{file}'" in made.stderr
@@ -173,14 +167,18 @@ TASK = {"id": "1", "task": "hotpotqa", "kind": "fact", "question": "Where?", "an
 END = {"prediction": "Oslo", "stop": "final_answer", "correct": False, "tools": ["web_search"]}  # the grade is wrong
 
 
+def collected_row(method):
+    roles = ["system", *("user", "assistant") * 2]
+    messages = [{"role": role, "content": text} for role, text in zip(roles, CHATS[method], strict=False)]
+    return TASK | END | {"method": method, "messages": messages, "steps": [{"error_kind": None}]}
+
+
 @pytest.mark.parametrize("method", ["cot", "agent"])
 def test_trajectories_become_training_rows(method, tmp_path):
     """The authors' rows, with the log as an object or as text, and collect's, which are graded again, give the same."""
-    prompts, roles = Prompts(), ["system", *("user", "assistant") * 2]
-    messages = [{"role": role, "content": text} for role, text in zip(roles, CHATS[method], strict=False)]
-    row = TASK | END | {"method": method, "messages": messages, "steps": [{"error_kind": None}]}
+    row, prompts = collected_row(method), Prompts()
     system = prompts.cot_system if method == "cot" else prompts.system("agent_student_system", ["web_search"])
-    expected = [{"role": "system", "content": system}, *messages[1:]]
+    expected = [{"role": "system", "content": system}, *row["messages"][1:]]
     published = rehearse.published_row(row)
     if method == "agent":
         words = ("===== Document 0, similarity:", "Call id: call_", "Retrieved documents:")
@@ -198,43 +196,42 @@ def test_trajectories_become_training_rows(method, tmp_path):
 
 
 TWO_SYSTEMS = {"messages": [{"role": role, "content": []} for role in ("system", "user", "system", "assistant")]}
+DROPPED, EXPECTED = r"\(1 rows dropped\)", "a.jsonl:1: a row of {} was expected".format
 
 
-@pytest.mark.parametrize(
-    "name, content, message",
-    [
-        *(
-            ("a.jsonl", json.dumps({"question": "", "log_data": log}), r"\(1 rows dropped\)")
-            for log in (None, "null", "", TWO_SYSTEMS)
-        ),
-        ("a.jsonl", '{"text": "x"}', "a.jsonl:1: a row of the authors was expected"),
-        ("a.jsonl", '{"log_data": "{"}', "a.jsonl:1: a row of the authors was expected"),
-        ("a.jsonl", '{"steps": []}', "a.jsonl:1: a row of collect was expected"),
-        ("a.parquet", "", "a.parquet: parquet files need pyarrow: pip install pyarrow"),
-        ("a.txt", "", "a.txt: no conversation in it"),
-    ],
-)
+@pytest.mark.parametrize("name, content, message", [
+    ("a.jsonl", {"question": "", "log_data": "null"}, DROPPED),
+    ("a.jsonl", {"question": "", "log_data": TWO_SYSTEMS}, DROPPED),
+    ("a.jsonl", {"text": "x"}, EXPECTED("the authors")),
+    ("a.jsonl", {"log_data": "{"}, EXPECTED("the authors")),
+    ("a.jsonl", {"steps": []}, EXPECTED("collect")),
+    ("a.parquet", {}, "a.parquet: parquet files need pyarrow: pip install pyarrow"),
+])  # fmt: skip
 def test_other_files_are_refused_in_one_line(name, content, message, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_text(json.dumps(content))
     with pytest.raises(InputError, match=message):
         convert(tmp_path / name, tmp_path / "out")
 
 
+DATA_STAGES = "paper-data paper-passages paper-trajectories"
+
+
 def test_every_stage_on_stand_ins(tmp_path):
-    """What `make rehearse` runs, with fewer rows of the table; the second time, nothing is left to do."""
-    given = [f"REHEARSAL={tmp_path}", "PAPER_ROWS=prefix.sc8", "AUTHORS_ROWS=greedy"]
-    done = make("-j2", "rehearse", *given, timeout=1800)
-    assert done.returncode == 0, done.stderr[-3000:]
-    runs = {path.parent: json.loads(path.read_text()) for path in tmp_path.glob("paper/results/*/*/model.json")}
-    names = {run: "local" if "gz" in run.parent.name else run.parent.name for run in runs}
-    assert {(names[run], run.suffix, about["training"]) for run, about in runs.items()} == {
-        ("published.wiki", ".sc8", "distill+prefix"),
-        ("published.e5", ".cot-rag", "distill"),
-        ("published.pooled", ".agent", "none"),
-        ("local", ".sc8", "distill"),
-        ("published.wiki", ".greedy", "distill"),  # the authors' student
-    }
-    assert all(row in done.stdout for row in ("| agent distilled + prefix + SC-action |", "| CoT + RAG distilled |"))
-    again = make("paper-evaluate", f"PAPER={tmp_path}/paper", "TESTS=1", *given[1:])
-    assert "Nothing to be done for 'paper-evaluate'" in again.stdout
+    """One way of `make rehearse` is run from its stand-ins to a row of the table. Of the other ways, the stages before
+    training run, and the remaining commands are shown."""
+    given = f"REHEARSAL={tmp_path}"
+    quick = "PAPER_TRAIN_OPTIONS=--precision fp32 --epochs 1"  # bf16 is slow on many CPUs
+    for way, stages in {"e5": "paper-evaluate", "wiki": DATA_STAGES, "local": DATA_STAGES}.items():
+        done = make("-j2", f"rehearse-{way}", given, f"STAGES={stages}", quick)
+        assert done.returncode == 0, done.stderr[-3000:]
+    (evaluated,) = tmp_path.glob("paper/results/*/*/model.json")
+    assert json.loads(evaluated.read_text())["training"] == "distill"
+    shown = make("-n", "rehearse", given)
+    assert shown.returncode == 0 and not re.search("hf download|retriever.py build .*(e5|wiki|gz)", shown.stdout)
+    rows = re.findall(r"/results/\S+/\S*?\b(base|cot|agent|prefix|1.5B)\.(\S+) ", shown.stdout)
+    assert " ".join(f"{learned}.{row}" for learned, row in rows) == (
+        "base.cot base.agent cot.cot cot.cot-rag agent.greedy agent.sc8 base.agent.sc8 prefix.greedy prefix.sc8 "
+        "base.agent agent.sc8 1.5B.greedy 1.5B.sc8"  # pooled passages, local data, the authors' student
+    )
+    assert len(re.findall(" train.py ", shown.stdout)) == 3 and shown.stdout.count("evaluate.py report") == 4

@@ -32,20 +32,16 @@ def path_of(program):
     return ROOT / (program if program.endswith(".py") else program.replace(".", "/") + ".py")
 
 
+@functools.cache
 def help_of(program, *command):
     """What `PROGRAM COMMAND --help` prints. In this process, because a new one imports torch, which takes seconds."""
-    out, arguments = io.StringIO(), sys.argv
-    sys.argv = [program, *command, "--help"]
-    try:
-        with contextlib.redirect_stdout(out), warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
-            warnings.simplefilter("ignore", RuntimeWarning)  # runpy: the module was imported before
-            if program.endswith(".py"):
-                runpy.run_path(str(ROOT / program), run_name="__main__")
-            else:
-                runpy.run_module(program, run_name="__main__")
-    finally:
-        sys.argv = arguments
-    assert not ended.value.code or program == "sandbox.py"
+    out, run = io.StringIO(), runpy.run_path if program.endswith(".py") else runpy.run_module
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), warnings.catch_warnings():
+        patch.setattr(sys, "argv", [program, *command, "--help"])
+        patch.chdir(ROOT)
+        warnings.simplefilter("ignore", RuntimeWarning)  # runpy: the module was imported before
+        with pytest.raises(SystemExit):
+            run(program, run_name="__main__")
     return out.getvalue()
 
 
@@ -64,47 +60,32 @@ COMMANDS = sorted(set(commands()))
 
 @pytest.mark.parametrize("where, program, rest", COMMANDS, ids=lambda value: value.strip()[:40])
 def test_every_command_shown_has_its_options(where, program, rest):
-    """An option in a shown command is an option of that command (or, for --then, of the command inside)."""
     rest = re.sub(r"--then [\"'].*", "--then COMMAND", rest)
-    words = rest.split()
     general = help_of(program)
-    subcommand = [words[0]] if words and re.search(rf"^    {re.escape(words[0])}\b", general, re.M) else []
-    if not subcommand and "COMMAND" in general:
-        default = re.search(r"^    (\S+) .*(?:\n .*)*?\(the default", general, re.M)
-        subcommand = [default[1]] if default else []
+    default = re.search(r"^    (\S+) .*(?:\n .*)*?\(the default", general, re.M)
+    subcommand = [word for word in rest.split()[:1] if re.search(rf"^    {re.escape(word)}\b", general, re.M)]
+    if not subcommand and default:
+        subcommand = [default[1]]
     known = set(re.findall(r"--[a-z][a-z0-9-]*", help_of(program, *subcommand))) | {"--help"}
     used = set(re.findall(r"(?<!\S)--[a-z][a-z0-9-]*", rest))
     assert used <= known, f"{where}: {program} {rest.strip()}: {used - known}"
 
 
-def test_there_are_commands_to_check():
+def test_everything_that_is_named_exists():
     assert len(COMMANDS) > 25
-
-
-def test_the_five_scripts_are_all_there_is_at_the_root_and_every_named_file_exists():
-    assert sorted(path.name for path in ROOT.glob("*.py")) == sorted(SCRIPTS)
-    named = set(re.findall(r"`((?:[a-z]+/)?[a-z_0-9]+\.py)`", README))
-    assert set(SCRIPTS) <= named and all(
-        (ROOT / name).is_file() or (ROOT / "experiments" / name).is_file() for name in named
-    )
-
-
-def test_every_experiment_is_short_and_listed():
-    for path in (ROOT / "experiments").glob("[a-z]*.py"):
-        assert path.stem in README and len(path.read_text().splitlines()) <= 120
-
-
-def test_every_room_of_the_readme_has_tests():
+    assert sorted(path.name for path in ROOT.glob("*.py")) == sorted(SCRIPTS)  # all that is at the root
+    files = set(re.findall(r"`((?:[a-z]+/)?[a-z_0-9]+\.py)`", README))
+    assert set(SCRIPTS) <= files
+    assert all((ROOT / name).is_file() or (ROOT / "experiments" / name).is_file() for name in files)
     rooms = re.findall(r"make test ROOM=([a-z_]+)", README)
     assert rooms and all((ROOT / "tests" / f"test_{room}.py").is_file() for room in rooms)
-
-
-def test_every_make_target_shown_is_there():
-    targets = set(re.findall(r"^([a-z-]+):", MAKEFILE, re.M))
+    for path in (ROOT / "experiments").glob("[a-z]*.py"):
+        assert path.stem in README and len(path.read_text().splitlines()) <= 125
     shown = set(re.findall(r"`make ([a-z-]+)", README)) | set(re.findall(r"^make ([a-z-]+)", README, re.M))
-    assert shown and shown <= targets
     listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True).stdout
-    assert all(f"make {target}" in listed for target in shown)
+    assert shown and all(f"make {target}" in listed for target in shown)
+    table = README.split("| detail of the paper |")[1].split("\n\n")[0]
+    assert len(DETAILS) == table.count("\n") - 1 > 20
 
 
 # Paper detail -> code -> setting
@@ -119,11 +100,6 @@ def paper_commands():
 
 NAME = r"([a-z_]+(?:\.[a-z_]+)*)\.([A-Z]\w+(?:\.\w+)?|[a-z_0-9]+)"
 DETAILS = re.findall(rf"^\| ([^|]+) \| (?:`([^`]*)`)? ?\| `{NAME}` \| (?:`(--[^`]*)`)? ?\|$", README, re.M)
-
-
-def test_the_table_of_details_is_read():
-    table = README.split("| detail of the paper |")[1].split("\n\n")[0]
-    assert len(DETAILS) == table.count("\n") - 1 > 20
 
 
 @pytest.mark.parametrize("detail, value, module, name, flag", DETAILS, ids=[row[0] for row in DETAILS])

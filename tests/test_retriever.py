@@ -9,13 +9,14 @@ test_retriever_interop.py.
 import collections
 import json
 import math
+import os
 import random
+import re
 import resource
 import shutil
 import struct
 import subprocess
 import sys
-import threading
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,7 +26,7 @@ import pytest
 import requests
 
 import retriever
-from common import InputError, serve_json
+from common import InputError
 from common.passages import STOP_WORDS, index_term, split_words
 from servers import serve
 
@@ -33,7 +34,8 @@ SCRIPT = Path(retriever.__file__)
 
 
 def write_passages(path, texts, ids=None):
-    rows = [{"id": str(ids[i]) if ids else f"p{i:05d}", "contents": text} for i, text in enumerate(texts)]
+    ids = ids or [f"p{i:05d}" for i in range(len(texts))]
+    rows = ({"id": id, "contents": text} for id, text in zip(ids, texts, strict=True))
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
@@ -138,74 +140,51 @@ def test_the_words_of_the_title_count_twice(tmp_path):
 
 @pytest.mark.parametrize("kind", ["tfidf", "bm25"])
 def test_the_best_of_many_ties(tmp_path, kind):
-    """Search for k finds the same as sorting all scores, in an index with many equal passages."""
+    """Search for k finds the same as sorting all scores, in an index with many equal passages; ties by id."""
     texts = zipf_texts(4000)
     texts += texts[:400]
-    index = build(tmp_path, texts, kind, ids=random.Random(0).sample(range(10**6), len(texts)))
+    ids = [str(number) for number in random.Random(0).sample(range(10**6), len(texts))]
+    index = build(tmp_path, texts, kind, ids=ids)
     for query in ["w0 " * 9000, *zipf_texts(50, seed=1)]:
         docs, scores = index.top([query], len(texts))[0]
-        order = np.lexsort((index.rank[docs], -scores))
+        order = np.lexsort((np.array(ids)[docs], -scores))
         for k in (1, 3, 20, 500):
             best, values = index.top([query], k)[0]
             assert best.tolist() == docs[order[:k]].tolist() and values.tolist() == scores[order[:k]].tolist()
-
-
-def test_ties_are_in_the_order_of_ids(tmp_path):
-    ids = ["b", "a10", "a9", "é", "Z", "a1"]
-    index = build(tmp_path, ["same text"] * 6, ids=ids)
-    for k in range(1, 8):
-        assert [hit.id for hit in index.search(["text"], k)[0]] == sorted(ids)[:k]
 
 
 # Input
 
 
 def test_hits_and_odd_queries(tmp_path):
-    index = build(tmp_path, ['"Ångström"\nA unit\u2028of length', "other words", "", '""\nuntitled\ntwo lines'])
-    (hits,) = index.search(["angstrom"])
-    assert [(hit.id, hit.contents) for hit in hits] == [("p00000", '"Ångström"\nA unit\u2028of length')]
-    assert (hits[0].title, hits[0].text) == ("Ångström", "A unit\u2028of length")
-    for query, title, text in (("other", "", "other words"), ("untitled", "", "untitled\ntwo lines")):
-        (hit,) = index.search([query])[0]
-        assert (hit.title, hit.text) == (title, text)
-    half = build(tmp_path, ["half \udc00 pair"], ids=["1\ud83d"], name="half").search(["half \udfff"])[0]
-    assert [(hit.id, hit.contents) for hit in half] == [("1?", "half ? pair")]
-    assert index.search([]) == []
-    assert index.search(["", "   ", "unknown", "?!"], k=10) == [[], [], [], []]
-    assert len(index.search(["a unit other"], k=10**12)[0]) == 2
-    assert len(index.search(["unit " * 5000])[0]) == 1
-    for wrong in (
-        {"queries": "unit"},
-        {"queries": [1]},
-        {"queries": ["unit"], "k": 0},
-        {"queries": ["unit"], "k": 1.5},
-    ):
-        with pytest.raises(InputError):
-            index.search(**wrong)
-
-
-@pytest.mark.parametrize("kind", ["tfidf", "bm25"])
-def test_one_passage_many_repetitions_and_no_words(tmp_path, kind):
-    assert len(build(tmp_path, ["one passage"], kind, name="one").search(["passage"])[0]) == 1
-    index = build(tmp_path, ["w " * 70_000, "x w", "x x x w w y"], kind, name="many")
-    assert index.search(["w"])[0][0].id == "p00000" and len(index.search(["w"])[0]) == 3
-    with pytest.raises(InputError, match="no passage has a word"):
-        build(tmp_path, ["...", ""], kind)
+    texts = ['"Ångström"\nA unit\u2028of length', "other words", "", '""\nuntitled\ntwo lines', "half \udc00 pair"]
+    index = build(tmp_path, texts, ids=["1", "2", "3", "4", "5\ud83d"])
+    expected = {
+        "angstrom": ("1", "Ångström", "A unit\u2028of length"),
+        "other": ("2", "", "other words"),
+        "untitled": ("4", "", "untitled\ntwo lines"),
+        "half \udfff": ("5?", "", "half ? pair"),
+        "unit " * 5000: ("1", "Ångström", "A unit\u2028of length"),
+    }
+    for [hit], found in zip(index.search(list(expected), k=10**12), expected.values(), strict=True):
+        assert (hit.id, hit.title, hit.text) == found
+    assert index.search([]) == [] and index.search(["", "   ", "unknown", "?!"]) == [[], [], [], []]
+    for queries, k in (("unit", 3), ([1], 3), (["unit"], 0), (["unit"], 1.5)):
+        with pytest.raises(InputError, match="must be a"):
+            index.search(queries, k)
 
 
 @pytest.mark.parametrize("lines, problem", [
     (b'{"id": "1", "contents": "x"}\n\n{"id": "2", "contents": \n', ":3: not a passage"),
     (b'{"id": "1", "contents": "x"}\n{"id": 2, "contents": "y"}\n', ":2: not a passage"),
-    (b'{"id": "1", "text": "x"}\n', ":1: not a passage"),
     (b"null\n", ":1: not a passage"),
     (b"[" * 100_000, ":1: not a passage"),
     (b'{"id": "1", "contents": "' + b"x" * (1 << 24), ":1: not a passage"),
     (b'{"id": "' + b"1" * 1000 + b'", "contents": "x"}\n', "an id of more than 256"),
-    (b'\xef\xbb\xbf{"id": "1", "contents": "x"}\n', ":1: not a passage"),
-    ('{"id": "1", "contents": "x"}\n'.encode("utf-16"), ":1: not a passage"),
     (b'{"id": "1", "contents": "x"}\n{"id": "2", "contents": "\xff"}\n', ":2: not a passage"),
     (b'{"id": "1", "contents": "x"}\n\n{"id": "1", "contents": "z"}\n', ": the id '1' occurs twice"),
     (b"\n\n", ": no passages in it"),
+    (b'{"id": "1", "contents": "..."}\n', ": no passage has a word"),
 ])  # fmt: skip
 def test_bad_passages_are_refused_with_their_line(tmp_path, monkeypatch, lines, problem):
     monkeypatch.setattr(retriever, "CHUNK", 40)
@@ -219,29 +198,28 @@ def test_bad_passages_are_refused_with_their_line(tmp_path, monkeypatch, lines, 
 
 def test_bad_settings_and_paths(tmp_path):
     path = write_passages(tmp_path / "p.jsonl", ["x"])
-    for wrong in ({"b": 1.5}, {"b": math.nan}, {"k1": -1}, {"k1": math.inf}, {"kind": "bm52"}):
-        with pytest.raises(InputError):
+    for wrong in ({"b": math.nan}, {"k1": -1}, {"kind": "bm52"}):
+        with pytest.raises(InputError, match="must be"):
             retriever.build(path, tmp_path / "index", **wrong)
-    for passages, out, problem in (
-        (tmp_path / "none.jsonl", tmp_path / "index", "No such file"),
-        (tmp_path, tmp_path / "index", "Is a directory"),
-        (path, path, f"{path}: File exists|{path}/build.lock: Not a directory"),
-    ):
-        with pytest.raises(InputError, match=problem):
-            retriever.build(passages, out)
-    for nowhere in (tmp_path / "nowhere", path):
-        with pytest.raises(InputError, match="no index of format 5 here; build it"):
-            retriever.load(nowhere)
+    with pytest.raises(InputError, match="none.jsonl: No such file"):
+        retriever.build(tmp_path / "none.jsonl", tmp_path / "index")
+    with pytest.raises(InputError, match=f"{path}: File exists|{path}/build.lock: Not a directory"):
+        retriever.build(path, path)
 
 
-def test_folder_moves_with_its_passages_and_changes_are_noticed(tmp_path):
-    (tmp_path / "a").mkdir()
-    build(tmp_path / "a", ["first words", "second words"])
-    shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=shutil.copyfile)  # with another modification time
-    shutil.rmtree(tmp_path / "a")
-    index = retriever.load(tmp_path / "b" / "index")
-    assert len(index.search(["words"])[0]) == 2
-    path = tmp_path / "b" / "index.jsonl"
+def test_an_index_moves_with_its_passages_and_changes_are_noticed(tmp_path):
+    """Built through symbolic links, it opens through them, through the real folders, and after both have moved."""
+    (tmp_path / "disk" / "far" / "data").mkdir(parents=True)
+    (tmp_path / "disk" / "index").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "far" / "data")
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "index")
+    path = write_passages(tmp_path / "link" / "p.jsonl", ["first words", "second words"])
+    retriever.build(path, tmp_path / "out", quiet=True)
+    shutil.copytree(tmp_path / "disk", tmp_path / "copy", copy_function=shutil.copyfile)  # modified at another time
+    for folder in ("out", "disk/index", "copy/index"):
+        index = retriever.load(tmp_path / folder)
+        assert len(index.search(["words"])[0]) == 2
+    path = tmp_path / "copy" / "far" / "data" / "p.jsonl"
     content = path.read_text()
     path.write_text(content.replace("{", "[", 1))
     with pytest.raises(InputError, match="changed since"):  # the open index finds no passage there any more
@@ -249,83 +227,50 @@ def test_folder_moves_with_its_passages_and_changes_are_noticed(tmp_path):
     for changed in (content.replace("first", "fifth"), content + content, None):  # the first is of the same size
         path.unlink() if changed is None else path.write_text(changed)
         with pytest.raises(InputError, match="missing, or changed since"):
-            retriever.load(tmp_path / "b" / "index")
-
-
-def test_symbolic_links(tmp_path):
-    """Built through links, an index opens through them, through the real folders, and after both have moved."""
-    (tmp_path / "disk" / "far" / "data").mkdir(parents=True)
-    (tmp_path / "link").symlink_to(tmp_path / "disk" / "far" / "data")
-    build(tmp_path / "link", ["some words"], name="index")
-    (tmp_path / "disk" / "elsewhere").mkdir()
-    (tmp_path / "out").symlink_to(tmp_path / "disk" / "elsewhere")
-    retriever.build(tmp_path / "link" / "index.jsonl", tmp_path / "out", quiet=True)
-    for folder in ("link/index", "disk/far/data/index", "out", "disk/elsewhere"):
-        assert len(retriever.load(tmp_path / folder).search(["words"])[0]) == 1
-    (tmp_path / "disk").rename(tmp_path / "moved")
-    for folder in ("moved/far/data/index", "moved/elsewhere"):
-        assert len(retriever.load(tmp_path / folder).search(["words"])[0]) == 1
+            retriever.load(tmp_path / "copy" / "index")
 
 
 def edit_manifest(folder, **changes):
     path = folder / "index.json"
-    manifest = json.loads(path.read_text()) | changes
-    removed = [name for name, value in changes.items() if value is None]
-    path.write_text(json.dumps({name: value for name, value in manifest.items() if name not in removed}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-@pytest.mark.parametrize("changes, problem", [
-    ({"format": 4}, "no index of format 5 here; build it: .*build PASSAGES .*index"),
-    ({"kind": "bm52"}, "damaged"),
-    ({"data": "data-9"}, "data-9.* is missing or incomplete; build it"),
-    ({"passages": 1}, "damaged"),
-    ({"files": {"terms": 1}}, "terms is missing or incomplete; build it: .*build PASSAGES .*index --kind bm25"),
-    ({"files": []}, "damaged"),
-    (b"\x00\xff", "not JSON"),
-])  # fmt: skip
-def test_an_index_that_cannot_be_opened_is_one_line(tmp_path, changes, problem):
-    build(tmp_path, ["a text", "another"])
-    if isinstance(changes, bytes):
-        (tmp_path / "index" / "index.json").write_bytes(changes)
-    else:
-        edit_manifest(tmp_path / "index", **changes)
-    with pytest.raises(InputError, match=problem) as error:
-        retriever.load(tmp_path / "index")
-    assert "\n" not in str(error.value)
-    assert len(build(tmp_path, ["a text", "another"]).search(["text"])[0]) == 1  # the same build repairs it
-
-
-def test_incomplete_files_are_refused_and_the_same_build_repairs_them(tmp_path):
+def test_a_damaged_index_is_refused_in_one_line_and_the_same_build_repairs_it(tmp_path):
     index = build(tmp_path, zipf_texts(300))
-    expected = index.search(["w1 w2"])
-    for name, content in data_files(tmp_path / "index").items():
-        path = tmp_path / "index" / index.manifest["data"] / name
-        for damaged in (content[:-1], b"", None):
-            path.unlink() if damaged is None else path.write_bytes(damaged)
-            with pytest.raises(InputError, match=f"{name} is missing or incomplete; build it"):
-                retriever.load(tmp_path / "index")
-        index = build(tmp_path, zipf_texts(300))
-        assert index.search(["w1 w2"]) == expected
-    shutil.rmtree(tmp_path / "index" / index.manifest["data"])
-    assert build(tmp_path, zipf_texts(300)).search(["w1 w2"]) == expected
+    folder, expected = tmp_path / "index", index.search(["w1 w2"])
+    data = folder / index.manifest["data"]
+    missing = "is missing or incomplete; build it: .*PASSAGES .*index --kind bm25"
+    no_index = "no index of format 5 here"
+    damages = [(lambda path=path: os.truncate(path, 1), f"{path.name} {missing}") for path in data.iterdir()]
+    damages += [
+        (lambda: shutil.rmtree(data), missing),
+        (lambda: edit_manifest(folder, format=4), no_index),
+        (lambda: (folder / "index.json").write_bytes(b"\x00\xff"), "not JSON"),
+        (lambda: (folder / "index.json").unlink(), no_index),
+    ]
+    for damage, problem in damages:
+        damage()
+        with pytest.raises(InputError, match=problem) as error:
+            retriever.load(folder)
+        assert "\n" not in str(error.value)
+        assert build(tmp_path, zipf_texts(300)).search(["w1 w2"]) == expected
 
 
 def test_a_full_disk_is_an_error_and_the_same_build_continues(tmp_path):
     """A limit on the size of files stands for the disk. Each limit cuts the end of one of the files of the index."""
     build(tmp_path, zipf_texts(2000), name="whole")
-    sizes = {len(content) for content in data_files(tmp_path / "whole").values()}
-    sizes |= {path.stat().st_size for path in (tmp_path / "whole").glob("*/*")}
+    expected = data_files(tmp_path / "whole")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for size in sorted(sizes)[1:]:
+    for size in sorted(map(len, expected.values())):
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, hard))
-            with pytest.raises(InputError, match="File too large; the same command continues") as error:
+            with pytest.raises(InputError, match="^[^\n]*File too large; the same command continues$"):
                 retriever.build(tmp_path / "whole.jsonl", tmp_path / "index", quiet=True)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        assert "\n" not in str(error.value) and not (tmp_path / "index" / "index.json").exists()
+        assert not (tmp_path / "index" / "index.json").exists()
     retriever.build(tmp_path / "whole.jsonl", tmp_path / "index", quiet=True)
-    assert data_files(tmp_path / "index") == data_files(tmp_path / "whole")
+    assert data_files(tmp_path / "index") == expected
 
 
 # Building: chunks, kills
@@ -342,47 +287,35 @@ retriever.build(sys.argv[2], sys.argv[3], quiet=True)
 """
 
 
-def test_killed_build_continues_and_killed_rebuild_leaves_the_old_index(tmp_path, monkeypatch):
-    first = write_passages(tmp_path / "first.jsonl", ["the old passage"])
-    second = write_passages(tmp_path / "second.jsonl", zipf_texts(1500))
-    retriever.build(second, tmp_path / "whole", "bm25", quiet=True)  # in one chunk and one range
+@pytest.mark.parametrize("continued", [True, False])
+def test_a_killed_build_keeps_the_old_index_and_continues_with_the_same_passages_only(tmp_path, monkeypatch, continued):
+    whole = write_passages(tmp_path / "whole.jsonl", zipf_texts(1500))
+    other = write_passages(tmp_path / "other.jsonl", zipf_texts(1500, seed=1))
+    source, out = whole if continued else other, tmp_path / "killed"
+    retriever.build(source, tmp_path / "at once", quiet=True)  # in one chunk and one range
     monkeypatch.setattr(retriever, "CHUNK", 20_000)
     monkeypatch.setattr(retriever, "RANGE", 1000)
-    out = tmp_path / "killed"
-    retriever.build(first, out, quiet=True)
-    assert subprocess.run([sys.executable, "-c", BUILD_AND_DIE, SCRIPT.parent, second, out]).returncode == -9
+    build(tmp_path, ["the old passage"], name="killed")
+    assert subprocess.run([sys.executable, "-c", BUILD_AND_DIE, SCRIPT.parent, whole, out]).returncode == -9
     assert [hit.contents for hit in retriever.load(out).search(["passage"])[0]] == ["the old passage"]
     made, read = [], retriever.read_chunk
     monkeypatch.setattr(retriever, "read_chunk", lambda *chunk: made.append(chunk[1]) or read(*chunk))
-    retriever.build(second, out, "bm25", quiet=True)
-    assert made == list(range(60_000, second.stat().st_size, 20_000))
-    assert data_files(out) == data_files(tmp_path / "whole")
+    retriever.build(source, out, quiet=True)
+    assert made == list(range(60_000 if continued else 0, source.stat().st_size, 20_000))
+    assert data_files(out) == data_files(tmp_path / "at once")
     assert sorted(path.name.partition("-")[0] for path in out.iterdir()) == ["build.lock", "data", "index.json"]
 
 
-def test_a_killed_build_of_other_passages_is_not_continued(tmp_path):
-    path = write_passages(tmp_path / "p.jsonl", zipf_texts(4000))
-    subprocess.run([sys.executable, "-c", BUILD_AND_DIE, SCRIPT.parent, path, tmp_path / "index"])
-    expected = build(tmp_path, zipf_texts(300, seed=1), name="fresh")
-    shutil.copyfile(tmp_path / "fresh.jsonl", path)
-    retriever.build(path, tmp_path / "index", quiet=True)
-    assert data_files(tmp_path / "index") == data_files(tmp_path / "fresh")
-    assert expected.search(["w1"]) == retriever.load(tmp_path / "index").search(["w1"])
-
-
 def test_two_builders_and_a_finished_index(tmp_path, capsys):
-    path = write_passages(tmp_path / "p.jsonl", ["some words"])
     with retriever.common.Journal(tmp_path / "index" / "build.lock"):
         with pytest.raises(InputError, match="another process"):
-            retriever.build(path, tmp_path / "index", quiet=True)
-    retriever.build(path, tmp_path / "index", quiet=True)
-    retriever.build(path, tmp_path / "index", quiet=True)
-    retriever.build(path, tmp_path / "index", quiet=True)
+            build(tmp_path, ["some words"])
+    index = build(tmp_path, ["some words"])
+    assert not capsys.readouterr().out
+    build(tmp_path, ["some words"])
     assert "already built" in capsys.readouterr().out
-    open_index = retriever.load(tmp_path / "index")
-    retriever.build(path, tmp_path / "index", "tfidf", quiet=True)  # replaces it; the open index still answers
-    assert len(open_index.search(["words"])[0]) == 1
-    assert retriever.load(tmp_path / "index").manifest["kind"] == "tfidf"
+    assert build(tmp_path, ["some words"], "tfidf").manifest["kind"] == "tfidf"
+    assert len(index.search(["words"])[0]) == 1  # the replaced index, still open
 
 
 # Dense
@@ -397,46 +330,31 @@ def encoder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("encoder")
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"0123456789:w", *(f"##{c}" for c in "0123456789:w")]
     vocabulary += ["query", "passage", *(f"w{i}" for i in range(150))]
-    tokenizer = transformers.BertTokenizerFast(vocab={token: i for i, token in enumerate(vocabulary)})
-    tokenizer.save_pretrained(folder)
+    transformers.BertTokenizerFast(vocab={token: i for i, token in enumerate(vocabulary)}).save_pretrained(folder)
     torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-    )
-    transformers.BertModel(config).save_pretrained(folder)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    sizes |= {"vocab_size": len(vocabulary), "max_position_embeddings": 64, "initializer_range": 0.2}
+    transformers.BertModel(transformers.BertConfig(**sizes)).save_pretrained(folder)
     return str(folder)
 
 
-def reference_vectors(encoder, texts):
-    """One text at a time, without padding, directly from transformers."""
-    import torch
-    import transformers
-
-    tokenizer = transformers.AutoTokenizer.from_pretrained(encoder)
-    model = transformers.AutoModel.from_pretrained(encoder).eval()
-    vectors = []
-    for text in texts:
-        with torch.no_grad():
-            tokens = tokenizer(text, return_tensors="pt", truncation=True, max_length=64)
-            vector = model(**tokens).last_hidden_state[0].mean(0)
-        vectors.append((vector / vector.norm()).numpy())
-    return np.array(vectors)
-
-
 def test_dense_search_equals_brute_force(tmp_path, encoder):
+    """The vectors are those of one text at a time, without padding."""
+    import torch
+
     texts = zipf_texts(80, 150)
     index = build(tmp_path, [*texts, texts[3]], "dense", encoder=encoder)
-    vectors = reference_vectors(encoder, [f"passage: {text}" for text in texts])
+
+    def embed(text):
+        tokens = index.encoder.tokenizer(text, return_tensors="pt", truncation=True, max_length=64)
+        with torch.no_grad():
+            vector = index.encoder.model(**tokens).last_hidden_state[0].mean(0)
+        return (vector / vector.norm()).numpy()
+
     stored = index.vectors.numpy()
-    np.testing.assert_allclose(stored[:80], vectors, atol=1e-5)
+    np.testing.assert_allclose(stored[:80], [embed(f"passage: {text}") for text in texts], atol=1e-5)
     queries = zipf_texts(9, 150, seed=4)
-    exact = reference_vectors(encoder, [f"query: {query}" for query in queries]) @ stored.T.astype(np.float64)
+    exact = np.array([embed(f"query: {query}") for query in queries], np.float64) @ stored.T
     for row, hits in zip(exact, index.search(queries, 5), strict=True):
         expected = np.lexsort((np.arange(81), -row.round(5)))[:5]
         assert [hit.id for hit in hits] == [f"p{doc:05d}" for doc in expected]
@@ -447,7 +365,8 @@ def test_dense_search_equals_brute_force(tmp_path, encoder):
 @pytest.mark.parametrize("k", [1, 3, 50, 5000])
 def test_vectors_are_searched_exactly(k):
     """Several blocks, the last one short, and many ties: small whole numbers have exact products."""
-    torch = pytest.importorskip("torch")
+    import torch
+
     generator = np.random.default_rng(0)
     vectors = generator.integers(-3, 4, (9000, 6)).astype(np.float32)
     queries = generator.integers(-3, 4, (70, 6)).astype(np.float32)
@@ -467,26 +386,27 @@ def flat_index_bytes(vectors, kind=b"IxFI", metric=0):
 
 
 def test_faiss_flat_index_is_opened_as_it_is(tmp_path, encoder):
-    texts = zipf_texts(40, 150)
+    texts, path = zipf_texts(40, 150), tmp_path / "e5_Flat.index"
     own = build(tmp_path, texts, "dense", encoder=encoder, name="own")
-    (tmp_path / "e5_Flat.index").write_bytes(flat_index_bytes(own.vectors.numpy()))
-    index = build(tmp_path, texts, "dense", encoder=encoder, vectors=str(tmp_path / "e5_Flat.index"))
+    path.write_bytes(flat_index_bytes(own.vectors.numpy()))
+    index = build(tmp_path, texts, "dense", encoder=encoder, vectors=str(path))
     queries = zipf_texts(5, 150, seed=2)
     found = [[[hit.id for hit in hits] for hits in each.search(queries)] for each in (index, own)]
     assert found[0] == found[1]  # but scores may differ in the last bit
-    wrong = {
-        "fewer": flat_index_bytes(np.zeros((39, 32))),
-        "l2": flat_index_bytes(np.zeros((40, 32)), b"IxF2", 1),
-        "cut": flat_index_bytes(np.zeros((40, 32)))[:-4],
-        "short": b"IxFI",
-    }
-    for name, content in wrong.items():
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(InputError, match=name):
-            build(tmp_path, texts, "dense", encoder=encoder, vectors=str(tmp_path / name), name="wrong")
-    edit_manifest(tmp_path / "index", encoder=str(tmp_path / "own"))  # not the folder of an encoder
-    with pytest.raises(InputError, match="own: no encoder could be loaded"):
-        retriever.load(tmp_path / "index", "cpu")
+    wrong = "e5_Flat.index: no complete FAISS flat inner-product index of 40 vectors"
+    for content, problem in (
+        (flat_index_bytes(np.zeros((39, 32))), wrong),
+        (flat_index_bytes(np.zeros((40, 32)), b"IxF2", metric=1), wrong),
+        (flat_index_bytes(np.zeros((40, 32)))[:-4], wrong),
+        (b"IxFI", wrong),
+        (flat_index_bytes(np.zeros((40, 8))), "vectors of 8 dimensions, but the encoder has 32"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=problem):
+            build(tmp_path, texts, "dense", encoder=encoder, vectors=str(path), name="wrong")
+    edit_manifest(tmp_path / "own", encoder=str(tmp_path / "own"))  # not the folder of an encoder
+    with pytest.raises(InputError, match="model .*own: "):
+        retriever.load(tmp_path / "own", "cpu")
 
 
 @pytest.mark.parametrize("kind", ["bm25", "dense"])
@@ -497,52 +417,59 @@ def test_threads_share_an_index(tmp_path, kind, encoder):
         assert list(pool.map(ask, range(8))) == [ask(n) for n in range(8)]
 
 
-# The server
+# The server and the command line
 
 
-@pytest.fixture
-def served(tmp_path):
-    """(index, URL of its server)"""
-    index = build(tmp_path, [f"passage number n{i} of all" for i in range(200)], "bm25")
-    server = serve_json(lambda *request: retriever.answer_request(index, *request))
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    yield index, f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
+def run(*arguments):
+    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, timeout=60)
 
 
-def ask(url, body):
-    response = requests.post(f"{url}/retrieve", json=body, timeout=10)
-    return response.status_code, response.json()
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """(the folder of an index, the URL of its server)"""
+    folder = tmp_path_factory.mktemp("served")
+    path = write_passages(
+        folder / "p.jsonl", ['"Oslo"\nThe capital n0', *(f"passage number n{i} of all" for i in range(1, 9))]
+    )
+    assert run("build", path, folder / "index", "--quiet").returncode == 0  # BM25 is the default
+    command = [sys.executable, SCRIPT, "serve", folder / "index", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        line = server.stdout.readline()
+        assert line.startswith("9 passages at http://127.0.0.1:")
+        yield folder / "index", line.split()[-1]
+        server.terminate()
 
 
-def test_search_r1_protocol(served):
-    index, url = served
+def test_the_command_line_finds_passages(served):
+    found = run("search", served[0], "capital of Norway", "--k", 2)
+    assert found.stdout.startswith("1. Oslo   (p00000, ") and "   The capital n0\n" in found.stdout
+    assert run("search", served[0], "zzz").stdout == "no passage has a word of this query\n"
+    failed = run("serve", served[0], "--port", served[1].split(":")[-1].split("/")[0])
+    assert failed.returncode == 2 and re.fullmatch("error: port .* Address already in use\n", failed.stderr)
+
+
+def test_search_r1_protocol_and_its_client(served):
+    def ask(body):
+        response = requests.post(served[1], json=body, timeout=10)
+        return response.status_code, response.json()
+
     document = {"id": "p00007", "contents": "passage number n7 of all"}
-    score = index.search(["n7"])[0][0].score
-    status, answer = ask(url, {"queries": ["n7", "nothing here"], "topk": 2, "return_scores": True})
-    assert status == 200 and answer == {"result": [[{"document": document, "score": score}], []]}
-    assert ask(url, {"queries": ["n7"]}) == (200, {"result": [[document]]})
-    assert ask(url, {"queries": ["passage"], "topk": None})[1]["result"][0][2]["id"] == "p00002"
-    assert ask(url, {"queries": []}) == (200, {"result": []})
-    assert requests.get(f"{url}/elsewhere", timeout=10).status_code == 404
-
-
-def test_bad_requests_are_answered_with_a_reason(served):
+    score = retriever.load(served[0]).search(["n7"])[0][0].score
+    answer = {"result": [[{"document": document, "score": score}], []]}
+    assert ask({"queries": ["n7", "nothing here"], "topk": 2, "return_scores": True}) == (200, answer)
+    assert ask({"queries": ["n7"]}) == (200, {"result": [[document]]})
+    assert ask({"queries": ["passage"], "topk": None})[1]["result"][0][2]["id"] == "p00003"
+    assert ask({"queries": []}) == (200, {"result": []})
+    assert requests.get(served[1].replace("retrieve", "elsewhere"), timeout=10).status_code == 404
     bodies = [{"queries": ["n7"], "topk": topk} for topk in (0, True, "3", 1.5)]
     for body in ({}, {"queries": "n7"}, {"queries": [7]}, *bodies):
-        status, answer = ask(served[1], body)
+        status, answer = ask(body)
         assert status == 400 and "must be" in answer["error"]
-
-
-def test_remote_index_gives_the_same_hits(served):
-    index, url = served
-    remote = retriever.load(url)
     queries = ["n7", "passage", "nothing"]
-    assert remote.search(queries, 2) == index.search(queries, 2)
-    assert retriever.load(f"{url}/retrieve/").search(queries, 2) == index.search(queries, 2)
+    for url in (served[1], served[1].replace("retrieve", "")):
+        assert retriever.load(url).search(queries, 2) == retriever.load(served[0]).search(queries, 2)
     with pytest.raises(InputError, match="http.*: 400: .*the number of passages"):
-        remote.search(["n7"], 0)
+        retriever.load(served[1]).search(["n7"], 0)
 
 
 DOCUMENT = {"id": "1", "contents": "text"}
@@ -552,7 +479,6 @@ DOCUMENT = {"id": "1", "contents": "text"}
     ("raw", b"<html>\nlogin\n</html>"),
     [],
     {"result": []},
-    {"result": [[{"document": DOCUMENT, "score": None}]]},
     {"result": [[{"document": DOCUMENT | {"contents": ["text"]}, "score": 1}]]},
     {"result": [[{"document": {"contents": "text"}, "score": 1}]]},
 ])  # fmt: skip
@@ -560,41 +486,5 @@ def test_answers_of_another_form_are_one_line(answer, monkeypatch):
     monkeypatch.setattr("common.client.BACKOFF", 0)
     with serve(lambda *request: answer) as (url, _), pytest.raises(InputError, match="not in the expected format"):
         retriever.load(url).search(["a query"])
-    with pytest.raises(InputError, match=f"^{url}/retrieve: no answer: .*Connection refused; gave up after 4 attempts"):
+    with pytest.raises(InputError, match="gave up after 4 attempts"):
         retriever.load(url).search(["a query"])  # the server has ended
-
-
-# The command line
-
-
-def run(*arguments):
-    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, timeout=60)
-
-
-def test_command_line(tmp_path):
-    path = write_passages(tmp_path / "p.jsonl", ['"Oslo"\nOslo is the capital of Norway.', "no title"])
-    assert run("build", path, tmp_path / "index", "--quiet").returncode == 0  # BM25 is the default
-    found = run("search", tmp_path / "index", "capital of Norway", "--k", 2)
-    assert found.stdout.startswith("1. Oslo   (p00000, ") and "   Oslo is the capital of Norway.\n" in found.stdout
-    assert run("search", tmp_path / "index", "zzz").stdout == "no passage has a word of this query\n"
-    path.write_text("{}\n")
-    bad = [("search", tmp_path / "nowhere", "x"), ("build", path, tmp_path / "other", "--quiet"), ("build", path)]
-    bad += [("search", tmp_path / "index", "x", "--k", k) for k in (0, -3, "three")]
-    bad += [("serve", tmp_path / "index", "--port", 99999), ("search", tmp_path / "index", "x")]  # changed passages
-    for arguments in bad:
-        failed = run(*arguments)
-        assert failed.returncode == 2 and failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
-
-
-def test_serve(tmp_path):
-    index = build(tmp_path, ["some words"])
-    command = [sys.executable, str(SCRIPT), "serve", str(tmp_path / "index"), "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    line = process.stdout.readline()
-    assert line.startswith("1 passages at http://127.0.0.1:")
-    url = line.split()[-1]
-    assert retriever.load(url).search(["words"]) == index.search(["words"])
-    taken = run("serve", tmp_path / "index", "--port", url.split(":")[-1].split("/")[0])
-    assert taken.returncode == 2 and taken.stderr.count("\n") == 1 and "Address already in use" in taken.stderr
-    process.terminate()
-    process.wait(10)

@@ -21,7 +21,7 @@ import pytest
 import agent_distill
 from agent_distill import Prompts
 from common import InputError, Journal, models, write_jsonl
-from common.client import BadRequest, Client, Judge, ServerError
+from common.client import BadRequest, Client, Judge
 from miniature import student
 from servers import free_port, running
 
@@ -110,10 +110,10 @@ def ask(lesson, url, out, **options):
 def test_as_a_teacher_it_writes_what_generate_writes(lesson, merged, server, continuation, prefixed):
     """Each message is what plain generate, with the same weights, writes after the messages before it."""
     name, url = server
-    options = {"model": str(merged), "tokenizer": str(merged)}
+    options = {"model": str(merged)}
     if prefixed:
         options["first_thought"] = str(lesson.folder / "cot.jsonl")
-        options["prefix_mode"] = "completions" if name == "transformers" else "continue"
+        options["prefix_tokenizer"] = str(merged) if name == "transformers" else None
     rows = ask(lesson, url, f"teacher-{name}-{prefixed}", **options)
     prefixes = {row["id"]: agent_distill.first_step(row["messages"][-1]["content"]) for row in lesson.rows("cot")}
     model, tokenizer = models.load_model(merged)
@@ -181,29 +181,22 @@ def test_killed_and_started_again_in_the_middle_nothing_is_lost(lesson, llama, t
     assert {row["id"]: row["messages"] for row in rows} == {row["id"]: row["messages"] for row in whole}
 
 
-def test_as_a_judge_it_is_asked_once_for_each_answer(llama_cpp, tmp_path):
+def test_as_a_judge_it_is_asked_once_for_each_answer(llama_cpp, tmp_path, monkeypatch):
     """The untrained model, as the wheel has it, is too small to judge, but each of its replies is counted."""
     command = llama_command(llama_cpp, student.find_gguf())
     with running(command, free_port(), tmp_path / "log") as url, Journal(tmp_path / "judge.jsonl") as journal:
+        monkeypatch.setattr(Judge, "MAX_TOKENS", 32)  # it rambles
         judge = Judge(Client(url), Prompts(), journal)
-        judge.MAX_TOKENS = 32  # it rambles
         asked = [("Where was Ada Orr born?", ["Rome"], answer) for answer in ("Roma", "Oslo", "the city of Rome")]
         verdicts = [judge(*question) for question in asked]
-        assert len(journal.rows) + len(judge.undecided) == 3
-        assert verdicts.count(None) == len(judge.undecided)
         assert verdicts == [judge(*question) for question in asked] and len(journal.rows) == 3 - verdicts.count(None)
 
 
-def test_without_that_mode_the_prefix_is_refused_before_any_question(lesson, merged, transformers_url):
-    with pytest.raises(InputError, match=r"does not continue a message \(422.*--prefix-mode completions") as error:
-        ask(lesson, transformers_url, "refused", model=str(merged), first_thought=str(lesson.folder / "cot.jsonl"))
-    assert "\n" not in str(error.value) and not lesson.rows("refused")
-
-
-def test_a_wrong_or_missing_name_is_one_line_before_any_question(lesson, transformers_url, monkeypatch):
-    with pytest.raises(InputError, match="400") as error:
-        ask(lesson, transformers_url, "nobody", model="nobody")
-    assert "\n" not in str(error.value) and not lesson.rows("nobody")
-    with pytest.raises(ServerError, match="name a --model"):  # this server cannot list a model that is a folder
-        monkeypatch.setattr("common.client.BACKOFF", 0.01)
-        ask(lesson, transformers_url, "unnamed")
+def test_what_the_server_lacks_is_one_line_before_any_question(lesson, merged, transformers_url, monkeypatch):
+    monkeypatch.setattr("common.client.BACKOFF", 0.01)
+    prefixed = {"model": str(merged), "first_thought": str(lesson.folder / "cot.jsonl")}
+    cases = {r"does not continue a message \(422.*--prefix-tokenizer": prefixed, "400": {"model": "nobody"}}
+    for message, options in (cases | {"/models: ": {}}).items():  # it cannot list a model that is a folder
+        with pytest.raises(InputError, match=f"^[^\n]*{message}[^\n]*$"):
+            ask(lesson, transformers_url, "refused", **options)
+        assert not (lesson.folder / "refused.jsonl").exists() or not lesson.rows("refused")

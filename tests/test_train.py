@@ -20,8 +20,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
-    Lfm2Config,
-    Lfm2ForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     Qwen3_5ForCausalLM,
@@ -178,8 +176,7 @@ def test_what_cannot_be_masked_exactly_is_refused(tiny_tokenizer, monkeypatch, t
         train.encode(tiny_tokenizer, messages)
 
 
-def test_weights_of_tokens_reach_the_loss(tiny_tokenizer, config):
-    """One weight per message, or one per part of its text; the loss is the mean over the sum of the weights."""
+def test_tokens_are_weighed_by_message_or_by_part(tiny_tokenizer):
     messages = conversation(random.Random(4), 3)
     row = {"messages": messages, "steps": [{"error_kind": None}, {"error_kind": "runtime"}, {"error_kind": None}]}
 
@@ -195,18 +192,6 @@ def test_weights_of_tokens_reach_the_loss(tiny_tokenizer, config):
     assert text(0.5) == messages[4]["content"] + "<|im_end|>"
     assert text(3.0) == "<|im_end|>" * 2
     assert text(2) == "".join(messages[i]["content"].split("Code:")[0] for i in (2, 6))
-
-    trainer, _ = make_trainer(config(dropout=0.0))
-    example = train.Example(torch.tensor(ids), torch.tensor(weights))
-    logits = trainer.model(example.ids[None]).logits[0, :-1].float()
-    losses = torch.nn.functional.cross_entropy(logits, example.ids[1:], reduction="none")
-    expected = (losses * example.weights[1:]).sum() / example.weights.sum()
-    loss, gradient = gradients(trainer, [example])
-    assert loss == pytest.approx(expected.item(), rel=1e-5)
-    wanted = torch.autograd.grad(expected, trainer.parameters)
-    assert difference(gradient, torch.cat([g.flatten() for g in wanted])) < 1e-6
-    doubled = train.Example(example.ids, example.weights * 2)
-    assert difference(gradients(trainer, [doubled])[1], gradient) < 1e-6
 
     for bad in (-1, math.nan, math.inf, None, (0, 5, 1.0), [(0, 5)], [(0, 5, -1)], [(5, 0, 1.0)], [("a", "b", 1)], "2"):
         with pytest.raises(InputError, match="the weight of a message is .*: a number from 0 up"):
@@ -327,9 +312,10 @@ def test_the_loss_in_chunks_has_autograds_gradients(config, monkeypatch, logits)
     )
     expected = (losses * example.weights[1:]).sum() / example.weights.sum()
     wanted = torch.autograd.grad(expected, trainer.parameters)
-    loss, gradient = gradients(trainer, [example])
-    assert loss == pytest.approx(expected.item(), rel=1e-5)
-    assert difference(gradient, torch.cat([g.flatten() for g in wanted])) < 1e-6
+    for scale in (1, 2):  # the mean is over the sum of the weights
+        loss, gradient = gradients(trainer, [train.Example(example.ids, example.weights * scale)])
+        assert loss == pytest.approx(expected.item(), rel=1e-5)
+        assert difference(gradient, torch.cat([g.flatten() for g in wanted])) < 1e-6
 
 
 def test_the_loss_is_transformers_own(config):
@@ -358,16 +344,6 @@ def test_micro_batches_give_the_gradients_of_one_batch(config, tuning):
         other_loss, parts = gradients(trainer, examples[:8])
         assert other_loss == pytest.approx(loss, rel=1e-6)
         assert difference(whole, parts) < 1e-6
-
-
-def test_an_observation_has_no_gradient_of_its_own(config):
-    """The gradient of the first trained token is the same if everything after it is cut off."""
-    trainer, examples = make_trainer(config(tuning="full"))
-    ids, weights = examples[0].ids, torch.zeros_like(examples[0].weights)
-    first = examples[0].weights.nonzero()[0].item()
-    weights[first] = 1
-    whole, cut = train.Example(ids, weights), train.Example(ids[: first + 1], weights[: first + 1])
-    assert difference(gradients(trainer, [whole])[1], gradients(trainer, [cut])[1]) < 1e-5
 
 
 def test_dropout_follows_from_the_seed(config):
@@ -413,17 +389,9 @@ def recurrent(folder, tokenizer):
     return str(folder)
 
 
-def convolutional(folder, tokenizer):
-    layers = {"layer_types": ["conv", "full_attention"], "eos_token_id": 2, "bos_token_id": 1}
-    small(Lfm2ForCausalLM, Lfm2Config, **layers).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.mark.parametrize("make", [recurrent, convolutional])
-def test_recurrent_and_convolutional_models_are_trained_like_each_example_alone(config, tmp_path, tiny_tokenizer, make):
-    """Gated DeltaNet (Qwen3.5) and short convolutions (LFM2) carry state along a row: examples must not share one."""
-    model = make(tmp_path / "model", tiny_tokenizer)
+def test_recurrent_models_are_trained_like_each_example_alone(config, tmp_path, tiny_tokenizer):
+    """Gated DeltaNet (Qwen3.5) carries state along a row: examples must not share one."""
+    model = recurrent(tmp_path / "model", tiny_tokenizer)
     trainer, examples = make_trainer(config(model=model, dropout=0.0))
     examples = max(train.split_step(examples, 2048), key=len)  # they are padded into one batch
     assert len(examples) > 3 and len({len(example.ids) for example in examples}) > 1
@@ -574,7 +542,7 @@ def test_an_adapter_is_saved_loaded_merged_and_continued(config, tmp_path, capsy
     ]:
         with pytest.raises(InputError, match=reason):
             train.fit(config(model=str(out), out=str(tmp_path / "other"), **options))
-    with pytest.raises(InputError, match="--dropout has no effect"):
+    with pytest.raises(InputError, match="--dropout 0.1: it has no effect"):
         train.fit(config(tuning="full", dropout=0.1, out=str(tmp_path / "other")))
 
 
@@ -670,7 +638,7 @@ def test_a_restart_may_use_less_memory(config):
     trainer, examples = make_trainer(config())
     out = Path(config().out)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Trainer, "update", mock.Mock(side_effect=[None, KeyboardInterrupt]))
+        patch.setattr(torch.optim.AdamW, "step", mock.Mock(side_effect=[None, KeyboardInterrupt]))
         with pytest.raises(KeyboardInterrupt):
             train.fit(config(epochs=1, save_every=1))
     assert (out / "metrics.jsonl").exists()
@@ -723,7 +691,7 @@ def test_the_loss_of_held_out_rows_is_reported_once_per_epoch(config, data_path)
 def test_a_checkpoint_of_other_data_is_refused(config, tmp_path):
     trainer, examples = make_trainer(config())
     gradients(trainer, examples[:2])
-    trainer.update(1e-3, 1.0)
+    trainer.optimizer.step()
     trainer.save(Path(config().out) / "checkpoint" / "state.pt", 1, "other")
     with pytest.raises(InputError, match="other data"):
         train.fit(config())
@@ -816,9 +784,9 @@ def test_show_prints_trained_tokens_apart_and_counts(config, tiny_tokenizer, cap
 @pytest.mark.parametrize(
     "arguments, reason",
     [
-        (["missing.jsonl", "--model", "MODEL"], "missing.jsonl: No such file"),
+        (["missing.jsonl", "--model", "MODEL"], "No such file or directory: 'missing.jsonl'"),
         (["DATA", "--model", "no/such/model/here"], "model no/such/model/here"),
-        (["DATA", "--model", "MODEL", "--system-prompt", "missing.txt"], "missing.txt: No such file"),
+        (["DATA", "--model", "MODEL", "--system-prompt", "missing.txt"], "No such file or directory: 'missing.txt'"),
         (["DATA", "--model", "MODEL", "--lrr", "1"], "--lrr"),
         (["DATA", "--model", "MODEL", "--tuning", "prefix"], "prefix"),
         (["DATA", "--model", "MODEL", "--batch-size", "0"], "batch-size"),
@@ -845,4 +813,4 @@ def test_fit_checks_its_numbers_without_the_command_line(config):
 
 def test_a_diverging_run_stops_with_the_step(config):
     with pytest.raises(InputError, match=r"step \d+: loss"):
-        train.fit(config(tuning="full", lr=1e30, clip=math.inf, epochs=4))
+        train.fit(config(tuning="full", lr=1e30, clip=1e18, epochs=4))
