@@ -67,7 +67,7 @@ shared = pytest.fixture(opened, scope="module")  # for tests that change no stat
 
 @pytest.fixture(scope="module")
 def world():
-    """Targets: a file with a secret, a process to attack, listening sockets. Yields their names."""
+    """Set up targets: a file with a secret, a process to attack, listening sockets. Yields their names."""
     # Everyone may read and write here, so that only the sandbox can stop an attack.
     folder = Path(tempfile.mkdtemp(prefix="victim-", dir="/var/tmp"))
     folder.chmod(0o777)
@@ -77,18 +77,25 @@ def world():
     victim = subprocess.Popen([sys.executable, "-c", "import time; print('ready', flush=True); time.sleep(600)"],
                               stdout=subprocess.PIPE, env={"KEY": "s3cret"})  # fmt: skip
     victim.stdout.readline()
-    listener = socket.create_server(("127.0.0.1", 0))
+    listeners = [socket.socket(socket.AF_INET), socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)]
+    listeners[0].bind(("127.0.0.1", 0))
+    listeners[1].bind(str(folder / "socket"))
+    listeners[2].bind(b"\0victim-" + str(os.getpid()).encode())
     datagrams = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     datagrams.bind(b"\0datagrams-" + str(os.getpid()).encode())
+    (folder / "socket").chmod(0o777)
+    for listener in listeners:
+        listener.listen()
     os.environ["SANDBOX_TEST_KEY"] = "s3cret"
-    with listener, datagrams:
-        yield {
-            "FOLDER": str(folder), "SECRET": str(secret), "VICTIM": victim.pid, "PORT": listener.getsockname()[1],
-            "HOST": os.getpid(), "PYTHON": sys.executable,
-        }  # fmt: skip
+    yield {
+        "FOLDER": str(folder), "SECRET": str(secret), "VICTIM": victim.pid, "PORT": listeners[0].getsockname()[1],
+        "HOST": os.getpid(), "PROJECT": str(ROOT), "PYTHON": sys.executable,
+    }  # fmt: skip
     assert victim.poll() is None, "the victim was killed"
     victim.kill()
     victim.wait()
+    for listener in (*listeners, datagrams):
+        listener.close()
     shutil.rmtree(folder)
 
 
@@ -105,47 +112,129 @@ def call(number, *arguments):
 
 # name: code, or (code, "strong") if the attack fails without containment too, for lack of rights or of a target
 ATTACKS = {
-    # what is inherited; the first row comes first, because other attacks leave descriptors open
+    # files: reading
+    "read_passwd": "through('root' in open('/etc/passwd').read())",
+    "read_shadow": ("through(open('/etc/shadow').read())", "strong"),
+    "read_answers": "through('42' in open(SECRET).read())",
+    "read_project": "through(open(PROJECT + '/sandbox.py').read())",
+    "read_home": ("through(os.listdir(os.path.expanduser('~root')) or os.listdir('/home'))", "strong"),
+    "list_root": "through(os.listdir('/'))",
+    "list_tmp": "through(any('victim-' in name for name in os.listdir('/var/tmp')))",
+    "read_by_syscall": "fd = libc.open(SECRET.encode(), 0)\nthrough(fd >= 0 and os.read(fd, 9))",
+    "read_by_symlink": "os.symlink(SECRET, 'link')\nthrough('42' in open('link').read())",
+    "read_by_hardlink": "os.link(SECRET, 'link')\nthrough('42' in open('link').read())",
+    "read_by_openat": "fd = os.open('/', os.O_PATH)\nthrough(os.open(SECRET[1:], 0, dir_fd=fd))",
+    "read_by_dots": "through(open('../' * 20 + SECRET[1:]).read())",
+    "read_by_mmap": "import mmap\nthrough(mmap.mmap(os.open(SECRET, 0), 0, prot=1)[:3])",
+    "read_by_rename": "os.rename(SECRET, 'mine')\nthrough(open('mine').read())",
+    "read_by_import": "sys.path.insert(0, PROJECT)\nimport common\nthrough()",
+    "read_by_linecache": "import linecache\nthrough(linecache.getline(SECRET, 1))",
+    "read_proc_environ": ("through(b's3cret' in open(f'/proc/{VICTIM}/environ', 'rb').read())"),
+    "read_proc_mem": ("through(open(f'/proc/{VICTIM}/mem', 'rb'))"),
+    "read_proc_cwd": "through(os.listdir(f'/proc/{VICTIM}/cwd'))",
+    "read_proc_root": "through(open(f'/proc/{VICTIM}/root' + SECRET).read())",
+    "read_proc_link": "through(os.readlink(f'/proc/{VICTIM}/exe'))",
+    "read_proc_parent": "through(open(f'/proc/{os.getppid()}/cmdline').read())",
+    "read_proc_self": "through(open('/proc/self/maps').read() and open('/proc/self/mountinfo').read())",
+    "list_proc": "through(str(VICTIM) in os.listdir('/proc'))",
+    "read_sys": "through(os.listdir('/sys/class'))",
+    "read_disk": ("through(os.open('/dev/vda', 0) >= 0 or os.open('/dev/sda', 0))", "strong"),
+    "read_kmsg": ("through(os.open('/dev/kmsg', 0))", "strong"),
+    "open_by_handle": (
+        "handle = ctypes.create_string_buffer((8).to_bytes(4, 'little') + bytes(132))\n"
+        "through(call(304, os.open('/', os.O_PATH), handle.raw, 0) >= 0)", "strong"),
+    # files: writing
+    "write_answers": "open(SECRET, 'a').write('x')\nthrough()",
+    "write_beside": "open(FOLDER + '/new', 'w').write('x')\nthrough()",
+    "write_tmp": "open('/var/tmp/sandbox-was-here', 'w').close()\nos.unlink('/var/tmp/sandbox-was-here')\nthrough()",
+    "write_shm": "open('/dev/shm/sandbox-was-here', 'w').close()\nos.unlink('/dev/shm/sandbox-was-here')\nthrough()",
+    "write_library": (
+        "path = os.path.dirname(os.__file__) + '/site_was_here.py'\n"
+        "open(path, 'w').close()\nos.unlink(path)\nthrough()", "strong"),
+    "truncate": "through(libc.truncate(SECRET.encode(), 17) == 0)",
+    "truncate_on_reading": "os.close(os.open(SECRET, os.O_RDONLY | os.O_TRUNC))\nthrough()",
+    "chmod": "os.chmod(SECRET, 0o646)\nthrough(open(SECRET))",
+    "unlink": "open(FOLDER + '/a', 'w')\nos.unlink(FOLDER + '/a')\nthrough()",
+    "mkdir": "os.mkdir(FOLDER + '/folder')\nthrough()",
+    "symlink_out": "os.symlink('/', FOLDER + '/root-link')\nthrough()",
+    "xattr": ("os.setxattr(SECRET, 'user.x', b'1')\nthrough()", "strong"),
+    "mknod": ("os.mknod('disk', 0o60600, os.makedev(254, 0))\nthrough()", "strong"),
+    "mount": ("through(libc.mount(b'none', b'/', b'tmpfs', 0, None) == 0)", "strong"),
+    "chroot": ("os.mkdir('x')\nos.chroot('x')\nthrough()", "strong"),
+    # network
+    "tcp": "s = socket.socket()\ns.connect(('127.0.0.1', PORT))\nthrough()",
+    "tcp6": "socket.socket(socket.AF_INET6)\nthrough()",
+    "udp": "through(socket.socket(type=socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', 9)))",
+    "listen": "s = socket.socket()\ns.bind(('127.0.0.1', 0))\ns.listen()\nthrough()",
+    "raw_socket": ("socket.socket(socket.AF_PACKET, socket.SOCK_RAW)\nthrough()", "strong"),
+    "netlink": "socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)\nthrough()",
+    "vsock": ("socket.socket(socket.AF_VSOCK)\nthrough()", "strong"),
+    "unix_path": "s = socket.socket(socket.AF_UNIX)\ns.connect(FOLDER + '/socket')\nthrough()",
+    "unix_abstract": "s = socket.socket(socket.AF_UNIX)\ns.connect(b'\\0victim-%d' % HOST)\nthrough()",
+    "unix_datagram_pair": (
+        "a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)\n"
+        "through(a.sendto(b'x', b'\\0datagrams-%d' % HOST))"),
+    "unix_seqpacket_pair": "socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)\nthrough()",
+    "resolve": ("through(socket.getaddrinfo('localhost', 80, proto=6) and socket.create_connection(('localhost', PORT)))",
+                "strong"),
+    "http": "import urllib.request\ntry: urllib.request.urlopen(f'http://127.0.0.1:{PORT}', timeout=0.2)\nexcept TimeoutError: through()",
+    "io_uring": ("through(call(425, 4, bytes(120)) >= 0)", "strong"),
+    # processes
+    "exec": "subprocess.run([PYTHON, '-c', ''], check=True)\nthrough()",
+    "system": ("through(os.system('true') == 0)", "strong"),  # no process inside can wait for its children
+    "execve_self": "os.execv(PYTHON, [PYTHON, '-c', 'raise SystemExit(7)'])",
+    "spawn": "through(os.posix_spawn('/bin/true', ['true'], {}))",
+    "memfd_exec": "through(os.memfd_create('x') >= 0)",
+    "fork": "through(os.fork() >= 0)",
+    "vfork": "through(call(58) >= 0)",
+    "multiprocessing": ("import multiprocessing\np = multiprocessing.get_context('fork').Process(target=int)\np.start()\np.join()\nthrough(p.exitcode == 0)", "strong"),
+    "clone_parent": "through(call(56, 0x8011, 0, 0, 0, 0) >= 0)",
+    "clone_namespace": "through(call(56, 0x10000011, 0, 0, 0, 0) >= 0)",
+    "clone3": "through(call(435, bytes(32) + (17).to_bytes(8, 'little') + bytes(24), 64) >= 0)",
+    "unshare": ("through(libc.unshare(0x10000000) == 0)", "strong"),
+    "setns": ("through(libc.setns(os.open('/proc/self/ns/net', 0), 0) == 0)", "strong"),
+    "setsid": "through(libc.setsid() >= 0 or libc.setpgid(0, 0) >= 0)",
+    # other processes
+    "signal_zero": "os.kill(VICTIM, 0)\nthrough()",
+    "signal_host": "os.kill(HOST, 0)\nthrough()",
+    "signal_parent": "os.kill(os.getppid() or 1, 0)\nthrough()",
+    "signal_group": "os.kill(0, signal.SIGCONT)\nthrough()",
+    "signal_everyone": ("os.kill(-1, 0)\nthrough()", "strong"),
+    "signal_queue": "through(call(129, VICTIM, 0, bytes(8) + b'\\xff' * 4 + bytes(116)) == 0)",
+    "signal_thread": "through(call(200, VICTIM, 0) == 0)",
+    "signal_owner": "import fcntl\nr, w = os.pipe()\nfcntl.fcntl(r, fcntl.F_SETOWN, VICTIM)\nthrough()",
+    "pidfd": "os.pidfd_open(VICTIM)\nthrough()",
+    "ptrace": ("through(libc.ptrace(0x4206, VICTIM, 0, 0) == 0)", "strong"),
+    "process_vm_readv": ("through(call(310, VICTIM, bytes(16), 1, bytes(16), 1, 0) >= 0)", "strong"),
+    "prlimit": "import resource\nresource.prlimit(VICTIM, resource.RLIMIT_NOFILE)\nthrough()",
+    "renice": "os.setpriority(os.PRIO_PROCESS, VICTIM, 1)\nthrough()",
+    "affinity": "os.sched_setaffinity(VICTIM, {0})\nthrough()",
+    "kcmp": ("through(call(312, VICTIM, VICTIM, 2, 0, 0) >= 0)", "strong"),
+    "shared_memory": "through(libc.shmget(1234, 4096, 0o1666) >= 0)",
+    "semaphore": "from multiprocessing import shared_memory\nshared_memory.SharedMemory('was_here', True, 9).unlink()\nthrough()",
+    "message_queue": "through(libc.msgget(1234, 0o1666) >= 0)",
+    # the kernel
+    "bpf": ("through(call(321, 0, bytes(64), 64) >= 0)", "strong"),
+    "perf": ("through(call(298, bytes(128), 0, -1, -1, 0) >= 0)", "strong"),
+    "keyctl": ("through(call(250, 0, -3, 1) >= 0)", "strong"),
+    "userfaultfd": ("through(call(323, 0) >= 0)", "strong"),
+    "personality": "through(libc.personality(0x40000) >= 0)",
+    "setuid": ("os.setuid(0)\nthrough()", "strong"),
+    "seccomp_again": ("through(libc.prctl(22, 1, 0, 0, 0) == 0)", "strong"),
+    "undumpable": "through(libc.prctl(4, 1, 0, 0, 0) == 0)",
+    "terminal": ("import fcntl\nfcntl.ioctl(os.open('/dev/tty', 0), 0x5412, b'x')\nthrough()", "strong"),
+    "reboot": ("through(libc.reboot(0) == 0)", "strong"),
+    "sethostname": ("socket.sethostname(socket.gethostname())\nthrough()", "strong"),
+    "clock": ("time.clock_settime(time.CLOCK_REALTIME, time.time())\nthrough()", "strong"),
+    # what is inherited
+    "environment": ("through(len(os.environ))", "strong"),
+    "environment_by_libc": ("libc.getenv.restype = ctypes.c_char_p\nthrough(libc.getenv(b'PATH') or libc.getenv(b'SANDBOX_TEST_KEY'))", "strong"),
     "descriptors": (
         "import stat\nkinds = []\nfor fd in range(256):\n  try: kinds.append((fd, os.fstat(fd).st_mode))\n"
         "  except OSError: pass\n"
         # 0: /dev/null; 1 and 2: the output; 3: the channel
         "through([fd for fd, _ in kinds] != [0, 1, 2, 3] or [fd for fd, mode in kinds if stat.S_ISSOCK(mode)] != [3])",
         "strong"),
-    "environment_by_libc": ("libc.getenv.restype = ctypes.c_char_p\nthrough(libc.getenv(b'PATH') or libc.getenv(b'SANDBOX_TEST_KEY'))", "strong"),
-    # files: reading
-    "read_answers": "through('42' in open(SECRET).read())",
-    "read_by_syscall": "fd = libc.open(SECRET.encode(), 0)\nthrough(fd >= 0 and os.read(fd, 9))",
-    "read_proc_environ": ("through(b's3cret' in open(f'/proc/{VICTIM}/environ', 'rb').read())"),
-    "read_proc_mem": ("through(open(f'/proc/{VICTIM}/mem', 'rb'))"),
-    # files: writing
-    "write_answers": "open(SECRET, 'a').write('x')\nthrough()",
-    "truncate": "through(libc.truncate(SECRET.encode(), 17) == 0)",
-    "truncate_on_reading": "os.close(os.open(SECRET, os.O_RDONLY | os.O_TRUNC))\nthrough()",
-    "chmod": "os.chmod(SECRET, 0o646)\nthrough(open(SECRET))",
-    "unlink": "open(FOLDER + '/a', 'w')\nos.unlink(FOLDER + '/a')\nthrough()",
-    "mount": ("through(libc.mount(b'none', b'/', b'tmpfs', 0, None) == 0)", "strong"),
-    # network
-    "tcp": "s = socket.socket()\ns.connect(('127.0.0.1', PORT))\nthrough()",
-    "unix_datagram_pair": (
-        "a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)\n"
-        "through(a.sendto(b'x', b'\\0datagrams-%d' % HOST))"),
-    "unix_seqpacket_pair": "socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)\nthrough()",
-    "io_uring": ("through(call(425, 4, bytes(120)) >= 0)", "strong"),
-    # processes
-    "exec": "subprocess.run([PYTHON, '-c', ''], check=True)\nthrough()",
-    "fork": "through(os.fork() >= 0)",
-    "clone3": "through(call(435, bytes(32) + (17).to_bytes(8, 'little') + bytes(24), 64) >= 0)",
-    "setsid": "through(libc.setsid() >= 0 or libc.setpgid(0, 0) >= 0)",
-    # other processes
-    "signal_zero": "os.kill(VICTIM, 0)\nthrough()",
-    "signal_queue": "through(call(129, VICTIM, 0, bytes(8) + b'\\xff' * 4 + bytes(116)) == 0)",
-    "signal_owner": "import fcntl\nr, w = os.pipe()\nfcntl.fcntl(r, fcntl.F_SETOWN, VICTIM)\nthrough()",
-    "ptrace": ("through(libc.ptrace(0x4206, VICTIM, 0, 0) == 0)", "strong"),
-    "prlimit": "import resource\nresource.prlimit(VICTIM, resource.RLIMIT_NOFILE)\nthrough()",
-    # the kernel
-    "seccomp_again": ("through(libc.prctl(22, 1, 0, 0, 0) == 0)", "strong"),
-    "undumpable": "through(libc.prctl(4, 1, 0, 0, 0) == 0)",
 }  # fmt: skip
 
 
@@ -165,11 +254,11 @@ def test_attack_fails(shared, world, name):
     assert observation.final_answer != "through", observation
     assert Path(world["SECRET"]).read_text() == "the answer is 42\n"
     assert Path(world["SECRET"]).stat().st_mode & 0o777 == 0o666
-    assert sorted(path.name for path in Path(world["FOLDER"]).iterdir()) == ["answers.jsonl"]
+    assert sorted(path.name for path in Path(world["FOLDER"]).iterdir()) == ["answers.jsonl", "socket"]
     assert shared.run("6 * 7").result == "42"
 
 
-WEAK = [name for name, code in ATTACKS.items() if isinstance(code, str) and name != "chmod"]
+WEAK = [name for name, code in ATTACKS.items() if isinstance(code, str) and name not in ("execve_self", "chmod")]
 
 
 @pytest.mark.parametrize("name", WEAK)
@@ -178,6 +267,9 @@ def test_attack_works_without_containment(world, tmp_path, name):
     with Sandbox(isolation="off") as sandbox:
         sandbox.run(f"import os\nos.chdir({str(tmp_path)!r})")
         assert attack(sandbox, name, world).final_answer == "through"
+    for path in Path(world["FOLDER"]).iterdir():
+        if path.name != "socket":
+            path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
     Path(world["SECRET"]).write_text("the answer is 42\n")
     Path(world["SECRET"]).chmod(0o666)
 
