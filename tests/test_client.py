@@ -253,7 +253,7 @@ def test_the_probe_tells_a_server_that_continues_from_those_that_do_not():
     refused = {"ignores continue_final_message": {"flag": False}, "422: unknown field": {"strict": True}}
     for words, options in (refused | {"sends no token counts": {"usage": False}}).items():
         with serve(continuing(**options)) as (url, _):
-            with pytest.raises(InputError, match=f"{words}.*: name .* with --prefix-tokenizer"):
+            with pytest.raises(InputError, match=f"{words}.*: give --prefix-tokenizer"):
                 Served(Client(url)).probe(opening=True)
 
 
