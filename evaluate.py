@@ -149,6 +149,9 @@ class Student:
             raise InputError(f"{', '.join(odd)} is not supported: serve the model and give its --url")
         self.layers = len(layers)
         self.one_by_one = "longrope" in ropes  # its factors depend on the longest sequence of the batch
+        # The last call's prompts and their caches: an episode's next prompt begins with its last one, and is read from
+        # there. On a CPU, reading took most of the time of a greedy evaluation.
+        self.known = {}
         self.largest_batch = batch or max(1, samples // n)
         self.batch = self.largest_batch
         self.calls = 0  # of write
@@ -161,13 +164,14 @@ class Student:
         texts = [models.render(self.tokenizer, turn.messages, reply=True) + turn.opening for turn in turns]
         prompts = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         todo = sorted((i for i, ids in enumerate(prompts) if len(ids) < self.context), key=lambda i: len(prompts[i]))
-        answers = [None] * len(turns)
+        answers, read = [None] * len(turns), {}
         self.batch = min(self.largest_batch, self.batch + 1)
         while todo:
             chunk, groups = todo[: 1 if self.one_by_one else self.batch], None
             with contextlib.suppress(torch.OutOfMemoryError):
-                groups = self.write([prompts[i] for i in chunk], stop)
+                groups = self.write([prompts[i] for i in chunk], stop, read)
             if groups is None:  # the failed attempt's tensors are freed only after the with block
+                read, self.known = {}, {}
                 if len(chunk) == 1:
                     tokens = f"{len(prompts[chunk[0]]):,} + {self.max_tokens:,} tokens, {self.n} times"
                     raise InputError(f"{tokens}, do not fit into the memory of {self.model.device}")
@@ -179,13 +183,18 @@ class Student:
                 counts = sum(len(s.ids) for s in samples), sum(s.ended == "limit" for s in samples)
                 answers[i] = Answer([s.text for s in samples], len(prompts[i]), *counts)
             todo = todo[len(chunk) :]
+        self.known = read
         return answers
 
     @torch.inference_mode()
-    def write(self, prompts, stop=()):
-        """Returns n Samples for each prompt. prompts: lists of at least two token ids."""
+    def write(self, prompts, stop=(), read=None):
+        """Returns n Samples for each prompt, a list of at least two token ids. read: gets the prompts' caches."""
         longest, device = max(map(len, prompts)), self.model.device
-        cache = self._join([self._read(prompt) for prompt in prompts])  # without the last tokens: generate begins there
+        caches = [self._read(prompt[:-1]) for prompt in prompts]  # without the last tokens: generate begins there
+        cache = self._join(caches)
+        if read is not None and not self.one_by_one:
+            read |= {tuple(prompt[:-1]): cache for prompt, cache in zip(prompts, caches, strict=True)}
+        del caches
         samples, ids, mask = [], [], []
         for prompt in prompts:
             padding = longest - len(prompt)
@@ -219,21 +228,23 @@ class Student:
         return [samples[i : i + self.n] for i in range(0, len(samples), self.n)]
 
     def _read(self, prompt):
-        """Returns the cache of a prompt without its last token. Other prompts cannot change it: it is read alone."""
-        cache = transformers.Cache(layers=[DynamicLayer() for _ in range(self.layers)])
-        ids = torch.tensor([prompt[:-1]], device=self.model.device)
-        self.model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+        """Returns the cache of a prompt. Other prompts cannot change it: it is read alone."""
+        begun = max((old for old in self.known if tuple(prompt[: len(old)]) == old), key=len, default=())
+        cache = self.known.pop(begun, None) or transformers.Cache(layers=[DynamicLayer() for _ in range(self.layers)])
+        if len(begun) < len(prompt):
+            ids = torch.tensor([prompt[len(begun) :]], device=self.model.device)
+            self.model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
         return cache
 
     def _join(self, caches):
-        """Returns one cache with n rows for each of these, padded on the left. The given ones are emptied."""
+        """Returns one cache with n rows for each of these, padded on the left."""
         longest = max(cache.get_seq_length() for cache in caches)
         joined = transformers.Cache(layers=[GrowingLayer() for _ in range(self.layers)])
-        for layer in joined.layers:
-            alone = [cache.layers.pop(0) for cache in caches]
+        for number, layer in enumerate(joined.layers):
             sides = []
             for name in ("keys", "values"):  # of (1, heads, tokens, size)
-                rows = [pad(one, (0, 0, longest - one.shape[-2], 0)) for one in (getattr(a, name) for a in alone)]
+                alone = [getattr(cache.layers[number], name) for cache in caches]
+                rows = [pad(one, (0, 0, longest - one.shape[-2], 0)) for one in alone]
                 sides.append(torch.cat(rows).repeat_interleave(self.n, 0))  # (prompts * n, heads, longest, size)
             layer.update(*sides)
         return joined

@@ -124,6 +124,31 @@ def test_bf16_answers_equal_plain_generate(tiny_tokenizer):
     assert sample.ids == expected and len(set(expected)) > 10
 
 
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("kind", ["Qwen2", "Gemma-3 across its window", "Phi-4-mini across its switch"])
+def test_what_an_episode_has_read_is_not_read_again(kind, n, tiny_tokenizer, monkeypatch):
+    """Two conversations that grow, the second of which ends: the answers are those of a student that reads all."""
+    model, lengths = random_model(kind, max_position_embeddings=1024), []
+    student, forward = Student(model, tiny_tokenizer, n=n, max_tokens=12), model.forward
+
+    @functools.wraps(forward)  # generate reads the signature
+    def count(*arguments, **options):
+        lengths.append(options["input_ids"].shape[1])
+        return forward(*arguments, **options)
+
+    chats = [turn.messages for turn in turns(["Name a river. " * 9, "What is 2 + 2? " * 12])]
+    for step in range(4):
+        asked = [Turn(chat) for chat in chats[: 2 - step // 2]]
+        expected = Student(model, tiny_tokenizer, n=n, max_tokens=12).answer(asked)
+        with monkeypatch.context() as patch:
+            patch.setattr(model, "forward", count)
+            assert student.answer(asked) == expected
+        for chat, answer in zip(chats, expected, strict=False):
+            chat += [{"role": "assistant", "content": answer.texts[0]}, {"role": "user", "content": f"Why {step}?"}]
+    whole = max(lengths) if student.one_by_one else 200
+    assert sum(length > 60 for length in lengths) == (6 if student.one_by_one else 2) and max(lengths) <= whole
+
+
 @pytest.mark.parametrize(
     "kind, options, message",
     [
@@ -273,8 +298,14 @@ def test_keys_and_values_are_freed_by_reference_counting_alone(large, n, monkeyp
     try:
         with Allocator() as allocator:
             student, kept = make_student(large, n), []
-            monkeypatch.setattr(torch.cuda, "empty_cache", lambda: kept.append(allocator.now))
-            answer_questions(student, 12, lambda: kept.append(allocator.now))
+
+            def watch():
+                layers = [layer for cache in student.known.values() for layer in cache.layers]
+                blocks = sum(math.ceil(side.nbytes / 512) for layer in layers for side in (layer.keys, layer.values))
+                kept.append(allocator.now - 512 * blocks)
+
+            monkeypatch.setattr(torch.cuda, "empty_cache", watch)
+            answer_questions(student, 12, watch)
             allocator.limit = 0.7 * allocator.peak
             answer_questions(student, 8)
     finally:
