@@ -134,10 +134,10 @@ ROW := $(D)/eval/$(STUDENT_NAME)
 # After each row, the table so far.
 define FINISHED
 touch $@
-@$(RUN) -c 'from common import report; print(report.averages_table("$(RUNS)"))'
+-@$(RUN) -c 'from common import report; print(report.averages_table("$(RUNS)"))'
 endef
-# Given the long prompt with examples, the untrained model writes no code that runs: one step of one question per task shows that.
-BASE_AGENT ?= --limit 1 --max-steps 1
+# Given the long prompt with examples, the untrained model writes no code that runs: one question per task shows that.
+BASE_AGENT ?= --limit 1 --max-steps 3
 $(ROW).base.cot/.done: $(D)/world/.done $(MODEL_DONE)
 	$(EVALUATE) --model $(MODEL) --method cot
 	$(FINISHED)

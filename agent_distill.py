@@ -44,7 +44,7 @@ def check_options(config, prompts, kinds=()):
     if not config.search and (config.method == "cot-rag" or (config.method == "agent" and "fact" in kinds)):
         raise InputError(f"--method {config.method} needs passages: name an index or a /retrieve URL with --search")
     if config.method != "agent":
-        common.refuse(config, ("tools", "episode", "choose", "max_steps", "timeout"), "only --method agent uses it")
+        common.refuse(config, ("tools", "episode", "choose"), "only --method agent uses it")
     if not config.search:
         common.refuse(config, ["top_k"], "there is no --search")
     facts = {"prompts_sha256": prompts.sha256(config.method)}
@@ -447,6 +447,8 @@ def collect(config):
         raise InputError("--samples above 1 repeats the same greedy answer: give a --temperature")
     if config.first_thought and config.method != "agent":
         raise InputError("--first-thought opens the thoughts of an agent: --method agent")
+    if not config.first_thought:
+        common.refuse(config, ["prefix_tokenizer"], "there is no --first-thought")
     tasks = common.load_tasks(config.tasks, config.kind, config.limit)
     prompts = Prompts(config.prompts)
     facts = check_options(config, prompts, {task["kind"] for task in tasks})
@@ -457,7 +459,7 @@ def collect(config):
     prefixes = first_thoughts(config.first_thought, tasks) if config.first_thought else {}
     items = {(*task_key(task), sample): (task, sample) for task in tasks for sample in range(config.samples)}
     with common.Journal(config.out, GRADED | {"sample": int, "usage": dict, "model": str}) as journal:
-        # A question that ended in an error is asked again. Of its rows, the last one counts; see report.transcripts.
+        # A question that ended in an error is asked again. Its last row counts; see report.transcripts.
         journal.rows = [row for row in journal.rows if row["stop"] != "error"]
         done = {(*task_key(row), row["sample"]) for row in journal.rows}
         todo = [item for key, item in items.items() if key not in done]

@@ -121,8 +121,9 @@ class Student:
     """A Hugging Face model that answers the turns of many episodes, n candidates each.
 
     model, tokenizer: as from load_model. temperature: 0 is greedy; otherwise candidates are sampled, with top_p.
-    batch: turns in one generate call; by default, 64 samples on a CPU and 256 on a GPU. It is halved when memory runs
-    out, and grows again by one turn with each call. on_tokens: called with the number of new tokens while they come.
+    batch: turns in one generate call; by default 32 on a CPU, with at most 64 samples, and 256 samples on a GPU. It is
+    halved when memory runs out, and grows again by one turn with each call. on_tokens: called with the number of new
+    tokens while they come.
     Raises InputError for a model whose answers would depend on the other rows of the batch.
     """
 
@@ -138,7 +139,7 @@ class Student:
         self.processors = [SampleNucleus(temperature, top_p)] if temperature > 0 else []
         # Tokens per generate call. After each, finished rows are removed from the batch: on a CPU, SC-action was 1.2
         # times as fast with 4 as with 16. On a GPU, where rows cost little, longer segments are faster.
-        self.segment, samples = (4, 64) if model.device.type == "cpu" else (16, 256)
+        self.segment, turns, samples = (4, 32, 64) if model.device.type == "cpu" else (16, 256, 256)
         self.ends = end_tokens(model, tokenizer)
         config = model.config.get_text_config()
         self.context = getattr(config, "max_position_embeddings", None) or 10**9
@@ -150,9 +151,9 @@ class Student:
         self.layers = len(layers)
         self.one_by_one = "longrope" in ropes  # its factors depend on the longest sequence of the batch
         # The last call's prompts and their caches: an episode's next prompt begins with its last one, and is read from
-        # there. On a CPU, reading took most of the time of a greedy evaluation.
+        # there. On a CPU, reading took most of the time of a greedy evaluation. None after memory has run out.
         self.known = {}
-        self.largest_batch = batch or max(1, samples // n)
+        self.largest_batch = batch or max(1, min(turns, samples // n))
         self.batch = self.largest_batch
         self.calls = 0  # of write
 
@@ -164,18 +165,18 @@ class Student:
         texts = [models.render(self.tokenizer, turn.messages, reply=True) + turn.opening for turn in turns]
         prompts = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         todo = sorted((i for i, ids in enumerate(prompts) if len(ids) < self.context), key=lambda i: len(prompts[i]))
-        answers, read = [None] * len(turns), {}
+        answers, read = [None] * len(turns), None if self.known is None else {}
         self.batch = min(self.largest_batch, self.batch + 1)
         while todo:
             chunk, groups = todo[: 1 if self.one_by_one else self.batch], None
             with contextlib.suppress(torch.OutOfMemoryError):
                 groups = self.write([prompts[i] for i in chunk], stop, read)
             if groups is None:  # the failed attempt's tensors are freed only after the with block
-                read, self.known = {}, {}
-                if len(chunk) == 1:
+                nothing_kept, read, self.known = read is None, None, None
+                if len(chunk) == 1 and nothing_kept:
                     tokens = f"{len(prompts[chunk[0]]):,} + {self.max_tokens:,} tokens, {self.n} times"
                     raise InputError(f"{tokens}, do not fit into the memory of {self.model.device}")
-                self.batch = len(chunk) // 2
+                self.batch = max(1, len(chunk) // 2)
                 gc.collect()
                 torch.cuda.empty_cache()
                 continue
@@ -229,8 +230,12 @@ class Student:
 
     def _read(self, prompt):
         """Returns the cache of a prompt. Other prompts cannot change it: it is read alone."""
-        begun = max((old for old in self.known if tuple(prompt[: len(old)]) == old), key=len, default=())
-        cache = self.known.pop(begun, None) or transformers.Cache(layers=[DynamicLayer() for _ in range(self.layers)])
+        known, begun = self.known or {}, ()
+        for old in known:
+            ends_alike = prompt[len(old) - 1 : len(old)] == [old[-1]]  # spares most of the comparisons below
+            if ends_alike and len(old) > len(begun) and tuple(prompt[: len(old)]) == old:
+                begun = old
+        cache = known.pop(begun, None) or transformers.Cache(layers=[DynamicLayer() for _ in range(self.layers)])
         if len(begun) < len(prompt):
             ids = torch.tensor([prompt[len(begun) :]], device=self.model.device)
             self.model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
@@ -333,7 +338,7 @@ class SolverConfig(agent_distill.EpisodeConfig):
     system_prompt: str | None = option(None, "file (default: the prompt of the training)", changes_results=False)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...", changes_results=False)
     precision: Literal["auto", "bf16", "fp32"] = option("auto", "of weights; auto: bf16 where the hardware has it")
-    batch: int | None = option(None, "episodes at once (default: what fits)", above=0, changes_results=False)
+    batch: int | None = option(None, "episodes at once (default: see Student)", above=0, changes_results=False)
     concurrency: int = option(16, "sandboxes or requests to a server at once", above=0, changes_results=False)
     seed: int = option(0, "seeds the sampling")
 
@@ -475,8 +480,7 @@ def run(config):
     for task in tasks:
         task.setdefault("domain", report.TASKS[task["task"]].domain if task["task"] in report.TASKS else "out")
     prompts, system, facts = check(config, {task["kind"] for task in tasks})
-    if not config.judge_url:
-        common.refuse(config, ["judge_model", "judge_key_env"], "there is no --judge-url")
+    check_judge(config)
     mine = {task_key(task): task for task in tasks[rank::size]}
     with common.Journal(out / f"transcripts.{rank}.jsonl", report.GRADED) as journal:
         rows = [row for path in report.transcript_files(out) for row in report.transcripts(path, report.GRADED)]
@@ -526,6 +530,11 @@ def _answer_all(config, parts, todo, total, journal):
             show(questions=1, right=journal.rows[-1]["correct"], steps=len(episode.steps))
 
 
+def check_judge(config):
+    if not config.judge_url:
+        common.refuse(config, ["judge_model", "judge_key_env"], "there is no --judge-url")
+
+
 @contextlib.contextmanager
 def open_judge(config, folder, rank=0):
     """Yields the judge of --judge-url, with its verdicts in the run folder; None without a URL."""
@@ -568,6 +577,7 @@ class RegradeConfig(JudgeConfig):
 
 def regrade(config):
     """Grade the saved transcripts of a run again, without generating anything. Without a judge: by exact match."""
+    check_judge(config)
     with open_judge(config, config.folder) as judge:
         pairs = [pair for path in report.transcript_files(config.folder) for pair in regrade_file(path, judge)]
     changed = sum(old["correct"] != new["correct"] for old, new in pairs)

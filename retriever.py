@@ -78,6 +78,10 @@ def build(passages, out, kind="bm25", **settings):
 
 
 def _build(config, source, out):
+    if config.kind != "bm25":
+        common.refuse(config, ["k1", "b"], f"--kind {config.kind} does not use it")
+    if config.kind != "dense":
+        common.refuse(config, ["encoder", "vectors"], f"--kind {config.kind} does not use it")
     plan = {name: value for name, value in vars(config).items() if name not in ("out", "quiet")}
     plan |= {name: plan[name] and relative_path(plan[name], out) for name in ("passages", "vectors")}
     plan |= {"format": FORMAT, "bytes": source.stat().st_size, "sha256": hash_file(source)}

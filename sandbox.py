@@ -66,8 +66,9 @@ class _Process:
         self.seconds = 0.0
 
     def __del__(self):
-        self.socket.close()
-        self.output.close()
+        with suppress(AttributeError):  # there were not enough descriptors for all
+            self.socket.close()
+            self.output.close()
 
     def receive(self):
         """Returns the next message. Raises EOFError or OSError if the process has ended."""
@@ -131,23 +132,25 @@ def _warm_interpreter():
 class Sandbox(AbstractContextManager):
     """Runs untrusted Python; variables persist from run to run, threads end with their step.
 
-    tools: {name: function}. Functions run in this process and take and return JSON values; a step's calls run one after
-    another, and the step ends when they have. The code sees their exceptions, except an InputError: run and
-    run_candidates raise it in the host; if the step has timed out by then, the next call does. timeout: seconds of wall
-    clock per step, once its process has started, which may take FORK_SECONDS more. memory_mb: what a step's process can
-    allocate. isolation: "auto" warns once if a protection is missing on this machine, "require" raises InputError
-    instead, "off" has time-outs and rlimits only. Raises InputError for bad arguments, and if no process starts.
-    Threads can use different sandboxes at once, but not the same.
+    tools: {name: function}. Functions run in this process and take and return JSON values; a step's calls run one
+    after another, and the step ends when they have. The code sees their exceptions, except an InputError: run and
+    run_candidates raise it in the host; if the step has timed out by then, the next call does. timeout: seconds of
+    wall clock per step, once its process has started, which may take as long and FORK_SECONDS more. memory_mb: what
+    a step's process can allocate. isolation: "auto" warns once if a protection is missing on this machine,
+    "require" raises InputError instead, "off" has time-outs and rlimits only. Raises InputError for bad arguments,
+    and if no process starts. Threads can use different sandboxes at once, but not the same.
 
-    Covered, on Linux 5.13 and later, as root or not: the code reads nothing but Python's libraries, time zones and MIME
-    types, and writes no file; it has no network, starts no program, signals no process and sees no other candidate;
-    wall clock, CPU time, memory, open files and printed output have limits; no process outlives the host and its forks.
-    Not covered: bugs of the kernel, side channels, CPU use up to the time-out; what stat, access, readlink, getcwd and
-    getpgid tell about files and processes; the number of threads; descriptors that a step leaves open, which the
-    candidates of the next share (also those of an asyncio loop: use asyncio.run in each step); a program that finds the
-    host's key in its own memory can fork, until the sandbox is closed; the tools, with any arguments the code passes.
-    Code that is meant to do harm belongs in a container or a virtual machine. Unseeded draws of random, numpy.random
-    and sympy repeat in every new sandbox, but not those of a new random.Random(), nor of sympy.randMatrix.
+    Covered, on Linux 5.13 and later, as root or not: the code reads nothing but libraries (of the system and of
+    Python), time zones and MIME types, and writes no file; it has no network, starts no program, signals no other
+    process and sees no other candidate; wall clock, CPU time, memory, open files and printed output have limits; no
+    process outlives the host and its forks.
+    Not covered: bugs of the kernel, side channels, CPU use up to the time-out; what stat, access, readlink, getcwd
+    and getpgid tell about files and processes; the number of threads; descriptors that a step leaves open, which
+    the candidates of the next share (also those of an asyncio loop: use asyncio.run in each step); a program that
+    finds the host's key in its own memory can fork, and end the processes of its sandbox, until that is closed; the
+    tools, with any arguments the code passes. Code that is meant to do harm belongs in a container or a virtual
+    machine. Unseeded draws of random, numpy.random and sympy repeat in every new sandbox, but not those of a new
+    random.Random(), nor of sympy.randMatrix.
     """
 
     def __init__(self, tools=None, timeout=10.0, memory_mb=1024, isolation="auto"):
@@ -230,8 +233,8 @@ class Sandbox(AbstractContextManager):
             for _ in range(2):
                 if self.state is None:
                     self._start()
-                self.candidates = self._fork(self.state, messages)
-                if not messages or any(candidate.pid for candidate in self.candidates):
+                self.candidates = candidates = self._fork(self.state, messages)
+                if not messages or any(candidate.pid for candidate in candidates):
                     break
                 self._lose_state()  # its process has ended, or does not fork
         except BaseException:  # Ctrl-C: stop what is running
@@ -240,7 +243,7 @@ class Sandbox(AbstractContextManager):
         if self.input_error:
             error, self.input_error = self.input_error, None
             raise error
-        observations = [self._observation(candidate) for candidate in self.candidates]
+        observations = [self._observation(candidate) for candidate in candidates]
         self.lost = self.lost and not messages
         return observations
 
@@ -352,7 +355,7 @@ class Sandbox(AbstractContextManager):
         except BaseException as error:
             text = type(error).__name__
             with suppress(Exception):
-                text = str(error) or text
+                text = str(error.args[0] if len(error.args) == 1 else error) or text  # str(KeyError("a")) has quotes
             reply = inside.pack({"error": type(error).__name__, "message": inside.cut(text)})
         with suppress(OSError):  # the step has ended
             process.channel.send_bytes(reply)

@@ -154,7 +154,7 @@ def run_command_line(description, commands, default=None, argv=None):
     except BrokenPipeError:  # `... | head` closed our output, which is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
-    except (InputError, OSError, UnicodeError) as error:
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         status = getattr(error, "exit_status", 2)
     except Exception:
@@ -183,18 +183,29 @@ def stable_seed(*parts):
 
 def read_text(path):
     """Returns the text of a file without its last newline."""
-    return Path(path).read_text(encoding="utf-8").removesuffix("\n")
+    try:
+        return Path(path).read_text(encoding="utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start:,})") from None
 
 
 def read_jsonl(path, fields=None, growing=False):
     """Yield (line number, object) for each non-empty line of a JSONL file. fields: see parse_object.
 
-    growing: the file is one to which rows are appended; a last line without a line break is incomplete, and left out.
+    growing: the file is one to which rows are appended; a last line that is not JSON is incomplete, and left out.
     """
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            if line.strip() and (line.endswith(b"\n") or not growing):
+            if line.strip() and not (growing and _is_torn(line)):
                 yield number, parse_object(line, f"{path}:{number}", fields)
+
+
+def _is_torn(line):
+    """Returns whether a line has neither a line break nor an end: a kill left it, or it is being written."""
+    try:
+        return not line.endswith(b"\n") and not json.loads(line)
+    except (ValueError, RecursionError):
+        return True
 
 
 def write_jsonl(path, rows):
@@ -311,9 +322,12 @@ class Journal(contextlib.AbstractContextManager):
         self.rows = [row for _, row in read_jsonl(self.path, fields, growing=True)]
         content = self.path.read_bytes()
         last = content.rpartition(b"\n")[2]
-        if last and not self.rows and (last[:2] != b'{"' or last.endswith(b"}")):  # the one line of a file of others
+        if last and not _is_torn(last):
+            self._file.write(b"\n")
+        elif last and not last.startswith(b'{"'):
             raise InputError(f"{self.path}: not a file that this command wrote: name another")
-        self._file.truncate(len(content) - len(last))
+        else:
+            self._file.truncate(len(content) - len(last))
 
     def append(self, row):
         line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "replace")

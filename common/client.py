@@ -12,9 +12,11 @@ import json
 import os
 import re
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
+import jinja2
 import requests
 import urllib3
 from requests import exceptions
@@ -53,6 +55,7 @@ class Connection:
         self.timeout = timeout
         self.retries = retries
         self.key = os.environ.get(api_key_env, "")
+        self.no_key = "" if self.key else f" (${api_key_env} is not set)"
         self.reached = False  # whether the server has ever answered
         if not re.match(r"https?://[^/@]+(/|$)", url):
             raise InputError(f"--url {url.split('@')[-1]}: an address such as http://127.0.0.1:8000/v1 was expected")
@@ -88,7 +91,7 @@ class Connection:
                 if status in (400, 413, 422):
                     raise BadRequest(f"{status}: {words}")
                 if status < 500 and status not in (408, 409, 425, 429):
-                    raise InputError(f"{url} answered {status}: {words}")
+                    raise InputError(f"{url} answered {status}{self.no_key * (status in (401, 403))}: {words}")
                 reason, wait = f"{status}: {words}", max(wait, _retry_after(response))
             except LOST as error:
                 cause = getattr(error.args[0] if error.args else error, "reason", error)
@@ -186,7 +189,7 @@ class Client(Connection):
                 notes.append(f"{name} ({error})")
                 if name == "max_tokens" and (error := refusal(asked)):  # now sent as max_completion_tokens
                     raise InputError(f"{self.url} refuses even a short request ({error})")
-        print(f"note: {self.url} refuses {'; '.join(notes)}: not sent", file=sys.stderr)
+        print(f"note: {self.url} refuses {'; '.join(notes)}; it is asked without", file=sys.stderr)
 
 
 def _read_choices(answer):
@@ -302,7 +305,7 @@ class Served:
         options = {"continue_final_message": True, "tokenize": False} | (self.template_options or {})
         try:
             text = self.tokenizer.apply_chat_template(opened, **options)
-        except ValueError as error:  # it has no template, or one that changes the message
+        except (ValueError, jinja2.TemplateError) as error:  # it has no template, or one that changes the message
             raise InputError(f"--prefix-tokenizer {self.tokenizer.name_or_path}: {error}") from None
         # The server adds the beginning-of-text token again where the tokenizer does so itself.
         begins = self.tokenizer.bos_token and self.tokenizer("").input_ids[:1] == [self.tokenizer.bos_token_id]
@@ -358,16 +361,21 @@ class Judge:
         self.prompts = prompts
         self.journal = journal
         self.sampling = {"temperature": 0.0, "max_tokens": self.MAX_TOKENS, "seed": 0}
+        self.lock = threading.Lock()
+        self.probed = False
         self.verdicts = {}
         for path in journal.path.parent.glob("judge*.jsonl"):
             self.verdicts |= {row["key"]: row["verdict"] for _, row in read_jsonl(path, VERDICT, growing=True)}
-        client.probe(**self.sampling)
 
     def __call__(self, question, answers, prediction):
         answers, prediction = (json.dumps(x, ensure_ascii=False) for x in (answers, prediction[: self.CHARACTERS]))
         prompt = self.prompts.fill("judge", question=question or "(not given)", answer=answers, prediction=prediction)
         key = hashlib.sha256(f"{self.client.model}\n{prompt}".encode("utf-8", "replace")).hexdigest()
         if key not in self.verdicts:
+            with self.lock:
+                if not self.probed:
+                    self.client.probe(**self.sampling)
+                self.probed = True
             verdict = None
             with contextlib.suppress(BadRequest):
                 [text], _ = self.client.chat([{"role": "user", "content": prompt}], **self.sampling)

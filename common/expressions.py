@@ -29,7 +29,7 @@ mp = mpmath.MPContext()  # a separate context, so that mpmath's global precision
 mp.dps = 150
 LARGEST = mp.mpf(10) ** 40  # of inexact numbers: beyond it and 1 / LARGEST, 150 digits might not tell two sums apart
 ROUNDING = mp.mpf(10) ** -90  # smaller differences are errors of the 150-digit arithmetic
-GSM_HARD = mp.mpf(10) ** -10 / 2  # it rounds its gold answers to ten places: 3.509e-07
+GSM_HARD = mp.mpf(10) ** -10 / 2  # GSM-Hard rounds its gold answers to ten places: 3.509e-07
 
 
 @dataclasses.dataclass(frozen=True)
@@ -439,7 +439,7 @@ def same_number(prediction, gold):
     a, b = map(mp.convert, pairs[0])
     size = max(abs(a), abs(b))
     doubles = (size if b else 1) / 10**14
-    rounded = max(2 * size / 10**6, GSM_HARD) if step * 999_999 <= max(1, size) else 0
+    rounded = max(2 * size / 10**6, min(GSM_HARD, size / 1000)) if step * 999_999 <= max(1, size) else 0
     return close(a, b, max(doubles, min(step / 2, rounded)))
 
 

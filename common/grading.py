@@ -94,6 +94,8 @@ ACCENTS = dict(zip("`'^\"~", "\u0300\u0301\u0302\u0308\u0303", strict=True))  # 
 
 def fact_text(value):
     """Returns a JSON value as plain text: True is yes, 1969.0 is 1969, a list has commas, LaTeX is replaced."""
+    if value is None:
+        return ""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):

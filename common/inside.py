@@ -17,6 +17,7 @@ import ctypes
 import errno
 import gc
 import io
+import itertools
 import json
 import linecache
 import math
@@ -37,8 +38,7 @@ import traceback
 import types
 import warnings
 import zoneinfo
-from _thread import _count
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -57,7 +57,16 @@ MESSAGE_BYTES = 8 << 20
 MESSAGE_VALUES = 100_000  # a parsed value takes up to a hundred bytes
 MESSAGE_DEPTH = 100  # lists within lists
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
-_decode = json.loads
+
+
+def _integer(text):
+    if len(text) > 4300:  # Python's own limit, which foreign code may lift
+        raise ValueError("an integer of more than 4,300 digits")
+    return int(text)
+
+
+def _decode(data):
+    return json.loads(data, parse_int=_integer)
 
 
 def pack(message):
@@ -305,16 +314,19 @@ class Process:
 
     def run_action(self, code):
         """Run one action in this process. Returns its result, error, kind of error, and whether threads are left."""
+        process = os.getpid()
         self.step += 1
         # Unbuffered, so that a kill loses nothing.
         output = io.TextIOWrapper(io.FileIO(1, "wb", closefd=False), "utf-8", "replace", "\n", write_through=True)
         sys.stdout = sys.stderr = sys.__stdout__ = sys.__stderr__ = output
         sys.stdin = io.StringIO()
         vars(self.main).update(self.given)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # without containment, the code may wait for its children
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         self.set_limits(foreign=True)
         outcome = self.execute(code)
         with suppress(BaseException):  # of a signal handler
+            signal.setitimer(signal.ITIMER_REAL, 0)  # its alarm must not reach a thread that is left
             deadline = time.monotonic() + PATIENCE
             for thread in threading.enumerate():
                 if not thread.daemon and thread is not threading.current_thread():
@@ -322,7 +334,10 @@ class Process:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         self.calling.acquire()  # a call that a thread has begun ends first, and no other begins
         self.set_limits(foreign=False)
-        return [*outcome, _count() > 0]
+        if os.getpid() != process:  # without containment the code can fork, and this is its child
+            os._exit(0)
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        return [*outcome, len(sys._current_frames()) > 1]
 
     def execute(self, code):
         """Returns the result as text, the error, and its kind; each can be None."""
@@ -360,7 +375,7 @@ class Process:
         if more:
             raise TypeError(f"final_answer() takes 1 argument but {1 + len(more)} were given")
         try:
-            message = pack({"final": _plain(answer)})
+            message = pack({"final": _plain(answer, itertools.count())})
         except Exception:  # too deep, too large, or an object that cannot be read
             message = pack({"final": cut(str(answer))})
         self.write(message)  # at once, so that it counts even if the code catches SystemExit or is killed
@@ -372,8 +387,13 @@ class Process:
                 message = pack({"tool": name, "args": args, "kwargs": kwargs})
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{name}() takes JSON values only: {error}") from None
-            # In another thread, which a signal handler of the code cannot interrupt.
-            reply = ThreadPoolExecutor(1).submit(self.exchange, message).result()
+            # In another thread, which a signal handler of the code cannot interrupt; nor can it the thread's start.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+            try:
+                future = ThreadPoolExecutor(1).submit(self.exchange, message)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            reply = future.result()
             if "error" not in reply:
                 return reply["value"]
             kind, text = reply["error"], reply["message"]
@@ -405,9 +425,11 @@ def _describe(error):
     return cut(text)
 
 
-def _plain(value):
-    """Returns the value as JSON: numbers as numbers; tuples, sets and arrays as lists; fractions, complex numbers and
-    SymPy's formulas as text."""
+def _plain(value, count):
+    """Returns the value as JSON: numbers as numbers; tuples, sets and arrays as lists; fractions, decimals, complex
+    numbers and SymPy's formulas as text. count: of the values so far."""
+    if next(count) > MESSAGE_VALUES:
+        raise ValueError("too many values")
     if isinstance(value, bool | str | None):
         return value
     if isinstance(value, numbers.Rational):  # integers are rational
@@ -416,11 +438,16 @@ def _plain(value):
         number = float(str(value))  # 0.1 for float32's 0.1
         return number if math.isfinite(number) else str(number)
     if hasattr(value, "tolist"):  # of NumPy and SymPy
-        return _plain(value.tolist())
+        value = list(value) if getattr(value, "ndim", 0) else value.tolist()
+        return _plain(value, count)
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, Collection) and not isinstance(value, bytes | bytearray):
-        return [_plain(item) for item in value]
+        return {str(key): _plain(item, count) for key, item in value.items()}
+    if isinstance(value, Set):  # equal sets are the same answer
+        value = sorted(value, key=str)
+        with suppress(TypeError):
+            value.sort()
+    if isinstance(value, Collection) and not isinstance(value, bytes | bytearray) and str(value) != "EmptySet":
+        return [_plain(item, count) for item in value]
     return str(value)
 
 
@@ -446,6 +473,7 @@ def main(descriptor, packages):
         generator.seed(0)
     make = numpy.random.default_rng
     numpy.random.default_rng = lambda seed=None: make(numpy.random.randint(1 << 31) if seed is None else seed)
+    sys.set_int_max_str_digits(0)
     threading.stack_size(4 << 20)  # a fork keeps the address space of its parent's thread stacks
     os.environ.clear()
     sys.argv = [""]

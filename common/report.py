@@ -101,7 +101,7 @@ def by_task(outcomes):
 
 
 class Run:
-    """A run folder: who answered, how, and all outcomes. Raises InputError if run.json is missing or broken.
+    """A run folder: who answered, how, and all outcomes. Raises InputError if run.json is not one of an evaluation.
 
     about: what results.json says of it. label: the method's name in the paper's table. order: sorts as that table.
     asked: {task: questions}; some may not be answered yet.
@@ -115,7 +115,7 @@ class Run:
         about = self.folder / "model.json"
         about = parse_object(read_text(about), about) if about.exists() else {}
         method, training, sc = config["method"], about.get("training") or "none", config.get("sc") or 1
-        sampled = sc > 1 or (config.get("temperature") or 0) > 0
+        sampled = sc > 1 or (config.get("temperature", 0) > 0 and config.get("sample", True))  # sample: of older runs
         self.about = {
             "model": str(config.get("name") or about.get("model") or config.get("model")),
             "parameters": about.get("parameters"),
@@ -147,7 +147,7 @@ def summarise(folder):
         line += f"; {errors.total()} errors, most often: {errors.most_common(1)[0][0]}"
     if undecided := sum(o["why"] == "judge: no verdict" for o in run.outcomes):
         line += f"; {undecided} answers without a verdict of the judge count as wrong"
-    return line, errors.total() == len(run.outcomes)
+    return line, 0 < errors.total() == len(run.outcomes)
 
 
 # ------------- Intervals and tests
@@ -229,7 +229,7 @@ def load_systems(folder):
 
     Runs of one student and method whose paths differ only in the number after "seed" have one name.
     """
-    folders = sorted({path.parent for path in Path(folder).rglob("transcripts.*.jsonl")})
+    folders = sorted({path.parent for path in Path(folder).rglob("run.json") if transcript_files(path.parent)})
     runs = sorted((run for run in map(Run, folders) if run.outcomes), key=lambda run: run.order)
     if not runs:
         raise InputError(f"{folder}: no run folder with finished questions in it: evaluate something first")

@@ -16,6 +16,7 @@ import json
 import shutil
 from pathlib import Path
 
+import evaluate
 from agent_distill import Running, TurnFailed, agent_episode, parse_action, votes_of
 from common import load_tasks, option, report, run_command_line, write_json, write_jsonl
 from experiments import Setting, compare, evaluate_student
@@ -94,7 +95,8 @@ def run(config):
     early = evaluate_student(config, config.model, "early", sc=2, episode="experiments.agree_early.episode")
     every_step = evaluate_student(config, config.model, "sc8", sc=MOST)
     tests = repeat_questions(config.tests, config.limit, repeated)
-    episodes = evaluate_student(config, config.model, "episodes", tasks=tests, limit=None, temperature=0.4)
+    options = {"tasks": tests, "limit": None, "temperature": evaluate.SC_TEMPERATURE}
+    episodes = evaluate_student(config, config.model, "episodes", **options)
     vote_over_episodes(episodes, eval_folder / "majority of episodes")
     compare(every_step, early)
     compare(every_step, eval_folder / "majority of episodes")

@@ -38,7 +38,7 @@ def make_tasks(config):
     contents = {}  # as an ordered set
     for task in POOLED_TASKS if config.pooled else ():
         questions = json.loads(read_text(Path(config.pooled) / f"{task}.json"))
-        if task == "hotpotqa":  # a teacher of one's own needs training questions whose paragraphs are among these
+        if task == "hotpotqa":  # a teacher of one's own needs training questions whose paragraphs are among the pooled
             half = len(questions) // 2
             write_tasks(config.out, "train", task, questions[half:])
             questions = questions[:half]
@@ -130,7 +130,10 @@ def graded_again(row):
 
 
 def training_row(row, prompts, prefix):
-    """Returns one of the authors' rows as a training row; None without a log or with two system messages, as theirs."""
+    """Returns one of the authors' rows as a training row.
+
+    None for a row without a log or with two system messages: the authors drop such rows, too.
+    """
     method, messages = published_messages(row, prompts)
     turns = [message for message in messages if message["role"] != "system"]
     if len(turns) < 2 or len(messages) - len(turns) > 1:

@@ -282,7 +282,7 @@ $(REHEARSAL)/.done: | $(READY)
 	$(RUN) -m paper.rehearse $(@D) --collected $(COLLECTED_HERE)
 	gzip -c $(@D)/world/passages.jsonl > $(@D)/passages.jsonl.gz
 	touch $@
-# One of its ways, up to the stages STAGES: make rehearse-local STAGES="paper-passages paper-trajectories".
+# Run one variant; STAGES limits it to some stages: make rehearse-local STAGES="paper-passages paper-trajectories".
 STAGES ?= paper
 WAY_e5 := PASSAGES=e5 PAPER_ROWS=cot.cot-rag
 WAY_pooled := PASSAGES=pooled PAPER_ROWS=base.agent
