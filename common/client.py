@@ -288,9 +288,10 @@ class Served:
 
         short, same = count(HELLO), count([{"role": "user", "content": "Say hello. Hello"}])
         refusal = "it ignores continue_final_message" if same else "it sends no token counts that would show it"
-        for self.continuing in (_CONTINUE, {}):
+        for fields in (_CONTINUE, {}):
             try:
-                if short < same >= count(_OPENED, **self.continuing):
+                if short < same >= count(_OPENED, **fields):
+                    self.continuing = fields
                     return
             except BadRequest as error:
                 refusal = error

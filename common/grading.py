@@ -223,7 +223,7 @@ def same_node(prediction, gold, question=""):
     return same_value(*nodes, question)
 
 
-# The brackets of a gold answer: others that a prediction may have. A Python list cannot say that an end is open.
+# The brackets of a gold answer, and which others are accepted for them. A Python list cannot say that an end is open.
 ALLOWED = {"": ("json", "[]", "{}", "()"), "{}": ("json", ""), "()": ("json", "∈()"), "[]": ("json", "∈[]")}
 ALLOWED |= {"json": ("[]", "()", "{}", ""), "∈()": ("()",), "∈[]": ("[]", "json")}
 

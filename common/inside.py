@@ -446,7 +446,7 @@ def _plain(value, count):
         value = sorted(value, key=str)
         with suppress(TypeError):
             value.sort()
-    if isinstance(value, Collection) and not isinstance(value, bytes | bytearray) and str(value) != "EmptySet":
+    if isinstance(value, Collection) and type(value).__name__ not in ("bytes", "bytearray", "EmptySet"):
         return [_plain(item, count) for item in value]
     return str(value)
 

@@ -19,6 +19,7 @@ from common import (
     load_tasks,
     option,
     read_jsonl,
+    read_text,
     replace_file,
     resolve,
     run_command_line,
@@ -56,6 +57,16 @@ def test_journal_leaves_a_foreign_file_as_it_is(tmp_path, text):
     with pytest.raises(InputError, match=r"^\S*j(:\d: |: not a file that this command wrote)"):
         Journal(path, {"a": int, "b?": []})
     assert path.read_text() == text
+
+
+def test_a_last_line_without_a_line_break_counts_if_it_is_whole(tmp_path):
+    (tmp_path / "j").write_text('{"a": 1}\n{"a": 2}')
+    with Journal(tmp_path / "j", {"a": int}) as journal:
+        journal.append({"a": 3})
+    assert [row["a"] for _, row in read_jsonl(tmp_path / "j")] == [1, 2, 3]
+    (tmp_path / "latin").write_bytes("déjà".encode("latin-1"))
+    with pytest.raises(InputError, match="latin: not UTF-8 text"):
+        read_text(tmp_path / "latin")
 
 
 def test_journal_and_files_write_half_of_a_surrogate_pair(tmp_path):

@@ -589,6 +589,8 @@ def test_regrade_names_a_damaged_row(tmp_path, field):
     write_jsonl(tmp_path / "transcripts.0.jsonl", [row, bad])
     with pytest.raises(InputError, match=f"transcripts.0.jsonl:2: .*the field '{field}' is missing"):
         evaluate.regrade(evaluate.RegradeConfig(folder=str(tmp_path)))
+    with pytest.raises(InputError, match="--judge-model m: there is no --judge-url"):
+        evaluate.regrade(evaluate.RegradeConfig(folder=str(tmp_path), judge_model="m"))
 
 
 def test_ask_prints_the_steps(place, url, capsys):

@@ -60,6 +60,12 @@ def test_bad_folders_and_rows_are_one_line(tmp_path):
             write_jsonl(path, [row, bad])
             with pytest.raises(InputError, match=f"transcripts.0.jsonl:2: the field '{field}' is"):
                 report.markdown(tmp_path)
+    write_jsonl(path, [row])
+    write_jsonl(tmp_path / "starting" / "transcripts.0.jsonl", [])  # run.json is not written yet
+    assert "CoT" not in report.markdown(tmp_path)
+    write_run(tmp_path / "old", {"aime": [1]}, "cot", temperature=0.4, sample=False)  # of an earlier edition
+    write_jsonl(write_run(tmp_path / "none", {"aime": [1]}) / "transcripts.0.jsonl", [])
+    assert "sampled" not in report.markdown(tmp_path) and report.summarise(tmp_path / "none")[1] is False
     write_json(tmp_path / "a" / "run.json", {"lr": 1})
     with pytest.raises(InputError, match=r"run.json: not the configuration of an evaluation"):
         report.markdown(tmp_path)

@@ -201,6 +201,9 @@ def test_bad_settings_and_paths(tmp_path):
     for wrong in ({"b": math.nan}, {"k1": -1}, {"kind": "bm52"}):
         with pytest.raises(InputError, match="must be"):
             retriever.build(path, tmp_path / "index", **wrong)
+    for ignored in ({"kind": "bm25", "vectors": "x"}, {"kind": "tfidf", "k1": 3.0}, {"kind": "dense", "b": 0.5}):
+        with pytest.raises(InputError, match=f"--{list(ignored)[1]} .*: --kind {ignored['kind']} does not use it"):
+            retriever.build(path, tmp_path / "index", **ignored)
     with pytest.raises(InputError, match="none.jsonl: No such file"):
         retriever.build(tmp_path / "none.jsonl", tmp_path / "index")
     with pytest.raises(InputError, match=f"{path}: File exists|{path}/build.lock: Not a directory"):
