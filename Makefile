@@ -172,7 +172,7 @@ include experiments/experiments.mk
 # ------------------------------------------------------------------------------------------------
 
 # ROOM=train runs tests/test_train*.py only.
-test: $(READY)  ## the tests, 8 minutes on 2 CPU cores
+test: $(READY)  ## the tests, 5 minutes on 2 CPU cores
 	$(RUN) -m pytest $(if $(ROOM),tests/test_$(ROOM).py,tests --ignore-glob='*_interop.py' --ignore-glob='*_real.py')
 
 # Peers (trl, peft, bm25s, faiss, math-verify, transformers serve, ...) and ruff, in environments of their own.
