@@ -33,7 +33,7 @@ from common.client import BadRequest, Client, Served, in_parallel
 from common.report import FIELDS, GRADED, KEY, table, transcripts
 from sandbox import Observation, Sandbox
 
-# ------------- Prompts and tools: what an episode is given
+# ------------- What an episode is given: its options, checked, and its tools
 
 
 def check_options(config, prompts, kinds=()):

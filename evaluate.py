@@ -151,7 +151,8 @@ class Student:
         self.layers = len(layers)
         self.one_by_one = "longrope" in ropes  # its factors depend on the longest sequence of the batch
         # The last call's prompts and their caches: an episode's next prompt begins with its last one, and is read from
-        # there. On a CPU, reading took most of the time of a greedy evaluation. None after memory has run out.
+        # there. This halves what is read: 43,545 instead of 89,636 tokens in the miniature's greedy row. None after
+        # memory has run out.
         self.known = {}
         self.largest_batch = batch or max(1, min(turns, samples // n))
         self.batch = self.largest_batch
@@ -531,6 +532,7 @@ def _answer_all(config, parts, todo, total, journal):
 
 
 def check_judge(config):
+    """Raises InputError for options of a judge that is not asked."""
     if not config.judge_url:
         common.refuse(config, ["judge_model", "judge_key_env"], "there is no --judge-url")
 

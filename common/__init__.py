@@ -202,10 +202,13 @@ def read_jsonl(path, fields=None, growing=False):
 
 def _is_torn(line):
     """Returns whether a line has neither a line break nor an end: a kill left it, or it is being written."""
+    if line.endswith(b"\n"):
+        return False
     try:
-        return not line.endswith(b"\n") and not json.loads(line)
+        json.loads(line)
     except (ValueError, RecursionError):
         return True
+    return False
 
 
 def write_jsonl(path, rows):

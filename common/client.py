@@ -27,8 +27,6 @@ BACKOFF = 0.5  # seconds; the waits before the retries are 0, 1, 2, 4, ... up to
 LOST = (requests.ConnectionError, requests.Timeout, exceptions.ChunkedEncodingError, exceptions.ContentDecodingError)
 # What an answer raises that is not JSON, lacks a field, or has a field of another type.
 UNREADABLE = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError)
-
-
 HELLO = [{"role": "user", "content": "Say hello."}]
 
 

@@ -62,7 +62,7 @@ def uses_bf16(precision, device):
 
 
 def from_pretrained(kind, name, **options):
-    """AutoTokenizer or AutoModelForCausalLM, with one clear line instead of a traceback for a wrong name."""
+    """kind.from_pretrained (kind: AutoTokenizer, ...), with one line instead of a traceback for a wrong name."""
     transformers.utils.logging.disable_progress_bar()
     if Path(name).is_absolute() and not Path(name).is_dir():
         raise InputError(f"model {name}: no such folder")

@@ -51,11 +51,9 @@ def compare(first, second):
 
     The pair is noted in the variant's folder, where experiments.table finds it.
     """
-    runs = [report.Run(folder) for folder in (first, second)]
+    print(report.compare(first, second))
     names = [Path(folder).name for folder in (first, second)]
-    sides = [{(o["task"], *o["question"]): o["correct"] for o in run.outcomes} for run in runs]
-    print(report.paired_table(*sides, names))
-    figures = [report.means(run.outcomes) for run in runs]
+    figures = [report.means(report.Run(folder).outcomes) for folder in (first, second)]
     rows = [[name, *(f"{value[name]:.2f}" for value in figures)] for name in figures[0]]
     print("\n" + report.table(["per question", *names], rows))
     write_json(Path(second, "compared.json"), {"baseline": names[0]})
