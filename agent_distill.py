@@ -44,7 +44,10 @@ def check_options(config, prompts, kinds=()):
     if not config.search and (config.method == "cot-rag" or (config.method == "agent" and "fact" in kinds)):
         raise InputError(f"--method {config.method} needs passages: name an index or a /retrieve URL with --search")
     if config.method != "agent":
-        common.refuse(config, ("tools", "episode", "choose"), "only --method agent uses it")
+        only_agents = ("tools", "episode", "choose", "max_steps", "timeout", "isolation")
+        common.refuse(config, only_agents, "only --method agent uses it")
+    if config.method == "cot":
+        common.refuse(config, ["search"], "--method cot does not search; cot-rag does")
     if not config.search:
         common.refuse(config, ["top_k"], "there is no --search")
     facts = {"prompts_sha256": prompts.sha256(config.method)}
@@ -109,11 +112,13 @@ class Action:
     thinking: str = ""
 
 
-_THINKING = re.compile(r"\s*+(?:<think>(.*?)(?:</think>|\Z)|((?:(?!<think>).)*?)</think>)\s*", re.S)
+_THINKING = re.compile(
+    r"\s*+(?:<think(?:ing)?>(.*?)(?:</think(?:ing)?>|\Z)|((?:(?!<think).)*?)</think(?:ing)?>)\s*", re.S
+)
 
 
 def split_thinking(text):
-    """Returns (thinking, the rest) of a reply that begins with <think>...</think>.
+    """Returns (thinking, the rest) of a reply that begins with <think>...</think> or <thinking>...</thinking>.
 
     Some templates open the tag in the prompt, so it may be missing. A tag that never closes leaves an empty rest.
     """
@@ -130,7 +135,10 @@ _FENCE = re.compile(
     (?P<label> {_LABEL} \s*+ | ^ )                       # "Code:" on the same line or above it
     (?: [ \t]*+ (?: [-*+] | \d++[.)] ) [ \t] )? [ \t]*+  # the fence may be an item of a list
     ```+ [ \t]*+
-    (?: (?P<python> (?: i?py(?:thon)? [\d.]* | tool_code ) (?![\w+#.-]) [ \t]* ) | (?P<other> [\w+#.-]+ [ \t]* $ ) )?
+    (?: (?P<python>
+          (?: \{{\.? )? (?: i?py(?:thon)? [\d.]* | tool_code ) (?![\w+#.-])
+          (?: [^\n`{{}}]* \}} )? (?: [ \t]+ \w+=["'][^\n`]* $ )? [ \t]* )  # {{.python}}, python title="a.py"
+      | (?P<other> [\w+#.-]+ [ \t]* $ ) )?
     (?P<code> (?: \"{{3}}.*?\"{{3}} | '{{3}}.*?'{{3}} | \#[^\n`]* | [^`"'\#\n]+ | . )*? )  # a string may hold a fence
     (?P<close> ^[ \t]*```+(?!\w) | ```+[ \t]*$ | (?=^[ \t]*```\w) | \Z )
     """,

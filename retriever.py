@@ -67,7 +67,7 @@ def build(passages, out, kind="bm25", **settings):
     Raises InputError for bad settings, for bad passages with file and line, and if a file cannot be read or written.
     """
     config = BuildConfig(passages=str(passages), out=str(out), kind=kind, **settings)
-    common.check_numbers(config)
+    common.check_values(config)
     if kind not in KINDS:
         raise InputError(f"kind {kind!r}: must be one of {', '.join(KINDS)}")
     try:

@@ -405,7 +405,7 @@ def start():
 
 def check_config(config):
     """Raise InputError for options that contradict each other or would be ignored."""
-    common.check_numbers(config)  # forks call fit without the command line
+    common.check_values(config)  # forks call fit without the command line
     adapter = models.adapter_config(config.model)
     if adapter and config.tuning == "full":
         raise InputError(f"{config.model} is an adapter: train it with --tuning lora, or merge it first")

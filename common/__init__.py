@@ -77,10 +77,12 @@ def _add_option(parser, field):
 _LIMITS = {"above": operator.gt, "at_least": operator.ge, "at_most": operator.le}
 
 
-def check_numbers(config):
-    """Raises InputError for a number outside its option's limits, NaN and infinity included."""
+def check_values(config):
+    """Raises InputError for an empty text, and a number outside its option's limits, NaN and infinity included."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
+        if value == "" or (isinstance(value, list) and "" in value):
+            raise InputError(f"--{field.name.replace('_', '-')}: the text is empty")
         largest = sys.float_info.max if isinstance(value, float) else 2**63 - 1  # torch's seeds have 64 bits
         for name, limit in [*field.metadata["limits"].items(), ("at_least", -largest), ("at_most", largest)]:
             if isinstance(value, int | float) and not _LIMITS[name](value, limit):
@@ -146,7 +148,7 @@ def run_command_line(description, commands, default=None, argv=None):
         values = vars(parser.parse_args(argv))
         config_class, function = commands[values.pop("command")]
         config = config_class(**values)
-        check_numbers(config)
+        check_values(config)
         status = function(config) or 0
     except KeyboardInterrupt:
         print("interrupted; the same command continues from here", file=sys.stderr)

@@ -207,7 +207,7 @@ def _read_choices(answer):
 def _reply(message):
     """Returns a message's thinking as <think>...</think>, then its text. Without a text, the tag is not closed."""
     text, thinking = _plain(message.get("content")), message.get("reasoning_content") or message.get("reasoning")
-    if isinstance(thinking, str) and not text.lstrip().startswith("<think>"):
+    if isinstance(thinking, str) and not text.lstrip().startswith("<think"):
         text = f"<think>{thinking}</think>{text}" if text else f"<think>{thinking}"
     return text
 
@@ -222,12 +222,12 @@ def _plain(content):
 
 
 def _is_unfinished_thinking(text):
-    return text.lstrip().startswith("<think>") and "</think>" not in text
+    return text.lstrip().startswith(("<think>", "<thinking>")) and "</think" not in text
 
 
 def cut_at_stop(text, stop):
     """Returns the text before the first stop string after the thinking. Some servers keep it, or ignore `stop`."""
-    begin = len(text) if _is_unfinished_thinking(text) else text.find("</think>") + 1
+    begin = len(text) if _is_unfinished_thinking(text) else text.find("</think") + 1
     ends = [text.find(string, begin) for string in stop]
     return text[: min((end for end in ends if end >= 0), default=len(text))]
 
@@ -387,7 +387,7 @@ class Judge:
 
 def read_verdict(reply):
     """Returns the verdict in a reply's JSON, or of a one-word reply; None if there is none, or two different ones."""
-    text = "" if _is_unfinished_thinking(reply) else reply.rpartition("</think>")[2].lower()
+    text = "" if _is_unfinished_thinking(reply) else re.split("</think(?:ing)?>", reply)[-1].lower()
     verdicts = set(re.findall(r"""["']verdict["']\s*:\s*["'](correct|incorrect)["']""", text))
     if word := re.fullmatch(r"[^\w\[]*(?:verdict[^\w\[]+)?(correct|incorrect)[^\w\[]*", text):
         verdicts.add(word[1])

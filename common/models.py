@@ -241,9 +241,9 @@ def adapter_config(folder):
     """Returns an adapter's configuration, {} if the folder holds none (or is a name); InputError if it is not LoRA."""
     path = Path(folder) / "adapter_config.json"
     config = common.parse_object(path.read_bytes(), str(path)) if path.is_file() else {}
-    alpha = isinstance(config.get("lora_alpha"), int | float)
-    if config and (config.get("peft_type") != "LORA" or config.get("alpha_pattern") or not alpha):
-        raise InputError(f"{path}: only plain LoRA adapters (peft_type LORA, one lora_alpha) are supported")
+    numbers = all(isinstance(config.get(name), int | float) for name in ("r", "lora_alpha"))
+    if config and (config.get("peft_type") != "LORA" or config.get("alpha_pattern") or not numbers):
+        raise InputError(f"{path}: only plain LoRA adapters (peft_type LORA, r, one lora_alpha) are supported")
     return config
 
 

@@ -46,6 +46,9 @@ SHAPES = {
     "Python": "Thought: add.\nCode:\n```Python\nx = 1 + 1\nprint(x)\n```<end_code>",
     "python3": "Thought: add.\nCode:\n```python3\nx = 1 + 1\nprint(x)\n```<end_code>",
     "tool_code": "Thought: add.\nCode:\n```tool_code\nx = 1 + 1\nprint(x)\n```<end_code>",
+    "{python}": "Thought: add.\nCode:\n```{python}\nx = 1 + 1\nprint(x)\n```<end_code>",
+    "{.python #first}": "add.\n``` {.python #first}\nx = 1 + 1\nprint(x)\n```<end_code>",
+    "attributes": "add.\nCode:\n```python title=\"sum.py\" n='1'\nx = 1 + 1\nprint(x)\n```<end_code>",
     "four backticks": "Thought: add.\nCode:\n````py\nx = 1 + 1\nprint(x)\n````",
     "code on the line of the fence": "Thought: add.\nCode:\n```py x = 1 + 1\nprint(x)\n```",
     "labels in bold": "Thought: add.\n**Code:**\n```py\nx = 1 + 1\nprint(x)\n```<end_code>",
@@ -64,6 +67,7 @@ SHAPES = {
     "<code> that never closes": "Thought: add.\n<code>\nx = 1 + 1\nprint(x)",
     "<code> around a fence": "Thought: add.\n<code>\n```py\nx = 1 + 1\nprint(x)\n```\n</code>",
     "thinking": "<think>\nI try\n```py\nfinal_answer(1)\n```\n</think>\n\nadd.\n```py\nx = 1 + 1\nprint(x)\n```",
+    "thinking, in full": "<thinking>\n```py\n7\n```\n</thinking>\nadd.\n```py\nx = 1 + 1\nprint(x)\n```",
     "thinking opened in the prompt": "try:\n```py\n7\n```\n</think>\nadd.\n```py\nx = 1 + 1\nprint(x)\n```",
 }
 
@@ -73,7 +77,7 @@ def test_parse_shapes(shape):
     action = parse_action(SHAPES[shape])
     assert action.code == "x = 1 + 1\nprint(x)"
     assert action.thought.split("\n")[0] == "add."
-    assert "Observation" not in action.text and "\r" not in action.text and "think>" not in action.text
+    assert "Observation" not in action.text and "\r" not in action.text and "</think" not in action.text
     assert bool(action.thinking) == shape.startswith("thinking")
     again = parse_action(action.text)  # what stays in the context reads the same again
     assert (again.text, again.thought, again.code) == (action.text, action.thought, action.code)
@@ -91,7 +95,8 @@ TEXTS = {
     "Thought: t\nCode:\n```py\na = 1\n```\nand then\n```py\nprint(a)\n```<end_code>": "a = 1\n\nprint(a)",
     "```py\na = 1\n```py\nprint(a)\n```": "a = 1\n\nprint(a)",
     "Code: print(1)": "print(1)", "Code: `print(1)`": "print(1)", "code: ```py print(1)```<end_code>": "print(1)",
-    "```print(1)```": "print(1)", "t <code>print(1)</code>": "print(1)",
+    "```print(1)```": "print(1)", "```py {1, 2}```": "{1, 2}", "```py x='a'```": "x='a'",
+    "t <code>print(1)</code>": "print(1)",
     "```py\nt = '''\n```\na\n```\n'''\nprint(t)\n```<end_code>": "t = '''\n```\na\n```\n'''\nprint(t)",
     '```py\nt = """\n    ```py\n"""\n```\nThat is """.': 't = """\n    ```py\n"""',
     '```py\n# as """ here\nprint(1)\n```\nThat is """.': '# as """ here\nprint(1)',
@@ -183,6 +188,8 @@ WRONG_OPTIONS = {  # each is refused in one line before anything is loaded
     "--tools test_agent_distill.no_tools: {name: function} was expected": {"tools": "test_agent_distill.no_tools"},
     "tools/shell.txt: describes a tool of --tools": {"tools": "test_agent_distill.shell"},
     "only --method agent uses it": {"method": "cot", "choose": "test_agent_distill.last_candidate"},
+    "--timeout 3.0: only --method agent uses it": {"method": "cot", "timeout": 3.0},
+    "--method cot does not search": {"method": "cot", "search": "index"},
 }
 
 

@@ -315,7 +315,7 @@ VERDICTS = {
         '{"verdict": "correct"}', "Correct.", "Correct", "**correct**", "\"correct\"", "Verdict: **Correct**",
         '{"verdict":"correct","reason":"the same {name},\n\tin lines"}', '{"reason": "a {b}", "verdict": "Correct"}',
         'Both name her.\n```json\n{"verdict": "correct"}\n```\nI hope this helps.', "{'verdict': 'correct'}",
-        '<think>{"verdict": "incorrect"}? No.</think>\n{"verdict": "correct"}',
+        '<think>{"verdict": "incorrect"}? No.</think>\n{"verdict": "correct"}', "<thinking>?</thinking> Correct.",
     ],
     "incorrect": ['```json\n{"verdict": "incorrect"}\n```', "incorrect", '{"verdict": "INCORRECT", "sure": 1}'],
     None: [

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import sys
 import threading
 from typing import Literal
@@ -129,6 +130,7 @@ def go(config):
         ("--help", 0, "the default command"),
         ("go --help", 0, "a rate (default: 0.5)"),
         (". --limit 13", 2, "error: --limit 13: an unlucky number"),
+        (". --url u ''", 2, "error: --url: the text is empty"),
         (". --rate 0", 2, "error: --rate 0.0: must be above 0"),
         (". --rate nan", 2, "error: --rate nan: must be above 0"),
         (". --rate inf", 2, "error: --rate inf: must be at most"),
@@ -145,7 +147,7 @@ def test_command_line(arguments, status, shown, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(os, "_exit", sys.exit)  # the real exit: test_collect.py
     arguments = arguments.replace(". ", f"{__file__} ")
     with pytest.raises(SystemExit) as exit:
-        run_command_line("What it is.", {"go": (Config, go)}, "go", arguments.split())
+        run_command_line("What it is.", {"go": (Config, go)}, "go", shlex.split(arguments))
     out, err = capsys.readouterr()
     assert (exit.value.code, shown in out + err, err.count("\n")) == (status, True, status // 2)
 

@@ -29,7 +29,7 @@ import evaluate
 import retriever
 from agent_distill import Prompts, Turn, agent_episode
 from allocator import Allocator
-from common import InputError, check_numbers, load_tasks, models, report
+from common import InputError, check_values, load_tasks, models, report
 from conftest import make_model, write_jsonl
 from evaluate import Answer, Student, run_lockstep
 from miniature import teacher, world
@@ -404,8 +404,10 @@ def url(place):
 
 def run_config(place, out, **more):
     tests = sorted(str(path) for path in (place / "world" / "test").glob("*.jsonl"))
-    defaults = {"search": str(place / "index"), "max_tokens": 20, "precision": "fp32", "quiet": True}
-    defaults |= {"max_steps": 2} if more.get("method", "agent") == "agent" else {}
+    method = more.get("method", "agent")
+    defaults = {"max_tokens": 20, "precision": "fp32", "quiet": True}
+    defaults |= {"search": str(place / "index")} if method != "cot" else {}
+    defaults |= {"max_steps": 2} if method == "agent" else {}
     defaults |= {"tasks": tests, "model": str(place / "student"), "out": str(place / out)}
     return evaluate.RunConfig(**defaults | ({"precision": "auto"} if "url" in more else {}) | more)
 
@@ -661,7 +663,7 @@ def test_the_judge_is_asked_once_over_all_processes_and_its_grades_stay(place, m
         ({"choose": "nowhere.vote"}, "--choose nowhere.vote: ModuleNotFoundError"),
         ({"choose": "shutil.disk_usage"}, r"--choose shutil.disk_usage: .* called with \(actions, observations, rng\)"),
         ({"judge_model": "m"}, "--judge-model m: there is no --judge-url"),
-        ({"search": None, "method": "cot", "top_k": 2}, "--top-k 2: there is no --search"),
+        ({"method": "cot", "top_k": 2}, "--top-k 2: there is no --search"),
         ({"choose": "os.getcwd", "method": "cot"}, "--choose os.getcwd: only --method agent"),
         ({"tools": "platform.node"}, "--tools platform.node: {name: function} was expected"),
         ({"sc": 8, "temperature": 0.0}, "--temperature 0 samples equal candidates"),
@@ -678,7 +680,7 @@ def test_bad_options_are_refused_in_one_line_before_anything_is_loaded(place, ch
 @pytest.mark.parametrize("change", [{"temperature": -1.0}, {"top_p": 1.5}, {"top_p": math.nan}, {"sc": 0}])
 def test_numbers_outside_their_limits_are_refused(place, change):
     with pytest.raises(InputError, match=f"--{next(iter(change)).replace('_', '-')} .*: must be"):
-        check_numbers(run_config(place, "bad", **change))
+        check_values(run_config(place, "bad", **change))
 
 
 @pytest.mark.parametrize("change, message", [({"search": "nowhere"}, "nowhere"), ({"model": "nowhere"}, "nowhere")])

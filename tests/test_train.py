@@ -567,7 +567,10 @@ def test_an_adapter_finds_its_base_from_any_folder(config, tmp_path, tiny_tokeni
         models.load_model(tmp_path / "adapter")
 
 
-@pytest.mark.parametrize("change", [{"peft_type": "LOHA"}, {"alpha_pattern": {"q_proj": 3}}, {"lora_alpha": None}])
+OTHER_ADAPTERS = [{"peft_type": "LOHA"}, {"alpha_pattern": {"q_proj": 3}}, {"lora_alpha": None}, {"r": None}]
+
+
+@pytest.mark.parametrize("change", OTHER_ADAPTERS)
 def test_an_adapter_of_another_kind_is_refused(config, tmp_path, change):
     trainer = train.Trainer(config(), CPU)
     models.save_lora(trainer.model, tmp_path / "adapter", config().model)
