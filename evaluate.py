@@ -420,8 +420,8 @@ class Solver:
             model, tokenizer = models.load_model(config.model, device, dtype)
             options = {"n": config.sc, "batch": config.batch, "seed": config.seed, "on_tokens": on_tokens}
             self.student = Student(model, tokenizer, **options, **sampling(config))
-            adapters = {id(p) for _, layer in models.lora_layers(model) for p in (layer.a, layer.b)}
-            self.about["parameters"] = sum(p.numel() for p in model.parameters() if id(p) not in adapters)
+            adapters = sum(layer.a.numel() + layer.b.numel() for _, layer in models.lora_layers(model))
+            self.about["parameters"] = model.num_parameters() - adapters
 
     def episode(self, question, kind=None, key=()):
         options = {"system": self.system, "kind": kind, "rng": random.Random(stable_seed(self.config.seed, *key))}

@@ -59,7 +59,7 @@ def test_ids_and_mask_are_those_trl_trains(smollm2, lesson, tmp_path):
 
 @torch.no_grad()
 def test_a_trained_adapter_has_the_logits_of_peft(smollm2, lesson, agent):
-    ours, tokenizer = models.load_model(agent)
+    ours, tokenizer = models.load_base(agent, torch.float32)[0].eval(), models.load_tokenizer(agent)
     base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
     texts = [train.encode(tokenizer, row["messages"])[0][0] for row in lesson.rows("agent.train")[:3]]
     untrained = [base(torch.tensor([ids])).logits for ids in texts]

@@ -490,7 +490,7 @@ def test_lora_starts_as_its_base_and_wraps_all_linear_layers_but_the_head(config
     torch.testing.assert_close(trainer.model.eval()(ids).logits, base(ids).logits, rtol=0, atol=1e-5)
 
 
-def test_an_adapter_is_saved_loaded_merged_and_continued(config, tmp_path, capsys):
+def test_an_adapter_is_saved_loaded_merged_and_continued(config, tmp_path):
     summary = train.fit(config(epochs=1))
     out = Path(config().out)
     names = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"}
@@ -503,31 +503,25 @@ def test_an_adapter_is_saved_loaded_merged_and_continued(config, tmp_path, capsy
     assert saved["base_model_name_or_path"] == str(Path(config().model).resolve())
     assert models.training_record(config().model) == {}
     ids = torch.arange(30)[None]
-    unmerged, _ = models.load_model(out)
+    unmerged, _ = models.load_base(out, torch.float32)
+    unmerged.eval()
     base, _ = models.load_model(config().model)
-    assert models.lora_layers(unmerged) and not unmerged.training
     assert difference(unmerged(ids).logits, base(ids).logits) > 1e-3
     half, _ = models.load_model(out, dtype=torch.bfloat16)
-    assert half(ids).logits.dtype == torch.bfloat16
+    assert models.lora_layers(half) and half(ids).logits.dtype == torch.bfloat16
 
-    kept = {}
     for dtype in ("float32", "bfloat16"):
         folder = tmp_path / dtype
         models.merge_adapter(models.MergeConfig(adapter=str(out), out=str(folder), dtype=dtype))
-        kept[dtype] = float(capsys.readouterr().out.split("keep ")[1].split("%")[0])
         assert models.training_record(folder) == record
-    assert kept["float32"] == 100.0 and 90 < kept["bfloat16"] < 100
     merged, _ = models.load_model(tmp_path / "float32")
     torch.testing.assert_close(merged(ids).logits, unmerged(ids).logits, rtol=1e-4, atol=1e-4)
+    loaded, _ = models.load_model(out)
+    assert not models.lora_layers(loaded) and not loaded.training
+    assert torch.equal(merged(ids).logits, loaded(ids).logits)
     rounded, _ = models.load_model(tmp_path / "bfloat16")
     expected = merged.model.layers[0].mlp.up_proj.weight.to(torch.bfloat16).float()
     assert torch.equal(rounded.model.layers[0].mlp.up_proj.weight, expected)  # cast once
-
-    for _, layer in models.lora_layers(unmerged):
-        layer.b.data /= 1000  # as after a very short training
-    models.save_lora(unmerged, tmp_path / "short", config().model)
-    models.merge_adapter(models.MergeConfig(adapter=str(tmp_path / "short"), out=str(tmp_path / "lost")))
-    assert float(capsys.readouterr().out.split("keep ")[1].split("%")[0]) < 70
 
     more = config(model=str(out), out=str(tmp_path / "more"), epochs=1)
     continued = train.Trainer(more, CPU)
@@ -557,11 +551,11 @@ def test_an_adapter_finds_its_base_from_any_folder(config, tmp_path, tiny_tokeni
     trainer = train.Trainer(config(model="base"), CPU)
     models.save_lora(trainer.model, tmp_path / "adapter", trainer.base)
     monkeypatch.chdir("/")
-    assert models.lora_layers(models.load_model(tmp_path / "adapter")[0])
+    assert models.lora_layers(models.load_base(tmp_path / "adapter", torch.float32)[0])
     path = tmp_path / "adapter" / "adapter_config.json"
     written = json.loads(path.read_text())
     path.write_text(json.dumps(written | {"base_model_name_or_path": "../base"}))  # relative to the adapter
-    assert models.lora_layers(models.load_model(tmp_path / "adapter")[0])
+    assert models.lora_layers(models.load_base(tmp_path / "adapter", torch.float32)[0])
     path.write_text(json.dumps(written | {"base_model_name_or_path": str(tmp_path / "moved")}))
     with pytest.raises(InputError, match=r"the base model .*moved is gone: correct base_model_name_or_path"):
         models.load_model(tmp_path / "adapter")
