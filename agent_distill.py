@@ -227,6 +227,12 @@ def merge_equal(answers, same):
     return merged
 
 
+def alike(observations, same):
+    """Returns the observations as a vote compares them: of final answers that are the same, all are the first one."""
+    answers = merge_equal([o.final_answer for o in observations], same)
+    return [dataclasses.replace(o, final_answer=answer) for o, answer in zip(observations, answers, strict=True)]
+
+
 def votes_of(observations):
     """Returns a number for each candidate: equal for equal observations, None if it failed to parse or to run."""
     numbers, votes = {}, []
@@ -270,32 +276,31 @@ def agent_episode(
                 return Episode(messages, steps, None, "error", str(failure))
             actions = [parse_action(text, opening) for text in candidates]  # (r_t, a_t)
             codes = list(dict.fromkeys(action.code for action in actions if action.code is not None))
-            observations = observe(sandbox, actions, codes, prompts, same)  # o_t
-            chosen = choose(actions, observations, rng)
+            observations = observe(sandbox, actions, codes, prompts)  # o_t
+            chosen = choose(actions, alike(observations, same), rng)
             action, observation = actions[chosen], observations[chosen]
             if action.code is not None:
                 sandbox.commit(codes.index(action.code))  # the chosen candidate's state is kept
             messages = [*messages, {"role": "assistant", "content": action.text}]
-            steps.append(_step(actions, observations, chosen, choose, prompts))
+            steps.append(_step(actions, observations, chosen, choose, same, prompts))
             if observation.is_final:
                 return Episode(messages, steps, observation.final_answer, "final_answer")
             messages = [*messages, {"role": "user", "content": steps[-1]["observation"]}]
     return Episode(messages, steps, None, "max_steps")
 
 
-def observe(sandbox, actions, codes, prompts, same):
+def observe(sandbox, actions, codes, prompts):
     """Run each distinct code once, all from the same state. Returns an Observation for each action."""
     ran = dict(zip(codes, sandbox.run_candidates(codes), strict=True)) if codes else {}
     ran[None] = Observation(error=prompts.no_code, error_kind="no_code")
-    answers = merge_equal([ran[action.code].final_answer for action in actions], same)
-    pairs = zip(actions, answers, strict=True)
-    return [dataclasses.replace(ran[action.code], final_answer=answer) for action, answer in pairs]
+    return [ran[action.code] for action in actions]
 
 
-def _step(actions, observations, chosen, vote, prompts):
+def _step(actions, observations, chosen, voted_by, same, prompts):
     """Returns the step as it is stored: the chosen candidate, and all candidates if there were several."""
-    # Another vote than `choose` is stored as one vote, for the candidate that it chose.
-    votes = votes_of(observations) if vote is choose else [0 if i == chosen else None for i in range(len(actions))]
+    votes = votes_of(alike(observations, same))
+    if voted_by is not choose:  # another vote is stored as one vote, for the candidate that it chose
+        votes = [0 if i == chosen else None for i in range(len(actions))]
     candidates = []
     for action, o, vote in zip(actions, observations, votes, strict=True):
         shown = {"stdout": o.stdout.removesuffix("\n"), "error": o.error, "result": o.result}

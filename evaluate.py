@@ -151,9 +151,9 @@ class Student:
         self.layers = len(layers)
         self.one_by_one = "longrope" in ropes  # its factors depend on the longest sequence of the batch
         # The last call's prompts and their caches: an episode's next prompt begins with its last one, and is read from
-        # there. This halves what is read: 43,545 instead of 89,636 tokens in the miniature's greedy row. None after
-        # memory has run out.
+        # there. This halves what is read: 43,545 instead of 89,636 tokens in the miniature's greedy row.
         self.known = {}
+        self.keeps_caches = not self.one_by_one
         self.largest_batch = batch or max(1, min(turns, samples // n))
         self.batch = self.largest_batch
         self.calls = 0  # of write
@@ -166,20 +166,15 @@ class Student:
         texts = [models.render(self.tokenizer, turn.messages, reply=True) + turn.opening for turn in turns]
         prompts = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         todo = sorted((i for i, ids in enumerate(prompts) if len(ids) < self.context), key=lambda i: len(prompts[i]))
-        answers, read = [None] * len(turns), None if self.known is None else {}
+        answers, read = [None] * len(turns), {}
         self.batch = min(self.largest_batch, self.batch + 1)
         while todo:
             chunk, groups = todo[: 1 if self.one_by_one else self.batch], None
             with contextlib.suppress(torch.OutOfMemoryError):
                 groups = self.write([prompts[i] for i in chunk], stop, read)
             if groups is None:  # the failed attempt's tensors are freed only after the with block
-                nothing_kept, read, self.known = read is None, None, None
-                if len(chunk) == 1 and nothing_kept:
-                    tokens = f"{len(prompts[chunk[0]]):,} + {self.max_tokens:,} tokens, {self.n} times"
-                    raise InputError(f"{tokens}, do not fit into the memory of {self.model.device}")
-                self.batch = max(1, len(chunk) // 2)
-                gc.collect()
-                torch.cuda.empty_cache()
+                read = {}
+                self.use_less_memory([prompts[i] for i in chunk])
                 continue
             for i, samples in zip(chunk, groups, strict=True):
                 counts = sum(len(s.ids) for s in samples), sum(s.ended == "limit" for s in samples)
@@ -188,13 +183,24 @@ class Student:
         self.known = read
         return answers
 
+    def use_less_memory(self, prompts):
+        """Keep no caches and halve the batch, after these prompts did not fit; InputError if that is impossible."""
+        if len(prompts) == 1 and not self.keeps_caches:
+            tokens = f"{len(prompts[0]):,} + {self.max_tokens:,} tokens, {self.n} times"
+            raise InputError(f"{tokens}, do not fit into the memory of {self.model.device}")
+        self.keeps_caches = False
+        self.known = {}
+        self.batch = max(1, len(prompts) // 2)
+        gc.collect()
+        torch.cuda.empty_cache()
+
     @torch.inference_mode()
     def write(self, prompts, stop=(), read=None):
         """Returns n Samples for each prompt, a list of at least two token ids. read: gets the prompts' caches."""
         longest, device = max(map(len, prompts)), self.model.device
         caches = [self._read(prompt[:-1]) for prompt in prompts]  # without the last tokens: generate begins there
         cache = self._join(caches)
-        if read is not None and not self.one_by_one:
+        if read is not None and self.keeps_caches:
             read |= {tuple(prompt[:-1]): cache for prompt, cache in zip(prompts, caches, strict=True)}
         del caches
         samples, ids, mask = [], [], []
@@ -231,12 +237,12 @@ class Student:
 
     def _read(self, prompt):
         """Returns the cache of a prompt. Other prompts cannot change it: it is read alone."""
-        known, begun = self.known or {}, ()
-        for old in known:
+        begun = ()
+        for old in self.known:
             ends_alike = prompt[len(old) - 1 : len(old)] == [old[-1]]  # spares most of the comparisons below
             if ends_alike and len(old) > len(begun) and tuple(prompt[: len(old)]) == old:
                 begun = old
-        cache = known.pop(begun, None) or transformers.Cache(layers=[DynamicLayer() for _ in range(self.layers)])
+        cache = self.known.pop(begun, None) or transformers.Cache(layers=[DynamicLayer() for _ in range(self.layers)])
         if len(begun) < len(prompt):
             ids = torch.tensor([prompt[len(begun) :]], device=self.model.device)
             self.model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
@@ -472,7 +478,8 @@ class RunConfig(JudgeConfig, SolverConfig):
 def run(config):
     """Answer every question of the task files, grade the answers, write transcripts and results.json.
 
-    Questions that ended in an error are asked again by the next run. Returns exit status 1 if all ended in an error.
+    Questions that ended in an error are asked again by the next run, but not those that are too long for the model.
+    Returns exit status 1 if all ended in an error.
     """
     if not (config.name or "").isprintable():
         raise InputError(f"--name {config.name!r}: one line of text was expected")

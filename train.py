@@ -92,8 +92,8 @@ def turn_weight(text, turn, row):
 
     text: an assistant's message; turn: its number, from 0, among the assistant's; row: the whole row of the data.
     Returns a weight for the message, or a list of (start, end, weight) for parts of the text; of parts that overlap,
-    the first counts, and tokens that start outside all parts have weight 1. The end-of-turn token starts at len(text).
-    Weight 0 makes a token context.
+    the first counts, and tokens that start outside all parts have weight 1. The end-of-turn token starts at len(text):
+    a part that ends there leaves it at weight 1. Weight 0 makes a token context.
     """
     return 1.0
 
@@ -146,7 +146,9 @@ def weight_at(place, reply, parts):
     """Returns the weight of the token that starts at a place of the reply's text: 0 outside the reply."""
     if not len(reply.prompt) <= place < reply.end:
         return 0.0
-    place = min(place - reply.start, len(reply.content))
+    place -= reply.start
+    if place > len(reply.content):  # a template may print a line break before the end-of-turn token
+        place = len(reply.content)
     return next((weight for start, end, weight in parts if start <= place < end), 1.0)
 
 

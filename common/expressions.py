@@ -438,9 +438,10 @@ def same_number(prediction, gold):
         return all(close(a, b) for a, b in real or pairs)
     a, b = map(mp.convert, pairs[0])
     size = max(abs(a), abs(b))
-    doubles = (size if b else 1) / 10**14
-    rounded = max(2 * size / 10**6, min(GSM_HARD, size / 1000)) if step * 999_999 <= max(1, size) else 0
-    return close(a, b, max(doubles, min(step / 2, rounded)))
+    allowed = (size if b else 1) / 10**14  # the error of a few operations on Python's floats
+    if step * 999_999 <= max(1, size):  # six decimal places or seven digits: half a unit in the last place
+        allowed = max(allowed, min(step / 2, max(2 * size / 10**6, min(GSM_HARD, size / 1000))))
+    return close(a, b, allowed)
 
 
 def last_place(tree):

@@ -300,7 +300,7 @@ def test_keys_and_values_are_freed_by_reference_counting_alone(large, n, monkeyp
             student, kept = make_student(large, n), []
 
             def watch():
-                layers = [layer for cache in (student.known or {}).values() for layer in cache.layers]
+                layers = [layer for cache in student.known.values() for layer in cache.layers]
                 blocks = sum(math.ceil(side.nbytes / 512) for layer in layers for side in (layer.keys, layer.values))
                 kept.append(allocator.now - 512 * blocks)
 
