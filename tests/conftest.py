@@ -4,6 +4,10 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may use the network
@@ -15,6 +19,7 @@ import pytest
 # A shell starts background jobs with Ctrl-C ignored. The processes that the tests start would inherit this.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+ROOT = Path(__file__).parent.parent
 CHATML = (
     "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
@@ -49,17 +54,25 @@ def make_tokenizer():
     return tokenizer
 
 
-def make_model(folder, tokenizer, seed=0, **options):
-    """Save a random Qwen2 model of two layers and the tokenizer. Returns the folder as text."""
+def random_model(kind="Qwen2", seed=0, **options):
+    """Returns a random model of two layers. kind: how the names of its classes in transformers begin."""
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    import transformers
 
     torch.manual_seed(seed)
-    config = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
-    config |= {"max_position_embeddings": 512, "initializer_range": 0.2}  # wide: greedy text is not one repeated token
-    config |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    Qwen2ForCausalLM(Qwen2Config(**config | options)).save_pretrained(folder)
+    config = {"vocab_size": 500, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
+    config |= {"initializer_range": 0.2}  # wide: greedy text is not one repeated token
+    config |= {"bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0} | options
+    config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    kinds = getattr(transformers, f"{kind}TextConfig", None) or getattr(transformers, f"{kind}Config")
+    return getattr(transformers, f"{kind}ForCausalLM")(kinds(**config)).eval()
+
+
+def make_model(folder, tokenizer, kind="Qwen2", **options):
+    """Save a random model and its tokenizer. Returns the folder as text."""
+    options = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id} | options
+    random_model(kind, **{"vocab_size": len(tokenizer), "tie_word_embeddings": True} | options).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
@@ -80,6 +93,20 @@ def write_jsonl(path, rows):
     """Write rows, which may be text that is not JSON. Returns the path as text."""
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return str(path)
+
+
+def read_rows(path):
+    """The rows of a file of whole lines."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def kill_when(ready, *command):
+    """Run a Python command and kill it as soon as ready() is true."""
+    with subprocess.Popen([sys.executable, *command], cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+        while not ready():
+            assert process.poll() is None, "it has ended before"
+            time.sleep(0.001)
+        process.kill()
 
 
 @pytest.fixture(scope="session")

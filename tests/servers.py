@@ -20,6 +20,19 @@ def completion(text, **more):
 
 
 @contextlib.contextmanager
+def background(server):
+    """Run a server of this process in a thread. Yields its address."""
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@contextlib.contextmanager
 def serve(behave, model="served-name"):
     """behave(path, body, request number) returns a dict (answered as JSON), or a tuple that names a fault:
 
@@ -90,15 +103,8 @@ def serve(behave, model="served-name"):
             if not isinstance(sys.exception(), OSError):  # a fault of the test's own behaviour must be seen
                 super().handle_error(request, client_address)
 
-    server = Server(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/v1", seen
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with background(Server(("127.0.0.1", 0), Handler)) as address:
+        yield f"{address}/v1", seen
 
 
 def free_port():
