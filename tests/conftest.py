@@ -29,6 +29,10 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|eot_id|>"]
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# Phi-4-mini's position encoding: its factors change for the whole batch where one sequence is longer than 128 tokens.
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 3.0, 4.0], "factor": 4.0}
+LONGROPE |= {"rope_theta": 10000.0, "original_max_position_embeddings": 128}
+LONGROPE = {"rope_parameters": LONGROPE, "original_max_position_embeddings": 128}
 WORDS = ["".join(random.Random(i).choices("abcdefghij", k=2 + i % 5)) for i in range(200)]
 
 
@@ -63,7 +67,8 @@ def random_model(kind="Qwen2", seed=0, **options):
     config = {"vocab_size": 500, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
     config |= {"initializer_range": 0.2}  # wide: greedy text is not one repeated token
-    config |= {"bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0} | options
+    config |= {"bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0}
+    config |= {"tie_word_embeddings": False} | options
     config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
     kinds = getattr(transformers, f"{kind}TextConfig", None) or getattr(transformers, f"{kind}Config")
     return getattr(transformers, f"{kind}ForCausalLM")(kinds(**config)).eval()
@@ -105,7 +110,7 @@ def kill_when(ready, *command):
     with subprocess.Popen([sys.executable, *command], cwd=ROOT, stderr=subprocess.DEVNULL) as process:
         while not ready():
             assert process.poll() is None, "it has ended before"
-            time.sleep(0.001)
+            time.sleep(0.01)
         process.kill()
 
 
@@ -118,3 +123,15 @@ def tiny_tokenizer():
 def tiny_model(tmp_path_factory, tiny_tokenizer):
     """The folder of a tiny random model with its tokenizer and chat template."""
     return make_model(tmp_path_factory.mktemp("model") / "tiny", tiny_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def small_world(tmp_path_factory):
+    """A folder with a small invented world, and its index."""
+    import retriever
+    from miniature import world
+
+    folder = tmp_path_factory.mktemp("world")
+    world.write(world.Config(out=str(folder / "world"), seed=5, train_questions=100, test_questions=2))
+    retriever.build(folder / "world" / "passages.jsonl", folder / "index", quiet=True)
+    return folder

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, get_scheduler
 
 import train
 from common import InputError, models
-from conftest import CHATML, ROOT, conversation, kill_when, make_model, read_rows, write_jsonl
+from conftest import CHATML, LONGROPE, ROOT, conversation, kill_when, make_model, read_rows, write_jsonl
 from servers import free_port
 
 CPU = torch.device("cpu")
@@ -389,20 +389,14 @@ def test_a_model_whose_loss_would_be_wrong_is_refused(config, change):
         models.check_model(model)
 
 
-# A Phi-3 whose position encoding changes where a batch is longer than 100 tokens.
-LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 100}
-LONGROPE |= {"short_factor": [1.0] * 4, "long_factor": [64.0] * 4, "factor": 8.0}
-
-
 def test_where_a_longer_example_changes_the_positions_each_goes_alone(config, tmp_path, tiny_tokenizer):
     """Phi-4-mini and Phi-3.5 (longrope): the loss of a short example beside a long one is its loss alone."""
     rng = random.Random(0)
     rows = [{"messages": conversation(rng, 1, words=4)}, {"messages": conversation(rng, 3)}]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    options = {"rope_parameters": LONGROPE, "original_max_position_embeddings": 100}
-    model = make_model(tmp_path / "model", tiny_tokenizer, "Phi3", **options)
+    model = make_model(tmp_path / "model", tiny_tokenizer, "Phi3", **LONGROPE)
     trainer, examples = make_trainer(config(model=model, data=[path], dropout=0.0, micro_tokens=10_000))
-    assert len(examples[0].ids) < 100 < len(examples[1].ids)
+    assert len(examples[0].ids) < 128 < len(examples[1].ids)
     weights = [example.weights.sum().item() for example in examples]
     alone = [gradients(trainer, [example])[0] for example in examples]
     expected = sum(loss * weight for loss, weight in zip(alone, weights, strict=True)) / sum(weights)
