@@ -1,5 +1,6 @@
 """What the tests share: a tiny random model with a tokenizer that is trained on the spot, and conversations."""
 
+import gc
 import json
 import os
 import random
@@ -123,6 +124,16 @@ def tiny_tokenizer():
 def tiny_model(tmp_path_factory, tiny_tokenizer):
     """The folder of a tiny random model with its tokenizer and chat template."""
     return make_model(tmp_path_factory.mktemp("model") / "tiny", tiny_tokenizer)
+
+
+@pytest.fixture
+def reference_counting_alone(monkeypatch):
+    """Nothing else frees tensors, as in the long stretches between two collections of the garbage collector."""
+    gc.collect()
+    monkeypatch.setattr(gc, "collect", lambda: None)
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ that of tests/allocator.py, which counts the bytes of live tensors and raises to
 """
 
 import functools
-import gc
 import json
 import math
 import shutil
@@ -256,26 +255,21 @@ def test_the_batch_follows_the_memory_and_every_episode_ends_as_without_a_limit(
     assert allocator.failures >= 2 and sizes[0] == student.batch == 8 and min(sizes) <= 2, sizes
 
 
-def test_keys_and_values_are_freed_by_reference_counting_alone(large, monkeypatch):
+@pytest.mark.usefixtures("reference_counting_alone")
+def test_keys_and_values_are_freed(large, monkeypatch):
     """At each step, and when what did not fit is tried again."""
-    gc.collect()
-    monkeypatch.setattr(gc, "collect", lambda: None)
-    gc.disable()
-    try:
-        with Allocator() as allocator:
-            student, kept = make_student(large), []
+    with Allocator() as allocator:
+        student, kept = make_student(large), []
 
-            def watch():
-                layers = [layer for cache in (student.known or {}).values() for layer in cache.layers]
-                blocks = sum(math.ceil(side.nbytes / 512) for layer in layers for side in (layer.keys, layer.values))
-                kept.append(allocator.now - 512 * blocks)
+        def watch():
+            layers = [layer for cache in (student.known or {}).values() for layer in cache.layers]
+            blocks = sum(math.ceil(side.nbytes / 512) for layer in layers for side in (layer.keys, layer.values))
+            kept.append(allocator.now - 512 * blocks)
 
-            monkeypatch.setattr(torch.cuda, "empty_cache", watch)
-            answer_questions(student, 9, watch)
-            allocator.limit = 0.7 * allocator.peak
-            answer_questions(student, 8)
-    finally:
-        gc.enable()
+        monkeypatch.setattr(torch.cuda, "empty_cache", watch)
+        answer_questions(student, 9, watch)
+        allocator.limit = 0.7 * allocator.peak
+        answer_questions(student, 8)
     assert allocator.peak > 100 * BYTES and allocator.failures and max(kept) <= BYTES, "a cycle keeps tensors alive"
 
 

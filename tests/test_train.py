@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, get_scheduler
 
 import train
+from allocator import Allocator
 from common import InputError, models
 from conftest import CHATML, LONGROPE, ROOT, conversation, kill_when, make_model, read_rows, write_jsonl
 from servers import free_port
@@ -410,6 +411,33 @@ def test_positions_that_depend_on_earlier_examples_are_refused(config, tmp_path,
     model = make_model(tmp_path / "model", tiny_tokenizer, rope_parameters=rope)
     with pytest.raises(InputError, match="dynamic position scaling is not supported"):
         train.Trainer(config(model=model), CPU)
+
+
+# Memory: tests/allocator.py counts the bytes of live tensors and raises torch.OutOfMemoryError above a limit
+
+
+@pytest.mark.usefixtures("reference_counting_alone")
+def test_with_less_memory_the_step_is_the_same_and_what_did_not_fit_is_freed(
+    config, tmp_path, tiny_tokenizer, monkeypatch
+):
+    model = make_model(tmp_path / "model", tiny_tokenizer, num_hidden_layers=4, intermediate_size=192)
+    settings = config(model=model, dropout=0.0, micro_tokens=4096)
+    trainer, examples = make_trainer(settings)
+    with Allocator() as unlimited:
+        loss, gradient = gradients(trainer, examples[:12])
+    cuts = []
+    for share in (0.5, 0.12):
+        (trainer, _), alive = make_trainer(settings), []
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alive.append(allocator.now))  # noqa: B023
+        with Allocator(share * unlimited.peak) as allocator:
+            other_loss, other = gradients(trainer, examples[:12])
+        assert other_loss == pytest.approx(loss, rel=1e-6) and difference(gradient, other) < 1e-6
+        assert alive and max(alive) <= trainer.gradient.nbytes + 1024  # the gradient counts as soon as it is zeroed
+        cuts.append((trainer.micro_tokens, trainer.model.is_activation_checkpointing))
+    assert cuts[1][0] <= cuts[0][0] < 4096
+    assert cuts[1][1], "the least memory is enough only if activations are recomputed"
+    with Allocator(100_000), pytest.raises(InputError, match="does not fit into memory; try a lower --max-length"):
+        trainer.accumulate(examples, seed=0)
 
 
 # Adapters
