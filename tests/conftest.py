@@ -95,6 +95,22 @@ def conversation(rng, turns=3, words=12):
     return messages
 
 
+def chat(*contents):
+    """Returns messages of these contents: the system's, then the user's and the assistant's in turns."""
+    roles = ["system", *["user", "assistant"] * len(contents)]
+    return [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
+
+
+def trained_runs(examples):
+    """Returns [(the ids before it, the ids)] of every run of trained tokens in examples from train.encode."""
+    runs = []
+    for ids, weights in examples:
+        trained = [bool(weight) for weight in [*weights, 0]]
+        starts = [n for n in range(1, len(ids)) if trained[n] and not trained[n - 1]]
+        runs += [(ids[:start], ids[start : trained.index(False, start)]) for start in starts]
+    return runs
+
+
 def write_jsonl(path, rows):
     """Write rows, which may be text that is not JSON. Returns the path as text."""
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))

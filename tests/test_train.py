@@ -19,7 +19,18 @@ from transformers import AutoModelForCausalLM, get_scheduler
 import train
 from allocator import Allocator
 from common import InputError, models
-from conftest import CHATML, LONGROPE, ROOT, conversation, kill_when, make_model, read_rows, write_jsonl
+from conftest import (
+    CHATML,
+    LONGROPE,
+    ROOT,
+    chat,
+    conversation,
+    kill_when,
+    make_model,
+    read_rows,
+    trained_runs,
+    write_jsonl,
+)
 from servers import free_port
 
 CPU = torch.device("cpu")
@@ -103,13 +114,7 @@ def difference(a, b):
 
 
 def test_exactly_the_assistants_tokens_and_its_end_of_turn_are_trained(tiny_tokenizer):
-    messages = [
-        {"role": "system", "content": "ab"},
-        {"role": "user", "content": "cd"},
-        {"role": "assistant", "content": "Thought: ef"},
-        {"role": "user", "content": "Observation:\ngh"},
-        {"role": "assistant", "content": "ij"},
-    ]
+    messages = chat("ab", "cd", "Thought: ef", "Observation:\ngh", "ij")
     [(ids, weights)] = train.encode(tiny_tokenizer, messages)
     token = lambda text: tiny_tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
     context = token("<|im_start|>system\nab<|im_end|>\n<|im_start|>user\ncd<|im_end|>\n<|im_start|>assistant\n")
@@ -133,13 +138,7 @@ def test_training_sees_what_inference_sees(tiny_tokenizer, template, monkeypatch
         examples = train.encode(tiny_tokenizer, messages)
         assert len(examples) == (4 if template in ADDS else 1)
         turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-        runs = []
-        for ids, weights in examples:
-            starts = [n for n in range(len(ids)) if weights[n] and not weights[n - 1]]
-            ends = [n for n in range(1, len(ids) + 1) if weights[n - 1] and not (n < len(ids) and weights[n])]
-            runs += [(ids[:start], ids[start:end]) for start, end in zip(starts, ends, strict=True)]
-        assert len(runs) == len(turns)
-        for turn, (prompt, reply) in zip(turns, runs, strict=True):
+        for turn, (prompt, reply) in zip(turns, trained_runs(examples), strict=True):
             assert prompt == tiny_tokenizer.apply_chat_template(
                 messages[:turn], add_generation_prompt=True, return_dict=False, **models.TEMPLATE_OPTIONS
             )
@@ -161,7 +160,7 @@ def test_training_sees_what_inference_sees(tiny_tokenizer, template, monkeypatch
 )
 def test_what_cannot_be_masked_exactly_is_refused(tiny_tokenizer, monkeypatch, template, content, reason):
     monkeypatch.setattr(tiny_tokenizer, "chat_template", template)
-    messages = [{"role": "user", "content": "cd"}, {"role": "assistant", "content": content}] * 2
+    messages = chat("", "cd", content)[1:] * 2
     with pytest.raises(InputError, match=reason):
         train.encode(tiny_tokenizer, messages)
 
@@ -197,10 +196,8 @@ USER, ASSISTANT = {"role": "user", "content": "ab"}, {"role": "assistant", "cont
     "row, reason",
     [
         ("{not json", "not JSON"),
-        ("[1]", "JSON object"),
         ({"text": "ab"}, "expected"),
         ({"messages": "ab"}, "expected"),
-        ({"messages": None}, "expected"),
         ({"messages": [{"role": "user"}]}, "expected"),
         ({"messages": [USER, {"role": "assistant", "content": 3}]}, "expected"),
         ({"messages": [{"role": ["assistant"], "content": "ab"}]}, "expected"),
@@ -335,19 +332,6 @@ def test_the_loss_is_transformers_own(config, tmp_path, tiny_tokenizer):
     assert len(losses) == 3, "the window matters here"
 
 
-@pytest.mark.parametrize("tuning", ["lora", "full"])
-def test_micro_batches_give_the_gradients_of_one_batch(config, tuning):
-    """How a step is cut changes only the rounding, without dropout."""
-    options = {"tuning": tuning, "micro_tokens": 100000} | ({"dropout": 0.0} if tuning == "lora" else {})
-    trainer, examples = make_trainer(config(**options))
-    loss, whole = gradients(trainer, examples[:8])
-    for micro_tokens in (1, 450):
-        trainer.micro_tokens = micro_tokens
-        other_loss, parts = gradients(trainer, examples[:8])
-        assert other_loss == pytest.approx(loss, rel=1e-6)
-        assert difference(whole, parts) < 1e-6
-
-
 def test_dropout_follows_from_the_seed_also_where_activations_are_recomputed(config):
     trainer, examples = make_trainer(config(dropout=0.3))
     first, again, other = (gradients(trainer, examples[:4], seed)[1] for seed in (0, 0, 1))
@@ -443,15 +427,18 @@ def test_with_less_memory_the_step_is_the_same_and_what_did_not_fit_is_freed(
 # Adapters
 
 
-def test_lora_starts_as_its_base_and_wraps_all_linear_layers_but_the_head(config):
-    trainer = train.Trainer(config(), CPU)
-    wrapped = [name.rpartition(".")[2] for name, _ in models.lora_layers(trainer.model)]
+@pytest.fixture
+def adapter(config, tmp_path):
+    """The folder of an adapter that is not trained yet."""
+    models.save_lora(train.Trainer(config(), CPU).model, tmp_path / "adapter", config().model)
+    return tmp_path / "adapter"
+
+
+def test_lora_wraps_all_linear_layers_but_the_head(config):
+    model = train.Trainer(config(), CPU).model
+    wrapped = [name.rpartition(".")[2] for name, _ in models.lora_layers(model)]
     assert sorted(wrapped) == sorted(["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"] * 2)
-    trained = {name.rpartition(".")[2] for name, p in trainer.model.named_parameters() if p.requires_grad}
-    assert trained == {"a", "b"}
-    base, _ = models.load_model(config().model)
-    ids = torch.arange(20)[None]
-    torch.testing.assert_close(trainer.model.eval()(ids).logits, base(ids).logits, rtol=0, atol=1e-5)
+    assert {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad} == {"a", "b"}
 
 
 def test_an_adapter_is_saved_loaded_merged_and_continued(config, tmp_path, capsys):
@@ -494,25 +481,14 @@ def test_an_adapter_is_saved_loaded_merged_and_continued(config, tmp_path, capsy
     assert float(capsys.readouterr().out.split("keep ")[1].split("%")[0]) < 70
 
     more = config(model=str(out), out=str(tmp_path / "more"), epochs=1)
-    continued = train.Trainer(more, CPU)
-    assert torch.equal(continued.model.get_submodule("model.layers.0.mlp.up_proj").a, first_weight(out))
+    first = load_file(out / "adapter_model.safetensors")["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"]
+    assert torch.equal(train.Trainer(more, CPU).model.get_submodule("model.layers.0.mlp.up_proj").a, first)
     assert train.fit(more)["loss"] < summary["loss"]
     adapter_config = json.loads((tmp_path / "more" / "adapter_config.json").read_text())
     assert adapter_config["base_model_name_or_path"] == config().model
-    for options, reason in [
-        ({"tuning": "full"}, "is an adapter: train it"),
-        ({"rank": 8}, "give --rank 4 --alpha 8"),
-        ({"alpha": 9}, "give --rank 4 --alpha 8"),
-    ]:
-        with pytest.raises(InputError, match=reason):
-            train.fit(config(model=str(out), out=str(tmp_path / "other"), **options))
-    with pytest.raises(InputError, match="--dropout 0.1: it has no effect"):
-        train.fit(config(tuning="full", dropout=0.1, out=str(tmp_path / "other")))
-
-
-def first_weight(folder):
-    weights = load_file(Path(folder) / "adapter_model.safetensors")
-    return weights["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"]
+    for lost in (str(out), config().model):
+        with pytest.raises(InputError, match="the model in it would be lost"):
+            models.merge_adapter(models.MergeConfig(adapter=str(out), out=lost))
 
 
 def test_an_adapter_finds_its_base_from_any_folder(config, tmp_path, tiny_tokenizer, monkeypatch):
@@ -541,13 +517,12 @@ def test_an_adapter_finds_its_base_from_any_folder(config, tmp_path, tiny_tokeni
         ({}, {"num_hidden_layers": 1}, "does not fit"),
     ],
 )
-def test_an_adapter_of_another_kind_or_model_is_refused(config, tmp_path, tiny_tokenizer, change, base, reason):
-    base = make_model(tmp_path / "base", tiny_tokenizer, **base)
-    models.save_lora(train.Trainer(config(), CPU).model, tmp_path / "adapter", base)
-    path = tmp_path / "adapter" / "adapter_config.json"
+def test_an_adapter_of_another_kind_or_model_is_refused(adapter, tmp_path, tiny_tokenizer, change, base, reason):
+    change = change or {"base_model_name_or_path": make_model(tmp_path / "base", tiny_tokenizer, **base)}
+    path = adapter / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(InputError, match=reason):
-        models.load_model(tmp_path / "adapter")
+        models.load_model(adapter)
 
 
 # Whole runs
@@ -647,16 +622,6 @@ def test_a_diverging_run_stops_with_the_step_and_stores_nothing(config, options,
     assert not (Path(config().out) / "checkpoint").exists()
 
 
-def test_no_model_is_overwritten(config, tmp_path):
-    trainer = train.Trainer(config(), CPU)
-    models.save_lora(trainer.model, tmp_path / "adapter", config().model)
-    for out in (str(tmp_path / "adapter"), config().model):
-        with pytest.raises(InputError, match="the model in it would be lost"):
-            models.merge_adapter(models.MergeConfig(adapter=str(tmp_path / "adapter"), out=out))
-        with pytest.raises(InputError, match="the model in it would be lost"):
-            train.fit(config(model=str(tmp_path / "adapter"), out=out))
-
-
 def test_the_loss_of_held_out_rows_is_reported_once_per_epoch(config, data_path):
     summary = train.fit(config(validation=[data_path], epochs=2, dropout=0.2))
     rows = read_rows(Path(config().out) / "metrics.jsonl")
@@ -732,36 +697,25 @@ def test_show_prints_trained_tokens_apart_and_counts(config, tiny_tokenizer, cap
     train.show(show)
     assert [part.split("⟧")[0] for part in capsys.readouterr().out.split("⟦")[1:]] == ["0.5|" + r for r in replies]
 
-    tokenizer = models.load_tokenizer(config().model)
-    tokenizer.chat_template = STRIPS
-    model = make_model(tmp_path / "strips", tokenizer)
-    train.show(train.ShowConfig(data=config().data, model=model, example=2))
-    output = capsys.readouterr().out
-    assert "rewrites earlier turns" in output
-    assert [part.split("⟧")[0] for part in output.split("⟦")[1:]] == replies
-
 
 @pytest.mark.parametrize(
-    "arguments, reason",
+    "options, reason",
     [
-        (["missing.jsonl", "--model", "MODEL"], "No such file or directory: 'missing.jsonl'"),
-        (["DATA", "--model", "no/such/model/here"], "model no/such/model/here"),
-        (["DATA", "--model", "MODEL", "--system-prompt", "missing.txt"], "No such file or directory: 'missing.txt'"),
+        ({"data": ["missing.jsonl"]}, "No such file or directory: 'missing.jsonl'"),
+        ({"model": "no/such/model/here"}, "model no/such/model/here"),
+        ({"system_prompt": "missing.txt"}, "No such file or directory: 'missing.txt'"),
+        ({"micro_tokens": 0}, "--micro-tokens 0: must be above 0"),
+        ({"tuning": "full", "dropout": 0.1}, "--dropout 0.1: it has no effect"),
+        ({"model": "adapter", "tuning": "full"}, "is an adapter: train it"),
+        ({"model": "adapter", "rank": 8}, "give --rank 4 --alpha 8"),
+        ({"model": "adapter", "alpha": 9}, "give --rank 4 --alpha 8"),
+        ({"model": "adapter", "out": "adapter"}, "the model in it would be lost"),
+        ({"model": "adapter", "out": "base"}, "the model in it would be lost"),
     ],
 )
-def test_a_wrong_command_gets_one_line_and_status_2(config, tmp_path, capsys, monkeypatch, arguments, reason):
-    monkeypatch.setattr(os, "_exit", lambda status: sys.exit(status))  # the command line ends the process this way
-    names = {"DATA": config().data[0], "MODEL": config().model}
-    arguments = [names.get(argument, argument) for argument in arguments]
-    with pytest.raises(SystemExit) as stop:
-        train.main([*arguments, "--out", str(tmp_path / "out"), "--quiet"])
-    assert stop.value.code == 2
-    message = capsys.readouterr().err
-    assert reason in message and len(message.strip().splitlines()) == 1
-    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
-
-
-def test_fit_checks_its_numbers_without_the_command_line(config):
-    for name in ("rank", "lr", "micro_tokens"):
-        with pytest.raises(InputError, match=f"--{name.replace('_', '-')} 0: must be above 0"):
-            train.fit(config(**{name: 0}))
+def test_what_cannot_be_trained_is_refused_in_one_line(config, adapter, monkeypatch, options, reason):
+    (adapter.parent / "base").symlink_to(config().model)
+    monkeypatch.chdir(adapter.parent)
+    with pytest.raises((InputError, OSError), match=f"^[^\n]*{reason}[^\n]*$"):
+        train.fit(config(**options))
+    assert not (adapter.parent / "out" / "metrics.jsonl").exists()
