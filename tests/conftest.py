@@ -1,9 +1,11 @@
 """What the tests share: a tiny random model with a tokenizer that is trained on the spot, and conversations."""
 
+import contextlib
 import gc
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -122,13 +124,26 @@ def read_rows(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-def kill_when(ready, *command):
-    """Run a Python command and kill it as soon as ready() is true."""
-    with subprocess.Popen([sys.executable, *command], cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+def kill_when(ready, *command, how=signal.SIGKILL):
+    """Run a Python command and kill it as soon as ready() is true. Returns (its exit status, stderr)."""
+    command = [sys.executable, *command]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         while not ready():
-            assert process.poll() is None, "it has ended before"
+            assert process.poll() is None, process.stderr.read()
             time.sleep(0.01)
-        process.kill()
+        process.send_signal(how)
+        return process.wait(60), process.stderr.read()
+
+
+@contextlib.contextmanager
+def small_disk(size):
+    """No file can grow beyond size bytes: a write fails in the middle, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.fixture(scope="session")

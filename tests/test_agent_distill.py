@@ -14,6 +14,7 @@ import statistics
 import time
 
 import pytest
+import torch
 
 import agent_distill
 import retriever
@@ -152,6 +153,18 @@ def test_every_tool_is_described_to_teacher_and_student(tmp_path):
         with pytest.raises(InputError, match="tools/shell.txt: describes a tool of --tools"):
             Prompts(tmp_path / "prompts").system("agent_system", ["shell"])
     assert "in steps, 3 at the most" in PROMPTS.system("agent_system", [], max_steps=3)
+
+
+def test_a_search_that_fails_is_not_for_the_model_to_read(monkeypatch):
+    """It ends the run, as the memory of a GPU does that an index cannot get. (test_collect.py: a server's failure)"""
+
+    class Broken:
+        def search(self, queries, k):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(retriever, "load", lambda *arguments: Broken())
+    with pytest.raises(InputError, match="web_search failed: OutOfMemoryError"):
+        open_tools(EpisodeConfig(search="index"), PROMPTS)["web_search"]("x")
 
 
 def test_the_hash_covers_the_prompts_that_are_used(tmp_path):

@@ -316,19 +316,6 @@ def test_lockstep_survives_a_halved_batch_and_ends_each_episode_at_its_own_step(
             assert episode.prediction == 10 * i and usage["completion_tokens"] == 5 * (i % 3 + 1)
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), ConnectionError("gone")])
-def test_a_search_that_fails_through_no_fault_of_the_student_ends_the_run(error, monkeypatch):
-    class Broken:
-        def search(self, queries, k):
-            raise error
-
-    monkeypatch.setattr(retriever, "load", lambda *arguments: Broken())
-    tools = agent_distill.open_tools(evaluate.AskConfig(search="index", method="agent"), Prompts())
-    episode = agent_episode("Q", Prompts(), functools.partial(Sandbox, tools=tools), system="S", max_steps=1)
-    with pytest.raises(InputError, match=f"web_search failed: {type(error).__name__}"):
-        list(run_lockstep([(1, episode)], Script(lambda turn: code("web_search('x')"))))
-
-
 # Commands -----------------------------------------------------------------------------------------
 
 
