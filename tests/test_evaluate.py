@@ -17,9 +17,7 @@ import pytest
 import torch
 import transformers
 
-import agent_distill
 import evaluate
-import retriever
 from agent_distill import Prompts, Turn, agent_episode
 from allocator import Allocator
 from common import InputError, check_numbers, load_tasks, models, report
