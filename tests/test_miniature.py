@@ -72,15 +72,6 @@ def test_a_world_is_a_function_of_its_seed(tmp_path):
         assert (again / same).read_text() == path.read_text() != (other / same).read_text()
 
 
-def test_files_are_task_files_with_kind_and_domain(folder):
-    train = load_tasks([str(folder / "train.jsonl")])
-    rows = train + load_tasks([str(folder / "test" / f"{task}.jsonl") for task in world.TASKS])
-    assert len(rows) == len({row["question"] for row in rows}) == 900 + 8 * 40
-    about = {task: (value.kind, value.domain) for task, value in world.TASKS.items()}
-    assert {row["task"]: (row["kind"], row["domain"]) for row in rows} == about
-    assert collections.Counter(row["task"] for row in train) == {"hotpotqa": 540, "math": 360}
-
-
 def test_pages_are_short_prose_that_states_every_fact(facts):
     pages = dict(passage["contents"].split("\n") for passage in facts.passages)
     assert len(pages) == len(facts.passages) == len(facts.facts)  # titles are unique
