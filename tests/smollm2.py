@@ -5,8 +5,6 @@ numbers, because these are short: one step, about 110 tokens. (`make reproduce` 
 """
 
 import shutil
-import threading
-from pathlib import Path
 
 import pytest
 
@@ -15,13 +13,15 @@ import evaluate
 import retriever
 import train
 from agent_distill import STOP
-from common import read_jsonl, report, write_jsonl
+from common import report, write_jsonl
 from common.client import cut_at_stop
 from common.models import render
+from conftest import ROOT, read_rows
 from miniature import student, world
 from miniature import teacher as miniature_teacher
+from servers import background
 
-PROMPTS = Path(__file__).parent.parent / "prompts"
+PROMPTS = ROOT / "prompts"
 MAX_TOKENS = 128  # new tokens per step
 
 
@@ -33,7 +33,7 @@ class Lesson:
         self.tests = {path.stem: str(path) for path in (folder / "world" / "test").glob("*.jsonl")}
 
     def rows(self, name):
-        return [row for _, row in read_jsonl(self.folder / f"{name}.jsonl")]
+        return read_rows(self.folder / f"{name}.jsonl")
 
     def collect(self, url, out, tasks, **options):
         """The trajectories of the model at url, which are also written to out.jsonl."""
@@ -75,13 +75,9 @@ def lesson(tmp_path_factory):
     rows = lesson.rows("world/train")
     facts = [row for row in rows if row["kind"] == "fact"][:8]
     write_jsonl(folder / "tasks.jsonl", facts + [row for row in rows if row["kind"] == "math"])
-    server = miniature_teacher.open_server(miniature_teacher.Config(world=str(folder / "world")))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-    lesson.collect(url, "agent", [str(folder / "tasks.jsonl")])
-    lesson.collect(url, "cot", [lesson.tests["hotpotqa"], lesson.tests["math"]], method="cot")
-    server.shutdown()
-    server.server_close()
+    with background(miniature_teacher.open_server(miniature_teacher.Config(world=str(folder / "world")))) as address:
+        lesson.collect(f"{address}/v1", "agent", [str(folder / "tasks.jsonl")])
+        lesson.collect(f"{address}/v1", "cot", [lesson.tests["hotpotqa"], lesson.tests["math"]], method="cot")
     trajectories, out = [str(folder / "agent.jsonl")], str(folder / "agent.train.jsonl")
     agent_distill.filter_trajectories(agent_distill.FilterConfig(trajectories=trajectories, out=out))
     return lesson
