@@ -426,12 +426,9 @@ def test_torchrun_s_processes_share_a_folder(place, whole, monkeypatch, capsys):
 def test_results_made_with_other_settings_are_not_mixed(place):
     evaluate.run(run_config(place, "guarded", limit=1))
     evaluate.run(run_config(place, "guarded", limit=1, batch=2))
-    for change, message in (
-        ({"max_steps": 3}, "max-steps 2, not 3"),
-        ({"precision": "bf16"}, "precision fp32, not bf16"),
-    ):
-        with pytest.raises(InputError, match=f"made with {message}"):
-            evaluate.run(run_config(place, "guarded", **change))
+    for name, value, made in (("max_steps", 3, "max-steps 2"), ("precision", "bf16", "precision fp32")):
+        with pytest.raises(InputError, match=f"made with {made}, not {value}"):
+            evaluate.run(run_config(place, "guarded", **{name: value}))
 
 
 def test_another_question_an_error_and_another_model_are_no_finished_rows(tmp_path, capsys):
