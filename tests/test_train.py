@@ -397,6 +397,41 @@ def test_positions_that_depend_on_earlier_examples_are_refused(config, tmp_path,
         train.Trainer(config(model=model), CPU)
 
 
+# Devices, of which there are none here
+
+
+def test_a_gpu_is_named_with_its_number_and_made_current(monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    names = ["auto", "cuda", "cuda:0", "cpu"]
+    assert [str(models.choose_device(name)) for name in names] == ["cuda:1", "cuda:1", "cuda:0", "cpu"]
+    assert [str(device) for device in current] == ["cuda:1", "cuda:1", "cuda:0"]
+    with pytest.raises(InputError, match="--device cuda:7: there are 2 GPUs"):
+        models.choose_device("cuda:7")
+    monkeypatch.delenv("LOCAL_RANK")
+    assert str(models.choose_device()) == "cuda:0"
+
+
+def test_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    assert models.choose_device().type == "cpu"
+    assert not torch.backends.cuda.cudnn_sdp_enabled(), "it plans for each new length, and gave wrong results on B200"
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    with pytest.raises(InputError, match="--device cuda:1: there is no GPU"):
+        models.choose_device("cuda:1")
+
+
+def test_bf16_is_not_emulated(monkeypatch):
+    gpu = torch.device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert not models.uses_bf16("auto", gpu) and models.uses_bf16("bf16", gpu)
+
+
 # Memory: tests/allocator.py counts the bytes of live tensors and raises torch.OutOfMemoryError above a limit
 
 
