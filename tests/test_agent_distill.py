@@ -77,12 +77,6 @@ def test_parse_shapes(shape):
     assert (again.text, again.thought, again.code) == (action.text, action.thought, action.code)
 
 
-def test_the_word_observation_inside_code_does_not_end_it():
-    code = 'print("""\nObservation: 3\n""")\nprint("Observation: 4")'
-    action = parse_action(f"Thought: t\nCode:\n```py\n{code}\n```\nObservation: made up\n```py\nprint(5)\n```")
-    assert action.code == code and action.text.endswith("```<end_code>")
-
-
 TEXTS = {
     "": None, "I do not know.": None, "Thought: it is Paris.": None, "Code:\n": None, "```py\n```": None, "yes": None,
     "Thought: t\nCode:\n```py\nprint((1\n```<end_code>": "print((1",  # a syntax error is for the sandbox to find
@@ -93,6 +87,8 @@ TEXTS = {
     "```py\nt = '''\n```\na\n```\n'''\nprint(t)\n```<end_code>": "t = '''\n```\na\n```\n'''\nprint(t)",
     '```py\nt = """\n    ```py\n"""\n```\nThat is """.': 't = """\n    ```py\n"""',
     '```py\n# as """ here\nprint(1)\n```\nThat is """.': '# as """ here\nprint(1)',
+    '```py\nprint("""\nObservation: 3\n""")\n```\nObservation: made up\n```py\nprint(5)\n```':
+        'print("""\nObservation: 3\n""")',
     "<think>it is\n```py\nfinal_answer(3)\n```": None,  # thinking that never ended: no answer
 }  # fmt: skip
 
