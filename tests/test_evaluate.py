@@ -374,21 +374,19 @@ def test_run_and_report(place, capsys):
     assert json.loads((place / "runs" / "rag" / "run.json").read_text())["precision"] in ("fp32", "bf16")
 
 
-def test_the_system_prompt_is_the_one_of_the_training(place, capsys):
-    def system(out, **more):
-        evaluate.run(run_config(place, f"prompt/{out}", limit=1, **more))
-        return rows_of(place, f"prompt/{out}")[0]["messages"][0]["content"]
+def test_the_system_prompt_is_the_one_of_the_training(place, whole, capsys):
+    def system(**more):
+        return evaluate.check(run_config(place, "unused", **more))[1]
 
-    other = place / "other.txt"
-    other.write_text("Another.\n")
-    assert system("trained") == "The prompt of the training."
+    (place / "other.txt").write_text("Another.\n")
+    assert system() == whole[0]["messages"][0]["content"] == "The prompt of the training."
     shown = capsys.readouterr().err
     assert "keeps the system prompt of its training; --prompts has another" in shown
     assert "the system prompt does not name the tools web_search" in shown
-    assert system("base", model=str(place / "base")) == Prompts().system("agent_system", ["web_search"], 2)
-    assert system("cot", method="cot") == Prompts().cot_system
+    assert system(model=str(place / "base")) == Prompts().system("agent_system", ["web_search"], 2)
+    assert system(method="cot", search=None) == Prompts().cot_system
     assert "note" not in capsys.readouterr().err
-    assert system("file", system_prompt=str(other)) == "Another."
+    assert system(system_prompt=str(place / "other.txt")) == "Another."
     assert "trained with another system prompt: 'The prompt of the training.'" in capsys.readouterr().err
 
 

@@ -406,9 +406,8 @@ def test_faiss_flat_index_is_opened_as_it_is(tmp_path, encoder):
         retriever.load(tmp_path / "own", "cpu")
 
 
-@pytest.mark.parametrize("kind", ["bm25", "dense"])
-def test_threads_share_an_index(tmp_path, kind, encoder):
-    index = build(tmp_path, zipf_texts(200, 150), kind, **{"encoder": encoder} if kind == "dense" else {})
+def test_threads_share_an_index_and_its_encoder(tmp_path, encoder):
+    index = build(tmp_path, zipf_texts(200, 150), "dense", encoder=encoder)
     ask = lambda n: [[hit.id for hit in hits] for hits in index.search([f"w{n}", f"w{n + 1}"], 1 + n % 2)]  # noqa: E731
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(ask, range(8))) == [ask(n) for n in range(8)]
