@@ -54,8 +54,8 @@ def setting(tmp_path_factory):
     rng = random.Random(0)
     conversations = [conversation(rng, rng.randint(1, 4)) for _ in range(STEPS * BATCH)]
     data = write_jsonl(folder / "data.jsonl", [{"messages": messages} for messages in conversations])
-    options = {"data": [data], "model": model, "batch_size": BATCH, "epochs": 1, "dropout": 0.0, "rank": 8, "alpha": 16}
-    return conversations, options | {"lr": 1e-3, "precision": "fp32", "quiet": True}
+    options = {"data": [data], "model": model, "batch_size": BATCH, "epochs": 1, "lr": 1e-3, "precision": "fp32"}
+    return conversations, options | {"quiet": True}
 
 
 def trl_trainer(model, tokenizer, conversations, folder, lr):
@@ -107,7 +107,7 @@ def test_published_templates_are_trained_as_the_model_is_prompted(name, thinking
     special = ["<|assistant|>", "<|start_header_id|>", "<|end_header_id|>", "<|end|>", "<|im_start|>", "<|eot_id|>"]
     tokenizer.add_special_tokens({"additional_special_tokens": special})
     options = {"date_string": "26 Jul 2024"} | ({} if thinking is None else {"enable_thinking": thinking})
-    monkeypatch.setattr(train, "TEMPLATE_OPTIONS", options)
+    monkeypatch.setattr(models, "TEMPLATE_OPTIONS", options)
     messages = conversation(random.Random(0), 3)
     examples = train.encode(tokenizer, messages)
     if not TEMPLATES[name]:
@@ -133,6 +133,7 @@ def test_full_fine_tuning_has_trls_losses(setting, tmp_path):
 
 def test_lora_has_trls_losses_and_peft_loads_the_result(setting, tmp_path):
     conversations, options = setting
+    options = options | {"dropout": 0.0, "rank": 8, "alpha": 16}
     trainer = train.Trainer(train.Config(out="", **options), torch.device("cpu"))
     models.save_lora(trainer.model, tmp_path / "start", trainer.base)  # both begin with the same adapter
     model = AutoModelForCausalLM.from_pretrained(trainer.base, dtype=torch.float32)
