@@ -46,7 +46,7 @@ def test_journal_drops_a_torn_line_and_writes_half_of_a_surrogate_pair(tmp_path,
     assert path.read_text(encoding="utf-8") == kept + '{"a": "ü?"}\n'
 
 
-FOREIGN = ['{"a": 1}\n{"b": 2}\n', '{\n "a": 1\n}', "[1]", "notes", '{"a": "1"}\n', '{"a": 1, "b": [1]}\n']
+FOREIGN = ['{"examples": []}', '{"a": 1}\n{"b": 2}\n', '{\n "a": 1\n}', "[1]", "notes", '{"a": "1"}\n']
 
 
 @pytest.mark.parametrize("text", FOREIGN)
@@ -54,7 +54,7 @@ def test_journal_leaves_a_foreign_file_as_it_is(tmp_path, text):
     path = tmp_path / "j"
     path.write_text(text)
     with pytest.raises(InputError, match=r"^\S*j(:\d: |: not a file that this command wrote)"):
-        Journal(path, {"a": int, "b?": []})
+        Journal(path, {"a": int})
     assert path.read_text() == text
 
 
