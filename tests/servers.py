@@ -20,6 +20,19 @@ def completion(text, **more):
 
 
 @contextlib.contextmanager
+def background(server):
+    """Run a server of this process in a thread. Yields its address."""
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@contextlib.contextmanager
 def serve(behave, model="served-name"):
     """behave(path, body, request number) returns a dict (answered as JSON), or a tuple that names a fault:
 
@@ -46,27 +59,23 @@ def serve(behave, model="served-name"):
             self.answer(behave(self.path, body, number))
 
         def answer(self, answer):
-            fault = answer if isinstance(answer, tuple) else None
-            if fault is None:
-                return self.send(200, {}, json.dumps(answer).encode())
-            if fault[0] == "status":
-                return self.send(fault[1], fault[2], fault[3].encode())
-            if fault[0] == "raw":
-                return self.send(200, {}, fault[1])
-            if fault[0] == "hang":
-                time.sleep(fault[1])
+            kind, *details = answer if isinstance(answer, tuple) else ("raw", json.dumps(answer).encode())
+            if kind == "raw":
+                return self.send(200, {}, details[0])
+            if kind == "status":
+                return self.send(details[0], details[1], details[2].encode())
+            if kind == "hang":
+                time.sleep(details[0])
                 return self.send(200, {}, b"{}")
             self.close_connection = True
-            if fault[0] == "reset":
-                return self.reset()
-            self.send_response(200)
-            self.send_header("Content-Length", "500")
-            self.end_headers()
-            self.wfile.write(b'{"choices": [{"mess')
-            if fault[0] == "reset in body":
+            if kind != "reset":  # the body is shorter than announced
+                self.send_response(200)
+                self.send_header("Content-Length", "500")
+                self.end_headers()
+                self.wfile.write(b'{"choices": [{"mess')
                 self.wfile.flush()
-                return self.reset()
-            return None
+            if kind != "cut":
+                self.reset()
 
         def send(self, status, headers, content):
             with contextlib.suppress(OSError):  # a client that gave up is part of the tests
@@ -90,15 +99,8 @@ def serve(behave, model="served-name"):
             if not isinstance(sys.exception(), OSError):  # a fault of the test's own behaviour must be seen
                 super().handle_error(request, client_address)
 
-    server = Server(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/v1", seen
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with background(Server(("127.0.0.1", 0), Handler)) as address:
+        yield f"{address}/v1", seen
 
 
 def free_port():

@@ -10,16 +10,18 @@ import json
 import random
 import re
 import shutil
+import statistics
 import time
 
 import pytest
+import torch
 
 import agent_distill
 import retriever
 from agent_distill import EpisodeConfig, Prompts, Running, agent_episode, first_step, open_tools, parse_action
 from common import SHOWN, InputError
 from common.client import BadRequest
-from conftest import write_jsonl
+from conftest import read_rows, write_jsonl
 from sandbox import Sandbox
 
 PROMPTS = Prompts()
@@ -29,8 +31,6 @@ PROMPTS = Prompts()
 
 SHAPES = {
     "plain": "Thought: add.\nCode:\n```py\nx = 1 + 1\nprint(x)\n```<end_code>",
-    "the stop string taken away": "Thought: add.\nCode:\n```py\nx = 1 + 1\nprint(x)\n```",
-    "python": "Thought: add.\nCode:\n```python\nx = 1 + 1\nprint(x)\n```<end_code>",
     "no language": "Thought: add.\nCode:\n```\nx = 1 + 1\nprint(x)\n```<end_code>",
     "spaces": "  Thought:  add.  \nCode: \n``` py \nx = 1 + 1\nprint(x)\n```<end_code>\n",
     "Windows lines": "Thought: add.\r\nCode:\r\n```py\r\nx = 1 + 1\r\nprint(x)\r\n```<end_code>\r\n",
@@ -52,12 +52,10 @@ SHAPES = {
     "four backticks": "Thought: add.\nCode:\n````py\nx = 1 + 1\nprint(x)\n````",
     "code on the line of the fence": "Thought: add.\nCode:\n```py x = 1 + 1\nprint(x)\n```",
     "labels in bold": "Thought: add.\n**Code:**\n```py\nx = 1 + 1\nprint(x)\n```<end_code>",
-    "small label": "Thought: add.\ncode:\nx = 1 + 1\nprint(x)",
     "closed but not opened": "Thought: add.\nCode:\nx = 1 + 1\nprint(x)\n```<end_code>",
     "closed but not opened, and prose": "add.\nCode:\nx = 1 + 1\nprint(x)\n```\nThis prints\nObservation: 3",
     "never closed, made-up observation": "add.\nCode:\n```py\nx = 1 + 1\nprint(x)\nObservation: 3",
     "indented": "add.\n1. Code:\n   ```py\n   x = 1 + 1\n   print(x)\n   ```",
-    "in a list": "add.\n- ```py\n  x = 1 + 1\n  print(x)\n  ```<end_code>",
     "output after it": "add.\n```py\nx = 1 + 1\nprint(x)\n```\nOutput:\n```\n2\n```<end_code>",
     "output after unmarked code": "add.\n```\nx = 1 + 1\nprint(x)\n```\nOutput:\n```\n2\n```",
     "form of the answer first": "add.\n```\nx: number\n```\nCode:\n```\nx = 1 + 1\nprint(x)\n```",
@@ -83,12 +81,6 @@ def test_parse_shapes(shape):
     assert (again.text, again.thought, again.code) == (action.text, action.thought, action.code)
 
 
-def test_the_word_observation_inside_code_does_not_end_it():
-    code = 'print("""\nObservation: 3\n""")\nprint("Observation: 4")'
-    action = parse_action(f"Thought: t\nCode:\n```py\n{code}\n```\nObservation: made up\n```py\nprint(5)\n```")
-    assert action.code == code and action.text.endswith("```<end_code>")
-
-
 TEXTS = {
     "": None, "I do not know.": None, "Thought: it is Paris.": None, "Code:\n": None, "```py\n```": None, "yes": None,
     "Thought: t\nCode:\n```py\nprint((1\n```<end_code>": "print((1",  # a syntax error is for the sandbox to find
@@ -100,6 +92,8 @@ TEXTS = {
     "```py\nt = '''\n```\na\n```\n'''\nprint(t)\n```<end_code>": "t = '''\n```\na\n```\n'''\nprint(t)",
     '```py\nt = """\n    ```py\n"""\n```\nThat is """.': 't = """\n    ```py\n"""',
     '```py\n# as """ here\nprint(1)\n```\nThat is """.': '# as """ here\nprint(1)',
+    '```py\nprint("""\nObservation: 3\n""")\n```\nObservation: made up\n```py\nprint(5)\n```':
+        'print("""\nObservation: 3\n""")',
     "<think>it is\n```py\nfinal_answer(3)\n```": None,  # thinking that never ended: no answer
 }  # fmt: skip
 
@@ -162,6 +156,18 @@ def test_every_tool_is_described_to_teacher_and_student(tmp_path):
     assert "in steps, 3 at the most" in PROMPTS.system("agent_system", [], max_steps=3)
 
 
+def test_a_search_that_fails_is_not_for_the_model_to_read(monkeypatch):
+    """It ends the run, as the memory of a GPU does that an index cannot get. (test_collect.py: a server's failure)"""
+
+    class Broken:
+        def search(self, queries, k):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(retriever, "load", lambda *arguments: Broken())
+    with pytest.raises(InputError, match="web_search failed: OutOfMemoryError"):
+        open_tools(EpisodeConfig(search="index"), PROMPTS)["web_search"]("x")
+
+
 def test_the_hash_covers_the_prompts_that_are_used(tmp_path):
     shutil.copytree(Prompts.default, tmp_path / "prompts")
     for name, methods in (("judge", []), ("error", ["agent"]), ("search_result", ["agent", "cot-rag"])):
@@ -171,12 +177,12 @@ def test_the_hash_covers_the_prompts_that_are_used(tmp_path):
         assert [method for method in before if before[method] != after.sha256(method)] == methods
 
 
-def no_tools():
-    return []
-
-
 def two(actions, observations):
     return 0
+
+
+def shell():
+    return {"shell": print}
 
 
 WRONG_OPTIONS = {  # each is refused in one line before anything is loaded
@@ -185,16 +191,12 @@ WRONG_OPTIONS = {  # each is refused in one line before anything is loaded
     "--choose test_agent_distill.two: too many positional": {"choose": "test_agent_distill.two"},
     "--episode test_agent_distill.two: ": {"episode": "test_agent_distill.two"},
     "--tools test_agent_distill.two: missing a required argument": {"tools": "test_agent_distill.two"},
-    "--tools test_agent_distill.no_tools: {name: function} was expected": {"tools": "test_agent_distill.no_tools"},
+    "--tools platform.node: {name: function} was expected": {"tools": "platform.node"},
     "tools/shell.txt: describes a tool of --tools": {"tools": "test_agent_distill.shell"},
     "only --method agent uses it": {"method": "cot", "choose": "test_agent_distill.last_candidate"},
     "--timeout 3.0: only --method agent uses it": {"method": "cot", "timeout": 3.0},
     "--method cot does not search": {"method": "cot", "search": "index"},
 }
-
-
-def shell():
-    return {"shell": print}
 
 
 @pytest.mark.parametrize("message", WRONG_OPTIONS)
@@ -212,10 +214,12 @@ def step(code, thought="t"):
     return f"Thought: {thought}\nCode:\n```py\n{code}\n```<end_code>"
 
 
-def play(script, **options):
+TOOLS = {"web_search": lambda query: f"results for {query}"}
+
+
+def play(script, tools=TOOLS, timeout=5.0, **options):
     """Run an episode against a list of candidate lists; returns (Episode, turns)."""
-    turns, tools = [], {"web_search": lambda query: f"results for {query}"}
-    place = functools.partial(Sandbox, tools=tools, timeout=options.pop("timeout", 5.0))
+    turns, place = [], functools.partial(Sandbox, tools=tools, timeout=timeout)
     episode = agent_episode("Q?", PROMPTS, place, system="S", rng=random.Random(0), **options)
     running = Running(episode)
     for candidates in script:
@@ -264,10 +268,10 @@ def test_a_turn_that_fails_ends_the_episode_as_an_error():
     def answer(turn):
         raise BadRequest("400: context length")
 
-    episode = agent_distill.drive(agent_episode("Q?", PROMPTS, Sandbox, system="S"), answer)
-    assert (episode.stop, episode.error, episode.prediction) == ("error", "400: context length", None)
-    episode = agent_distill.drive(agent_distill.cot_episode("Q?", PROMPTS, system="S"), answer)
-    assert (episode.stop, episode.error) == ("error", "400: context length")
+    agent = agent_episode("Q?", PROMPTS, Sandbox, system="S")
+    for started in (agent, agent_distill.cot_episode("Q?", PROMPTS, system="S")):
+        episode = agent_distill.drive(started, answer)
+        assert (episode.stop, episode.error, episode.prediction) == ("error", "400: context length", None)
 
 
 def test_thinking_is_kept_in_the_step_and_nowhere_else():
@@ -287,22 +291,24 @@ def test_thinking_is_kept_in_the_step_and_nowhere_else():
 # SC-action ----------------------------------------------------------------------------------------
 
 
-VOTES = {  # the candidates' codes (None: a text without code), and which one is kept
-    "the majority by observation, not by text": (["print(5)", "print(2 + 2)", "print(4)", "print('x')"], 1),
-    "a tie goes to the earliest": (["print(1)", "print(2)", "print(2)", "print(1)"], 0),
-    "failures have no vote": (["1 / 0", "1 / 0", None, "print((1", "print(7)"], 4),
-    "final answers by value": (["final_answer(3)", "final_answer(2 + 2)", "a = 4\nfinal_answer(a)", "print(4)"], 1),
-    "a candidate that hangs": (["while True: pass", "print(1)"], 1),
+VOTES = {  # the candidates' codes (None: a text without code), and their votes; the first of the majority is kept
+    "the majority by observation, not by text": (["print(5)", "print(2 + 2)", "print(4)", "print('x')"], [0, 1, 1, 2]),
+    "a tie goes to the earliest": (["print(1)", "print(2)", "print(2)", "print(1)"], [0, 1, 1, 0]),
+    "failures have no vote": (["1 / 0", "1 / 0", None, "print((1", "print(7)"], [None, None, None, None, 0]),
+    "final answers by value": (["final_answer(3)", "final_answer(2 + 2)", "a = 4\nfinal_answer(a)"], [0, 1, 1]),
+    "a candidate that hangs": (["while True: pass", "print(1)"], [None, 0]),
 }
 
 
 @pytest.mark.parametrize("case", VOTES)
 def test_the_vote(case):
-    codes, chosen = VOTES[case]
+    codes, votes = VOTES[case]
+    chosen = votes.index(statistics.mode(vote for vote in votes if vote is not None))
     episode, _ = play([[step(code) if code else "words" for code in codes]], max_steps=1, timeout=1.0)
     kept = episode.steps[0]
     assert kept["chosen"] == chosen and kept["code"] == codes[chosen]
     assert [candidate["code"] for candidate in kept["candidates"]] == codes
+    assert [candidate["vote"] for candidate in kept["candidates"]] == votes
     assert episode.messages[2]["content"] == step(codes[chosen])
 
 
@@ -315,14 +321,6 @@ def test_if_all_fail_one_is_kept_and_its_error_seen():
     assert kept["code"] == kept["candidates"][kept["chosen"]]["code"]
 
 
-def test_votes_are_stored():
-    """final_answer(3), (4), (5) print the same, but they disagree; a failed candidate has no vote."""
-    texts = ["final_answer(3)", "final_answer(4)", "x = 3\nfinal_answer(x)", "1 / 0"]
-    episode, _ = play([[*map(step, texts), "no code"]])
-    assert [c["vote"] for c in episode.steps[0]["candidates"]] == [0, 1, 0, None, None]
-    assert [c.get("final_answer") for c in episode.steps[0]["candidates"]] == [3, 4, 3, None, None]
-
-
 def last_candidate(actions, observations, rng):
     return len(actions) - 1
 
@@ -333,12 +331,13 @@ def test_another_vote_is_an_option_and_stored_as_it_was_cast():
     running = Running(agent_distill.open_episode(config, "Q?", PROMPTS, {}, system="S"))
     running.advance([step("print(1)"), step("print(1)"), step("final_answer(2)")])
     assert running.result.prediction == 2 and running.result.steps[0]["chosen"] == 2
-    assert [c["vote"] for c in running.result.steps[0]["candidates"]] == [None, None, 0]
+    candidates = running.result.steps[0]["candidates"]
+    assert [(c["vote"], c.get("final_answer")) for c in candidates] == [(None, None), (None, None), (0, 2)]
 
 
 SAME = {  # kind, method, candidates' answers, the elected one
     ("math", "agent", (5, "4", 4.0, 5, 4), "4"),
-    ("math", "cot", ("5", "\\frac12", "0.5", "5", "1/2"), "\\frac12"),
+    ("math", "cot", ("5", "\\frac12", "0.5", "5", "1/2", ""), "\\frac12"),
     ("fact", "agent", ("Lyon", "the Paris", "Paris", "Lyon", "Paris."), "the Paris"),
     (None, "agent", ("Lyon", "the Paris", "Paris", "Lyon", "Paris."), "Lyon"),
 }
@@ -351,19 +350,15 @@ def test_equal_answers_are_one_vote(kind, method, answers, elected):
     running = Running(agent_distill.open_episode(config, "Q?", PROMPTS, {}, system="S", kind=kind))
     texts = {"agent": [step(f"final_answer({a!r})") for a in answers], "cot": [rf"\boxed{{{a}}}" for a in answers]}
     running.advance(texts[method])
-    assert running.result.prediction == elected
+    assert running.result.prediction == elected and elected in running.result.messages[-1]["content"]
 
 
-def test_candidates_do_not_see_each_other_and_the_winner_is_not_run_again():
+def test_the_winner_s_state_is_kept_and_its_code_is_not_run_again():
     calls = []
     tools = {"note": lambda text: calls.append(text) or text}
-    episode = agent_episode("Q?", PROMPTS, functools.partial(Sandbox, tools=tools), system="S", rng=random.Random(0))
-    running = Running(episode)
-    running.advance([step("n = 0\nnote('zero')")])
-    running.advance([step(f"n += {i}\nnote('{c}')\nprint(n)") for i, c in ((1, "a"), (1, "b"), (5, "c"))])
-    running.advance([step("final_answer(n)")])
-    assert running.result.prediction == 1
-    assert sorted(calls) == ["a", "b", "c", "zero"]
+    counting = [step(f"n += {i}\nnote('{c}')\nprint(n)") for i, c in ((1, "a"), (1, "b"), (5, "c"))]
+    episode, _ = play([step("n = 0\nnote('zero')"), counting, step("final_answer(n)")], tools=tools)
+    assert episode.prediction == 1 and sorted(calls) == ["a", "b", "c", "zero"]
 
 
 # Chain of thought ---------------------------------------------------------------------------------
@@ -382,11 +377,6 @@ def test_cot_is_one_turn():
     assert (episode.prediction, episode.stop, len(episode.messages)) == ("4", "final_answer", 3)
     _, turn = cot(["\\boxed{1}"], search=lambda query: f"passage for {query}")
     assert turn.messages[1]["content"] == "passage for Q?\n\nQ?"
-
-
-def test_self_consistency_takes_the_majority_answer():
-    episode, _ = cot(["\\boxed{1}", "none", "a \\boxed{2}", "b \\boxed{2}"])
-    assert episode.prediction == "2" and episode.messages[-1]["content"] == "a \\boxed{2}"
 
 
 def test_a_reply_that_was_cut_is_told_from_one_without_an_answer():
@@ -416,26 +406,21 @@ def row(i, correct=True, stop="final_answer", errors=(None,), question=None):
 def filtered(folder, rows):
     config = agent_distill.FilterConfig(trajectories=[write_jsonl(folder / "a", rows)], out=str(folder / "out"))
     agent_distill.filter_trajectories(config)
-    return [json.loads(line) for line in (folder / "out").read_text().splitlines()]
+    return read_rows(folder / "out")
 
 
 def test_filter_keeps_what_the_authors_keep(tmp_path, capsys):
+    """Duplicates are told by the very question, case and white space aside, not by its words in another order."""
     rows = [
-        row(0), row(1, correct=False), row(2, stop="max_steps", correct=False), row(3, errors=("no_code", None)),
-        row(4, errors=("syntax", None)), row(5, errors=("runtime", None)), row(6, stop="error", correct=False),
-        row(7, question=" Question  0?"), row(8, errors=("timeout", None)),
+        row(0, question="What is 3 - 2?"), row(1, correct=False), row(2, stop="max_steps", correct=False),
+        row(3, errors=("no_code", None)), row(4, errors=("syntax", None)), row(5, errors=("runtime", None)),
+        row(6, stop="error", correct=False), row(7, question=" what is  3 - 2?"), row(8, errors=("timeout", None)),
+        row(9, question="What is 2 - 3?"),
     ]  # fmt: skip
-    assert [kept["id"] for kept in filtered(tmp_path, rows)] == ["0", "5", "8"]
+    assert [kept["id"] for kept in filtered(tmp_path, rows)] == ["0", "5", "8", "9"]
     table = capsys.readouterr().out.splitlines()
     assert table[0] == "| task | asked | right | kept | wrong | no answer | parse error | error | duplicate |"
-    assert table[-1] == "| all | 9 | 6 | 3 | 1 | 1 | 2 | 1 | 1 |"
-
-
-def test_only_the_very_same_question_is_a_duplicate(tmp_path):
-    """Case and white space aside. The same words in another order are another question."""
-    questions = ["What is 3 - 2?", "What is 2 - 3?", "Is A older than B?", "Is B older than A?", "what is  3 - 2?"]
-    kept = filtered(tmp_path, [row(i, question=question) for i, question in enumerate(questions)])
-    assert [row["id"] for row in kept] == ["0", "1", "2", "3"]
+    assert table[-1] == "| all | 10 | 7 | 4 | 1 | 1 | 2 | 1 | 1 |"
 
 
 def test_training_rows_carry_the_students_prompt_and_what_a_weighting_needs(tmp_path):
@@ -451,12 +436,8 @@ def test_training_rows_carry_the_students_prompt_and_what_a_weighting_needs(tmp_
 def test_filter_says_where_prompts_or_tools_differ(tmp_path, capsys):
     old, new = {"prompts_sha256": "old"}, {"prompts_sha256": PROMPTS.sha256("agent")}
     rows = [row(0) | old, row(1) | new, row(2), row(3) | {"tools": ["web_search"]}]
-    assert [kept.get("prompts_sha256") for kept in filtered(tmp_path, rows)] == [
-        "old",
-        new["prompts_sha256"],
-        None,
-        None,
-    ]
+    hashes = [kept.get("prompts_sha256") for kept in filtered(tmp_path, rows)]
+    assert hashes == ["old", new["prompts_sha256"], None, None]
     notes = capsys.readouterr().err
     assert notes.startswith("note: 1 of 4 were collected with other prompts than") and "different tools" in notes
     filtered(tmp_path, [row(1) | new, row(2)])
@@ -466,19 +447,17 @@ def test_filter_says_where_prompts_or_tools_differ(tmp_path, capsys):
 NOT_TRAJECTORIES = {
     "the field 'id' is missing": {name: value for name, value in row(0).items() if name != "id"},
     "the field 'question' is .*wrong": row(0) | {"question": None},
-    "the field 'task' is .*wrong": row(0) | {"task": ["t"]},
-    "the field 'correct' is .*wrong": row(0) | {"correct": "no"},
     "a method 'react'": row(0) | {"method": "react"},
-    "the field 'messages' is .*wrong": row(0) | {"messages": {"role": "user", "content": "x"}},
     "the tools are not stated": {name: value for name, value in row(0).items() if name != "tools"},
     "the field 'messages' is .* wrong": row(0) | {"messages": [{"content": "x"}]},
     "the field 'steps' is .*wrong": row(0) | {"steps": [{}]},
+    "none of 1": row(0, correct=False),
 }
 
 
 @pytest.mark.parametrize("message", NOT_TRAJECTORIES)
 def test_filter_refuses_what_is_no_trajectory(tmp_path, message):
-    with pytest.raises(InputError, match=f"a:.* .*{message}"):
+    with pytest.raises(InputError, match=message):
         filtered(tmp_path, [NOT_TRAJECTORIES[message]])
 
 
@@ -489,8 +468,3 @@ def test_filter_leaves_its_input_as_it_is(tmp_path):
         config = agent_distill.FilterConfig(trajectories=[f"{tmp_path}/./out"], out=str(tmp_path / "out"))
         agent_distill.filter_trajectories(config)
     assert (tmp_path / "out").read_text() == before
-
-
-def test_filter_refuses_to_keep_nothing(tmp_path):
-    with pytest.raises(InputError, match="none of 1"):
-        filtered(tmp_path, [row(0, correct=False)])

@@ -28,21 +28,16 @@ PASSING = {
     "429": ("status", 429, {}, "slow down"),
     "429 retry-after": ("status", 429, {"Retry-After": "0.3"}, "slow down"),
     "500": ("status", 500, {}, "oops"),
-    "502": ("status", 502, {}, "<html>bad gateway</html>"),
     "503": ("status", 503, {"Retry-After": "when it is Friday"}, ""),
     "reset": ("reset",),
     "reset in body": ("reset in body",),
     "cut body": ("cut",),
     "invalid JSON": ("raw", b'{"choices": [{"message"'),
-    "a list": ("raw", b"[]"),
     "no choices": {"choices": []},
-    "null choices": {"choices": None},
-    "no choice": {"choices": [None]},
     "no message": {"choices": [{"message": "fine"}]},
     "content is a number": completion(5),
     "not gzip": ("status", 200, {"Content-Encoding": "gzip"}, "fine"),
     "usage is infinite": ("raw", b'{"choices": [{"text": "fine"}], "usage": {"prompt_tokens": 1e999}}'),
-    "usage is text": {"choices": [{"text": "fine"}], "usage": "much"},
     "nested too deep": ("raw", b"[" * 100_000),
     "an error in a body": {"error": {"message": "upstream is busy", "code": 503}},
     "a choice that failed": completion("half", finish_reason="error"),
@@ -281,10 +276,8 @@ def test_a_tokenizer_that_cannot_render_is_one_line(tiny_tokenizer, tmp_path):
     bare = copy.deepcopy(tiny_tokenizer)
     bare.chat_template = None
     with serve(lambda *request: completion("hello")) as (url, _):
-        for tokenizer, message in (
-            (bare, "^--prefix-tokenizer .*template"),
-            (str(tmp_path / "no"), "^model .*no such folder"),
-        ):
+        names = {"^--prefix-tokenizer .*template": bare, "^model .*no such folder": str(tmp_path / "no")}
+        for message, tokenizer in names.items():
             with pytest.raises(InputError, match=f"{message}[^\n]*$"):
                 Served(Client(url), tokenizer).probe(opening=True)
 

@@ -10,34 +10,27 @@ import json
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
 import agent_distill
 import retriever
 from common import InputError, load_tasks, report, stable_seed
-from conftest import write_jsonl
+from conftest import kill_when, read_rows, small_disk, write_jsonl
 from miniature import teacher as miniature_teacher
-from miniature import world as miniature_world
 from retriever import answer_request
 from servers import serve
 from test_client import PASSING
 
-ROOT = Path(__file__).parent.parent
-
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def world(small_world, tmp_path_factory):
     """A folder with world and index, and the script that teaches it."""
     folder = tmp_path_factory.mktemp("collect")
-    config = miniature_world.Config(out=str(folder / "world"), seed=5, train_questions=100, test_questions=1)
-    miniature_world.write(config)
-    retriever.build(str(folder / "world" / "passages.jsonl"), str(folder / "index"), quiet=True)
+    for name in ("world", "index"):
+        (folder / name).symlink_to(small_world / name)
     return folder, miniature_teacher.Teacher(miniature_teacher.Config(world=str(folder / "world")))
 
 
@@ -84,10 +77,6 @@ def collect(folder, url, out, **more):
     return agent_distill.collect(config_of(folder, url, out, **more))
 
 
-def rows_of(path):
-    return report.transcripts(path)
-
-
 def strip_volatile(rows):
     """Rows in order of their question, without the wall clock and the retries."""
     rows = [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
@@ -104,7 +93,7 @@ def test_collect_writes_whole_trajectories(world):
         options = {"model": miniature_teacher.MODEL, "limit": 20}
         collect(folder, url, cots, method="cot", **options)
         collect(folder, url, out, first_thought=str(cots), **options)
-    rows, cots = rows_of(out), {row["id"]: row for row in rows_of(cots)}
+    rows, cots = report.transcripts(out), {row["id"]: row for row in report.transcripts(cots)}
     tasks = load_tasks([str(folder / "world" / "train.jsonl")], limit=20)
     assert {(row["task"], row["id"]) for row in rows} == {(row["task"], row["id"]) for row in tasks}
     assert sum(row["correct"] for row in rows) >= 15  # the script errs at a few per cent
@@ -119,14 +108,11 @@ def test_collect_writes_whole_trajectories(world):
     assert all("[1] " in row["steps"][0]["observation"] for row in facts if not row["steps"][0]["error_kind"])
 
 
-@pytest.mark.parametrize("method, limit", [("cot", None), ("agent", 12)])
-def test_a_server_full_of_faults_gives_the_same_file(world, quiet, method, limit, monkeypatch):
+def test_a_server_full_of_faults_gives_the_same_file(world, quiet, monkeypatch):
     """Each request fails 0 to 3 times, in ways drawn from its content. Nothing is lost, there or asked twice."""
     monkeypatch.setattr("common.client.BACKOFF", 0.01)
     folder, teacher = world
-    calm, stormy, lock = folder / f"{method}.calm.jsonl", folder / f"{method}.stormy.jsonl", threading.Lock()
-    options = {"method": method, "limit": limit}
-    options["first_thought"] = str(folder / "cot.calm.jsonl") if method == "agent" else None
+    calm, stormy, lock = folder / "calm.jsonl", folder / "stormy.jsonl", threading.Lock()
     attempts, answered, seen_faults = (collections.Counter() for _ in range(3))
     quick = [name for name in PASSING if name not in ("hang", "429 retry-after")]
 
@@ -141,62 +127,51 @@ def test_a_server_full_of_faults_gives_the_same_file(world, quiet, method, limit
             (seen_faults if fault else answered)[fault or key] += 1
         return PASSING[fault] if fault else answer
 
-    collect(folder, quiet[0], calm, **options)
+    collect(folder, quiet[0], calm, method="cot")
     with serve(faulty) as (url, seen):
-        collect(folder, url, stormy, **options | {"concurrency": 16})
-    rows = rows_of(stormy)
-    assert strip_volatile(rows) == strip_volatile(rows_of(calm))
+        collect(folder, url, stormy, method="cot", concurrency=16)
+    rows = report.transcripts(stormy)
+    assert strip_volatile(rows) == strip_volatile(report.transcripts(calm))
     assert set(answered.values()) == {1} and len(seen) == sum(attempts.values())
     assert sum(row["usage"].get("retries", 0) for row in rows) > len(seen) // 4
-    assert method == "agent" or set(seen_faults) == set(quick)
+    assert set(seen_faults) == set(quick)
 
 
-def command_line(folder, url, out, *options):
-    return [
-        sys.executable, "agent_distill.py", "collect", str(folder / "world" / "train.jsonl"), "--url", url,
-        "--search", str(folder / "index"), "--top-k", "2", "--concurrency", "4", "--out", str(out), "--quiet", *options,
-    ]  # fmt: skip
-
-
-def journal_of(path):
-    """The rows of a file that a kill may have torn: whole lines are JSON, and only the last may not be whole."""
-    *lines, rest = path.read_bytes().split(b"\n") if path.exists() else [b""]
-    return [json.loads(line) for line in lines]
-
-
-def test_killed_at_random_moments_it_ends_with_the_same_file(world):
-    """Two kills, a Ctrl-C, and then the end. What was finished is not asked again, what was under way is."""
+def test_killed_and_interrupted_it_ends_with_the_same_file(world):
+    """A kill, a Ctrl-C, and then the end. What was finished is not asked again, what was under way is."""
     folder, teacher = world
     out, calm, cot = folder / "killed.jsonl", folder / "undisturbed.jsonl", folder / "cot.jsonl"
-    rng, starts = random.Random(0), []
+    options, starts = {"first_thought": str(cot), "limit": 20}, []
 
     def behave(path, body, number):
         time.sleep(0.03)
         return teach(teacher, body)
 
+    def command():
+        parts = ["agent_distill.py", "collect", str(folder / "world" / "train.jsonl"), "--url", url, "--top-k", "2"]
+        parts += ["--search", str(folder / "index"), "--concurrency", "4", "--out", str(out), "--quiet"]
+        return [*parts, "--first-thought", str(cot), "--limit", "20"]
+
     with serve(behave) as (url, seen):
         collect(folder, url, cot, method="cot", limit=20)
         before = len(seen)
-        collect(folder, url, calm, first_thought=str(cot), limit=20)
+        collect(folder, url, calm, **options)
         undisturbed = len(seen) - before
-        for kill, status in ((signal.SIGKILL, -9), (signal.SIGKILL, -9), (signal.SIGINT, 130), (None, 0)):
-            finished = {row["question"] for row in journal_of(out) if row["stop"] != "error"}
+        for kill in (signal.SIGKILL, signal.SIGINT, None):
+            lines = out.read_text().split("\n")[:-1] if out.exists() else []  # the last line may be torn
+            finished = {row["question"] for row in map(json.loads, lines) if row["stop"] != "error"}
             starts.append(len(seen))
-            command = command_line(folder, url, out, "--first-thought", str(cot), "--limit", "20")
-            process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
             if kill:
-                while len(seen) == starts[-1] and process.poll() is None:
-                    time.sleep(0.001)
-                time.sleep(rng.uniform(0, 0.3))
-                process.send_signal(kill)
-            stderr = process.communicate(timeout=60)[1]
-            assert process.returncode == status, stderr
-            assert kill != signal.SIGINT or stderr.endswith("interrupted; the same command continues from here\n")
+                status, stderr = kill_when(lambda: len(seen) > starts[-1] + 20, *command(), how=kill)
+                assert kill == signal.SIGKILL or status == 130
+                assert kill == signal.SIGKILL or stderr.endswith("the same command continues from here\n")
+            else:
+                collect(folder, url, out, **options)
             time.sleep(0.05)  # what it had sent is read by now
             assert not finished & asked(seen[starts[-1] :])
-        assert len(seen) - starts[0] > undisturbed
-    rows = rows_of(out)
-    assert len(rows) == 20 and strip_volatile(rows) == strip_volatile(rows_of(calm))
+        assert finished and len(seen) - starts[0] > undisturbed
+    rows = report.transcripts(out)
+    assert len(rows) == 20 and strip_volatile(rows) == strip_volatile(report.transcripts(calm))
 
 
 def test_errors_are_counted_and_asked_again(world, quiet, capsys):
@@ -208,7 +183,7 @@ def test_errors_are_counted_and_asked_again(world, quiet, capsys):
         assert collect(folder, url, out, limit=24) == 1
         assert "24 errors (422: seed: extra fields not permitted)" in capsys.readouterr().out
     assert collect(folder, quiet[0], out, **options) == 0  # nothing was answered with other options
-    rows = rows_of(out)
+    rows = report.transcripts(out)
     errors = {row["question"] for row in rows if row["stop"] == "error"}
     assert f" {len(errors)} errors (400: This model's maximum" in capsys.readouterr().out and 0 < len(errors) < 12
     with serve(lambda path, body, number: miniature(teacher, body)) as (url, seen):
@@ -216,28 +191,29 @@ def test_errors_are_counted_and_asked_again(world, quiet, capsys):
         assert asked(seen) == errors and "error" not in capsys.readouterr().out.split(";")[1]
         assert collect(folder, url, out, **options) == 0  # nothing is asked, and the old errors do not count
         assert "error" not in capsys.readouterr().out.split(";")[1]
-    assert [row for row in rows_of(out) if row["question"] not in errors] == [r for r in rows if r["stop"] != "error"]
-    assert len(rows_of(out)) == 24 and all(row["stop"] != "error" for row in rows_of(out))
+    after = report.transcripts(out)
+    assert [row for row in after if row["question"] not in errors] == [row for row in rows if row["stop"] != "error"]
+    assert len(after) == 24 and all(row["stop"] != "error" for row in after)
 
 
 DAMAGES = {"steps": [1], "sample": [1], "usage": 3, "stop": None, "correct": "yes", "model": 5}
 
 
-@pytest.mark.parametrize("field", DAMAGES)
-def test_a_damaged_row_is_one_line(world, quiet, field, tmp_path):
+def test_a_damaged_row_is_one_line(world, quiet, tmp_path):
     folder, out = world[0], tmp_path / "out.jsonl"
     collect(folder, quiet[0], out, method="cot", limit=1)
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    out.write_text(json.dumps(rows[0]) + "\n" + json.dumps(rows[0] | {field: DAMAGES[field]}) + "\n")
-    with pytest.raises(InputError, match=rf"^\S*out.jsonl:2: the field '{field}' is missing or wrong$"):
-        collect(folder, quiet[0], out, method="cot", limit=1)
+    [row] = read_rows(out)
+    for field, value in DAMAGES.items():
+        write_jsonl(out, [row, row | {field: value}])
+        with pytest.raises(InputError, match=rf"^\S*out.jsonl:2: the field '{field}' is missing or wrong$"):
+            collect(folder, quiet[0], out, method="cot", limit=1)
 
 
 def test_what_was_asked_decides_what_is_finished(world, quiet):
     """Another gold answer or another world under the same ids is asked; another model is refused."""
     folder, (url, seen) = world[0], quiet
     out, tasks = folder / "same" / "out.jsonl", folder / "same" / "train.jsonl"
-    rows = rows_of(folder / "world" / "train.jsonl")[:6]
+    rows = report.transcripts(folder / "world" / "train.jsonl")[:6]
     (folder / "same").mkdir()
     options = {"method": "cot", "tasks": [str(tasks)]}
     for changes, count in (({}, 6), ({}, 0), ({"answer": "7"}, 1), ({"question": "Who?"}, 1)):
@@ -258,7 +234,7 @@ def test_first_thoughts_go_by_the_question(world, capsys):
     """The same questions under another task name and other ids have their prefixes; those without one are counted."""
     folder, teacher = world
     cots, renamed, new = folder / "some.cot.jsonl", folder / "renamed.jsonl", folder / "new.jsonl"
-    rows = [row | {"id": f"other-{row['id']}"} for row in rows_of(folder / "world" / "train.jsonl")[:5]]
+    rows = [row | {"id": f"other-{row['id']}"} for row in report.transcripts(folder / "world" / "train.jsonl")[:5]]
     write_jsonl(renamed, rows)
     write_jsonl(new, [{"id": "1", "kind": "math", "question": "1 + 1 = ?", "answer": "2"}])
     with serve(lambda path, body, number: miniature(teacher, body)) as (url, _):
@@ -268,7 +244,7 @@ def test_first_thoughts_go_by_the_question(world, capsys):
         assert "note: " in (error := capsys.readouterr().err) and "no first thought for 2 of 5 questions" in error
         with pytest.raises(InputError, match="a chain of thought for none of the 1 questions"):
             collect(folder, url, folder / "new.out.jsonl", tasks=[str(new)], **options)
-    prefixes = {row["id"]: row["prefix"] for row in rows_of(folder / "renamed.out.jsonl")}
+    prefixes = {row["id"]: row["prefix"] for row in report.transcripts(folder / "renamed.out.jsonl")}
     assert [bool(prefixes[row["id"]]) for row in rows] == [True] * 3 + [False] * 2
 
 
@@ -279,8 +255,8 @@ def test_samples_differ_and_each_is_asked_once(world, quiet):
     for change, message in (({"temperature": 0.0}, "give a --temperature"), ({"top_p": 0.5}, "with top-p 1.0, not")):
         with pytest.raises(InputError, match=message):
             agent_distill.collect(dataclasses.replace(config, **change))
-    rows = rows_of(out)
-    assert len(journal_of(out)) == len(rows) == 60
+    rows = report.transcripts(out)
+    assert len(read_rows(out)) == len(rows) == 60
     assert len({json.dumps([row["id"], row["messages"]]) for row in rows}) > 12
 
 
@@ -321,18 +297,14 @@ def test_a_search_that_fails_ends_the_run_and_the_same_command_continues(world, 
             agent_distill.collect(config)
         broken.clear()
         agent_distill.collect(config)
-    rows = rows_of(out)
+    rows = report.transcripts(out)
     assert len(rows) == 9 and "on fire" not in json.dumps(rows) and "[1] " in json.dumps(rows)
 
 
 def test_a_full_disk_is_one_line_and_the_same_command_continues(world, quiet):
-    """A limit on the file's size stands for the disk: the write fails in the middle of a line."""
     folder, out = world[0], world[0] / "full.jsonl"
-    command = command_line(folder, quiet[0], out, "--method", "cot", "--limit", "60")
-    limited = ["bash", "-c", 'ulimit -f 16; trap "" XFSZ; exec "$@"', "bash", *command]
-    done = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "cannot write" in done.stderr
-    rows = journal_of(out)
-    assert rows and out.read_bytes().endswith(b"\n")  # the half line is gone
+    with small_disk(16_384), pytest.raises(InputError, match=r"^\S*full.jsonl: cannot write .File too large[^\n]*$"):
+        collect(folder, quiet[0], out, method="cot", limit=60)
+    rows = read_rows(out)  # the half line is gone
     collect(folder, quiet[0], out, method="cot", limit=60)
-    assert len(rows_of(out)) == 60 and journal_of(out)[: len(rows)] == rows
+    assert len(report.transcripts(out)) == 60 and read_rows(out)[: len(rows)] == rows != []

@@ -5,7 +5,6 @@ import json
 import os
 import shlex
 import sys
-import threading
 from typing import Literal
 
 import pytest
@@ -29,26 +28,26 @@ from common import (
     write_json,
 )
 from conftest import write_jsonl
+from servers import background
 
-
-def test_journal_drops_a_torn_line_and_names_a_broken_one(tmp_path):
-    path = tmp_path / "j.jsonl"
-    path.write_bytes(b'{"a": 1}\n{"a": 2}\n{"a": 3')
-    with Journal(path) as journal:
-        assert journal.rows == [{"a": 1}, {"a": 2}]
-        journal.append({"a": "ü"})
-    assert path.read_text(encoding="utf-8") == '{"a": 1}\n{"a": 2}\n{"a": "ü"}\n'
-
-
-FOREIGN = [
-    '{"examples": []}',
-    '{"a": 1}\n{"b": 2}\n',
-    '{\n "a": 1\n}',
-    "[1]",
-    "notes",
-    '{"a": "1"}\n',
-    '{"a": 1, "b": [1]}\n',
+JOURNALS = [  # what is there, and what of it is kept when a row is appended
+    ('{"a": 1}\n{"a": 2}\n{"a": 3', '{"a": 1}\n{"a": 2}\n'),
+    ('{"a": 1}\n{"a": 2}', '{"a": 1}\n{"a": 2}\n'),  # whole, but for the line break
+    ("", ""),
 ]
+
+
+@pytest.mark.parametrize("before, kept", JOURNALS)
+def test_journal_drops_a_torn_line_and_writes_half_of_a_surrogate_pair(tmp_path, before, kept):
+    path = tmp_path / "j.jsonl"
+    path.write_text(before)
+    with Journal(path, {"a": (int, str)}) as journal:
+        assert journal.rows == [json.loads(line) for line in kept.splitlines()]
+        journal.append({"a": "ü\ud83d"})
+    assert path.read_text(encoding="utf-8") == kept + '{"a": "ü?"}\n'
+
+
+FOREIGN = ['{"examples": []}', '{"a": 1}\n{"b": 2}\n', '{\n "a": 1\n}', "[1]", "notes", '{"a": "1"}\n']
 
 
 @pytest.mark.parametrize("text", FOREIGN)
@@ -56,25 +55,8 @@ def test_journal_leaves_a_foreign_file_as_it_is(tmp_path, text):
     path = tmp_path / "j"
     path.write_text(text)
     with pytest.raises(InputError, match=r"^\S*j(:\d: |: not a file that this command wrote)"):
-        Journal(path, {"a": int, "b?": []})
+        Journal(path, {"a": int})
     assert path.read_text() == text
-
-
-def test_a_last_line_without_a_line_break_counts_if_it_is_whole(tmp_path):
-    (tmp_path / "j").write_text('{"a": 1}\n{"a": 2}')
-    with Journal(tmp_path / "j", {"a": int}) as journal:
-        journal.append({"a": 3})
-    assert [row["a"] for _, row in read_jsonl(tmp_path / "j")] == [1, 2, 3]
-    (tmp_path / "latin").write_bytes("déjà".encode("latin-1"))
-    with pytest.raises(InputError, match="latin: not UTF-8 text"):
-        read_text(tmp_path / "latin")
-
-
-def test_journal_and_files_write_half_of_a_surrogate_pair(tmp_path):
-    with Journal(tmp_path / "j") as journal:
-        journal.append({"a": "x\ud83d"})
-    write_json(tmp_path / "f", "x\ud83d")
-    assert (tmp_path / "j").read_text() == '{"a": "x?"}\n' and (tmp_path / "f").read_text() == '"x?"\n'
 
 
 def test_two_processes_cannot_write_one_journal(tmp_path):
@@ -90,9 +72,8 @@ def test_replace_file_shows_all_or_nothing(tmp_path):
         file.write("half")
         raise RuntimeError
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["f"]
-    with replace_file(path) as file:
-        file.write("new")
-    assert path.read_text() == "new"
+    write_json(path, "new\ud83d")
+    assert path.read_text() == '"new?"\n'
 
 
 def test_read_jsonl_names_the_file_and_the_line(tmp_path):
@@ -100,6 +81,9 @@ def test_read_jsonl_names_the_file_and_the_line(tmp_path):
     assert list(read_jsonl(tmp_path / "a.jsonl", growing=True)) == [(1, {"a": 1}), (3, {"a": 2})]
     with pytest.raises(InputError, match=r"a\.jsonl:4: not JSON"):
         list(read_jsonl(tmp_path / "a.jsonl"))
+    (tmp_path / "latin").write_bytes("déjà".encode("latin-1"))
+    with pytest.raises(InputError, match="latin: not UTF-8 text"):
+        read_text(tmp_path / "latin")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -131,10 +115,8 @@ def go(config):
         ("go --help", 0, "a rate (default: 0.5)"),
         (". --limit 13", 2, "error: --limit 13: an unlucky number"),
         (". --url u ''", 2, "error: --url: the text is empty"),
-        (". --rate 0", 2, "error: --rate 0.0: must be above 0"),
         (". --rate nan", 2, "error: --rate nan: must be above 0"),
         (". --rate inf", 2, "error: --rate inf: must be at most"),
-        (f". --seed {2**70}", 2, f"error: --seed {2**70}: must be at most"),
         (". --share 1.5", 2, "error: --share 1.5: must be at most 1"),
         (". --share -1", 2, "error: --share -1.0: must be at least 0"),
         ("nowhere", 2, "error: [Errno 2] No such file or directory: 'nowhere'"),
@@ -200,18 +182,13 @@ def test_serve_json_answers_every_request(capsys):
             raise KeyError("x")
         return 200, {"method": method, "path": path, "body": body}
 
-    server = serve_json(answer)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_address[1]}"
-    with requests.Session() as session:
+    with background(serve_json(answer)) as url, requests.Session() as session:
         assert session.get(url + "/a").json() == {"method": "GET", "path": "/a", "body": None}
         for path, error in (("/bad", (400, "the field x is missing")), ("/broken", (500, "KeyError: 'x'"))):
             answered = session.post(url + path, json={})
             assert (answered.status_code, answered.json()["error"]) == error
         assert session.post(url + "/b", data="[1").status_code == 400
         assert session.post(url + "/b", json={"x": "é"}).json()["body"] == {"x": "é"}
-    server.shutdown()
-    server.server_close()
     assert "Traceback" in capsys.readouterr().err
 
 
@@ -241,11 +218,8 @@ def test_answers_and_aliases_of_a_task(tmp_path, fields, expected):
 BAD_TASKS = [
     ([], "a.jsonl: no tasks in it"),
     ([TASK | {"answer": []}], "a.jsonl:1: the field 'answer'"),
-    ([TASK | {"answer": [" "]}], "a.jsonl:1: the field 'answer'"),
-    ([TASK | {"answer": [None]}], "a.jsonl:1: the field 'answer'"),
     ([TASK | {"answer": {"value": 1}}], "a.jsonl:1: the field 'answer'"),
     ([TASK | {"question": " "}], "a.jsonl:1: the field 'question'"),
-    ([TASK | {"question": ["q"]}], "a.jsonl:1: the field 'question'"),
     ([TASK | {"task": ["t"]}], "a.jsonl:1: the field 'task'"),
     ([TASK | {"kind": None}], "a.jsonl:1: the kind must be stated"),
     ([{"question": "q"}], "a.jsonl:1: the field 'id'"),

@@ -5,19 +5,17 @@ each of them once at a tiny size.
 """
 
 import collections
-import json
+import itertools
 import random
-import threading
 
 import pytest
 import torch
 
 import experiments
-import retriever
 import train
 from agent_distill import CollectConfig, FilterConfig, Prompts, Running, collect, filter_trajectories
-from common import InputError, models, read_jsonl
-from conftest import make_model
+from common import InputError, models
+from conftest import chat, make_model, random_model, read_rows, write_jsonl
 from experiments import (
     Setting,
     agree_early,
@@ -28,30 +26,23 @@ from experiments import (
     table,
     template,
 )
-from miniature import teacher, world
+from miniature import teacher
 from sandbox import Observation, Sandbox
+from servers import background
 
 ACTION = "Thought: {}\nCode:\n```py\n{}\n```<end_code>"
 
 
 def trained(tokenizer, messages, weigh, row=None):
     """[(text of neighbouring tokens of one weight, weight), ...] of the trained part of a conversation."""
-    ((ids, weights),) = train.encode(tokenizer, messages, weigh, row)
-    runs = []
-    for token, weight in zip(ids, weights, strict=True):
-        if weight and runs and runs[-1][1] == weight and runs[-1][2]:
-            runs[-1][0].append(token)
-        elif weight:
-            runs.append([[token], weight, True])
-        elif runs:
-            runs[-1][2] = False
-    return [(tokenizer.decode(tokens), weight) for tokens, weight, _ in runs]
+    [(ids, weights)] = train.encode(tokenizer, messages, weigh, row)
+    runs = [list(run) for _, run in itertools.groupby(zip(ids, weights, strict=True), lambda pair: pair[1])]
+    return [(tokenizer.decode([token for token, _ in run]), run[0][1]) for run in runs if run[0][1]]
 
 
 def two_steps():
-    failed, repaired = ACTION.format("ab", "boom()"), ACTION.format("cd", "final_answer(1)")
-    messages = [{"role": "user", "content": "New task:\nabc"}, {"role": "assistant", "content": failed}]
-    messages += [{"role": "user", "content": "Observation:\nno"}, {"role": "assistant", "content": repaired}]
+    codes = ACTION.format("ab", "boom()"), ACTION.format("cd", "final_answer(1)")
+    messages = chat("", "New task:\nabc", codes[0], "Observation:\nno", codes[1])[1:]
     return messages, {"steps": [{"error_kind": "runtime"}, {"error_kind": None}]}
 
 
@@ -76,7 +67,7 @@ def test_surprise_is_the_weighted_mean_of_the_model_s_own_losses(tiny_model, tin
     messages, _ = two_steps()
     model, tokenizer = models.load_model(tiny_model)
     weigh = choose_trajectory.weigh_code
-    ((ids, weights),) = train.encode(tokenizer, messages, weigh)
+    [(ids, weights)] = train.encode(tokenizer, messages, weigh)
     with torch.inference_mode():
         losses = torch.nn.functional.cross_entropy(
             model(torch.tensor([ids])).logits[0, :-1], torch.tensor(ids[1:]), reduction="none"
@@ -85,19 +76,14 @@ def test_surprise_is_the_weighted_mean_of_the_model_s_own_losses(tiny_model, tin
     assert choose_trajectory.surprise(model, tokenizer, {"messages": messages}) == pytest.approx(expected, 1e-5)
 
 
-@pytest.mark.parametrize(
-    ("kind", "steps", "expected"),
-    [
-        ("fact", [('print(web_search("a"))', None), ("final_answer(1)", None)], True),
-        ("fact", [("final_answer(1)", None)], False),
-        ("fact", [('print(web_search("a")', "syntax"), ("final_answer(1)", None)], False),
-        ("fact", [(None, "no_code"), ("final_answer(1)", None)], False),
-        ("math", [("final_answer(1)", None)], True),
-    ],
-)
-def test_a_trajectory_has_searched(kind, steps, expected):
-    row = {"kind": kind, "steps": [{"code": code, "error_kind": error} for code, error in steps]}
-    assert always_search.has_searched(row) is expected
+SEARCH, ANSWER = {"code": 'print(web_search("a"))', "error_kind": None}, {"code": "final_answer(1)", "error_kind": None}
+FAILED, NO_CODE = SEARCH | {"error_kind": "syntax"}, {"code": None, "error_kind": "no_code"}
+
+
+def test_a_trajectory_has_searched():
+    for steps, searched in (([SEARCH, ANSWER], True), ([ANSWER], False), ([FAILED, ANSWER], False), ([NO_CODE], False)):
+        assert always_search.has_searched({"kind": "fact", "steps": steps}) is searched
+        assert always_search.has_searched({"kind": "math", "steps": steps})
 
 
 @pytest.mark.parametrize(
@@ -131,12 +117,12 @@ def test_the_majority_of_whole_episodes(tmp_path):
             row = {"task": "t", "id": f"{question}#{i}", "prediction": prediction, "usage": {"tokens": 5}}
             rows.append(row | {"stop": "max_steps" if prediction is None else "final_answer"})
     random.Random(0).shuffle(rows)
-    (tmp_path / "run").mkdir()
-    (tmp_path / "out").mkdir()
-    (tmp_path / "run" / "transcripts.0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "run" / "run.json").write_text("{}")
+    for name in ("run", "out"):
+        (tmp_path / name).mkdir()
+    write_jsonl(tmp_path / "run" / "transcripts.0.jsonl", rows)
+    write_jsonl(tmp_path / "run" / "run.json", [{}])
     agree_early.vote_over_episodes(tmp_path / "run", tmp_path / "out")
-    voted = {row["id"]: row for _, row in read_jsonl(tmp_path / "out" / "transcripts.0.jsonl")}
+    voted = {row["id"]: row for row in read_rows(tmp_path / "out" / "transcripts.0.jsonl")}
     assert {id: row["prediction"] for id, row in voted.items()} == {"a": 2, "b": None, "c": "x"}
     assert all(row["usage"] == {"tokens": 20} for row in voted.values())
 
@@ -152,21 +138,17 @@ def test_turns_are_drawn_with_decreasing_probability():
     assert shares == pytest.approx([1 / 1.96, 0.6 / 1.96, 0.36 / 1.96], abs=0.02) and len(counts) == 3
 
 
-def test_reverse_kl_equals_pytorch_s_and_cuts_the_larger_vocabulary():
-    student, other = torch.randn(5, 11, generator=torch.Generator().manual_seed(0)).split((3, 2))
-    other = torch.cat([other, student[:1] * 2])
-    log_p, log_q = student[:, :9].double().log_softmax(-1), other[:, :9].double().log_softmax(-1)
+def test_reverse_kl_cuts_the_larger_vocabulary():
+    student, other = torch.randn(2, 3, 11, generator=torch.Generator().manual_seed(0))
+    log_p, log_q = student[:, :9].log_softmax(-1), other[:, :9].log_softmax(-1)
     expected = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
-    assert torch.allclose(on_policy.reverse_kl(student, other[:, :9]).double(), expected, atol=1e-6)
-    assert torch.allclose(on_policy.reverse_kl(student[:, :9], other).double(), expected, atol=1e-6)
-    assert on_policy.reverse_kl(student, student).abs().max() < 1e-6
+    assert torch.allclose(on_policy.reverse_kl(student, other[:, :9]), expected, atol=1e-6)
+    assert torch.allclose(on_policy.reverse_kl(student[:, :9], other), expected, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
-def two_models(tiny_model, tmp_path_factory, tiny_tokenizer):
-    return [models.load_model(folder)[0] for folder in (
-        tiny_model, make_model(tmp_path_factory.mktemp("teacher") / "other", tiny_tokenizer, seed=1)
-    )]  # fmt: skip
+def two_models(tiny_tokenizer):
+    return [random_model(seed=seed, eos_token_id=tiny_tokenizer.eos_token_id) for seed in (0, 1)]
 
 
 def test_the_loss_touches_only_the_tokens_that_the_student_wrote(two_models):
@@ -208,27 +190,23 @@ def test_turns_are_written_after_their_own_prompt_and_end_at_the_end_of_turn(two
 
 
 def test_the_template_s_vote_prefers_to_go_on():
-    def observed(text, final=False):
-        return Observation(text, None, None, None, final, text if final else None, 0.0)
-
-    final, going_on = observed("1", True), observed("2")
-    assert template.choose([0] * 3, [final, final, going_on], random.Random(0)) == 2
-    failed = Observation(error="no", error_kind="runtime")
+    final, failed = Observation(is_final=True, final_answer="1"), Observation(error="no", error_kind="runtime")
+    assert template.choose([0] * 3, [final, final, Observation("2")], random.Random(0)) == 2
     assert template.choose([0] * 3, [failed, failed, final], random.Random(0)) == 2
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, tiny_tokenizer):
-    """A small world with its index, a tiny model, and trajectories of a teacher that makes many mistakes."""
+def place(small_world, tmp_path_factory, tiny_tokenizer):
+    """A world with its index, a tiny model, and trajectories of a teacher that makes many mistakes."""
     folder = tmp_path_factory.mktemp("experiments")
-    world.write(world.Config(out=str(folder / "world"), train_questions=24, test_questions=1))
-    retriever.build(folder / "world" / "passages.jsonl", folder / "index", "bm25", quiet=True)
+    for name in ("world", "index"):
+        (folder / name).symlink_to(small_world / name)
     make_model(folder / "model", tiny_tokenizer, max_position_embeddings=2048)
-    server = teacher.open_server(teacher.Config(world=str(folder / "world"), run_error=0.4, from_memory=0.5))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-    config = {"tasks": [str(folder / "world" / "train.jsonl")], "search": str(folder / "index"), "url": url}
-    collect(CollectConfig(out=str(folder / "agent.jsonl"), samples=2, temperature=1.0, quiet=True, **config))
+    config = {"tasks": [str(folder / "world" / "train.jsonl")], "search": str(folder / "index"), "limit": 4}
+    settings = teacher.Config(world=str(folder / "world"), run_error=0.4, from_memory=0.5)
+    with background(teacher.open_server(settings)) as address:
+        config |= {"url": f"{address}/v1", "samples": 2, "temperature": 1.0, "quiet": True}
+        collect(CollectConfig(out=str(folder / "agent.jsonl"), **config))
     filtered = str(folder / "agent.train.jsonl")
     filter_trajectories(FilterConfig(trajectories=[str(folder / "agent.jsonl")], out=filtered))
     return folder
@@ -237,7 +215,8 @@ def place(tmp_path_factory, tiny_tokenizer):
 def arguments(place, name):
     tests = [str(place / "world" / "test" / f"{task}.jsonl") for task in ("musique", "math")]
     settings = {"tests": tests, "search": str(place / "index"), "model": str(place / "model"), "max_tokens": 4}
-    settings |= {"limit": 1, "quiet": True, "out": str(place / "runs" / "seed0" / name)}
+    settings |= {"precision": "fp32", "rank": 4, "epochs": 1, "limit": 1, "quiet": True}
+    settings |= {"out": str(place / "runs" / "seed0" / name)}
     if name == "on_policy":
         trained = str(place / "agent.train.jsonl")
         return settings | {"data": [trained], "teacher": str(place / "model"), "sft": 2, "steps": 1, "turns": 2}
@@ -262,7 +241,7 @@ def test_an_experiment_runs_and_a_second_time_only_prints(place, module, capsys)
 
 def test_on_policy_distillation_continues_after_a_kill(place, monkeypatch):
     """Interrupted in its second step and started again, it ends with the weights of an uninterrupted run."""
-    settings = arguments(place, "on_policy") | {"steps": 3, "rank": 4, "dropout": 0.0, "epochs": 1}
+    settings = arguments(place, "on_policy") | {"steps": 3, "dropout": 0.0}
     config = on_policy.Config(**settings | {"out": str(place / "kill")})
     sft = experiments.train_student(config, "sft", settings["data"][0])
     on_policy.distill(config, sft, place / "kill" / "whole")

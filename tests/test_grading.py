@@ -9,7 +9,6 @@ import random
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import sympy
@@ -17,8 +16,7 @@ import sympy
 from common import InputError
 from common.expressions import CLEANING, REWRITES, clean, read
 from common.grading import WORDING, Verdict, compare, cot_answer, grade, same, same_node
-
-ROOT = Path(__file__).parent.parent
+from conftest import ROOT
 
 
 def pairs(table, sign):
@@ -92,10 +90,7 @@ EQUAL = pairs(EQUAL, "==")
 EQUAL += [(410332.9, 410332.8999999999), (13138980, 13138980.0), (51196733.33, 51196733.33333333), (6.1e-17, "0")]
 EQUAL += [(3.508771929824561e-07, 3.509e-07), (3.4641016151377544, "2\\sqrt{3}"), (str(2**4181), "2^{4181}")]
 EQUAL += [(90, "90^\\circ"), (10, "10\\%"), (0.1, "10\\%"), ([1, -2], "1,-2"), ([5], "5"), ([-2, 7], "[-2,7]")]
-EQUAL += [
-    ([3, 1.5707963267948966], "(3, \\frac{\\pi}{2})"),
-    ([[1, 2], [3, 4]], "\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}"),
-]
+EQUAL += [([3, 1.5707963267948966], r"(3, \frac{\pi}{2})"), ([[1, 2], [3, 4]], r"\begin{pmatrix}1&2\\3&4\end{pmatrix}")]
 EQUAL += [({"x": 1, "y": 2}, "(1,2)"), (" 7 . ", "7")]
 
 # Equal answers that are not recognised; common/grading.py lists the kinds.
@@ -206,11 +201,11 @@ def test_aliases_count_for_facts(aliases, correct):
 @pytest.mark.parametrize(
     "kind, answers",  # equal answers are one vote; no other two are
     [
-        ("math", [[4, "4", 4.0, "x = 4", r"\frac82"], [5], ["1/2", 0.5, r"\frac12"], [[1, -2], "[1, -2]"], [{}]]),
         (
             "math",
-            [["hm ~", "hm ~"], ["No solution", r"\text{no solution}"], ["(3, 4)"], ["2, 1", "1, 2"], [True], [None]],
+            [[4, "4", 4.0, "x = 4", r"\frac82"], [5], ["1/2", 0.5, r"\frac12"], [[1, -2], "[1, -2]"], [{}], [None]],
         ),
+        ("math", [["hm ~", "hm ~"], ["No solution", r"\text{no solution}"], ["(3, 4)"], ["2, 1", "1, 2"], [True]]),
         ("fact", [["The Beatles", "beatles!"], ["3.5", 3.5], [["Rome", "Paris"], "Rome, Paris"], ["Rome"], [None]]),
     ],
 )
@@ -308,7 +303,7 @@ def test_every_shape_of_gold_answer_equals_its_variants(gold):
 
 
 def test_no_two_gold_answers_are_equal():
-    assert [pair for pair in itertools.permutations(GOLDS, 2) if compare(*pair).correct] == []
+    assert [pair for pair in itertools.combinations(GOLDS, 2) if compare(*pair).correct] == []
 
 
 BASE, PERCENT = ("52", "52_8", "Write 42 in base 8."), ("10%", "10", "What percent of 50 is 5?")
@@ -331,7 +326,7 @@ def random_expression(generator, depth=3):
 
 def test_equality_agrees_with_sympy_on_random_expressions():
     generator = random.Random(0)
-    for _ in range(60):
+    for _ in range(40):
         expression = random_expression(generator)
         gold = sympy.latex(expression)
         for other in (expression, sympy.expand(expression), sympy.together(expression), sympy.factor(expression)):
@@ -379,7 +374,7 @@ def test_random_damage_to_an_answer_never_raises():
         r"\frac { } ( ) [ ] \sqrt ^ _ ! 9 x - / , | \pm \cup = < % $ \text{a} \begin{pmatrix} & \\ sin \ . 1e9 \circ :"
     )
     pieces = [*pieces.split(" "), " "]
-    for _ in range(3000):
+    for _ in range(1500):
         text = list(generator.choice(GOLDS))
         for _ in range(generator.randint(1, 6)):
             text.insert(generator.randint(0, len(text)), generator.choice(pieces))

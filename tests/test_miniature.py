@@ -9,8 +9,6 @@ import re
 import shlex
 import subprocess
 import sys
-import threading
-from pathlib import Path
 
 import pytest
 import requests
@@ -18,16 +16,17 @@ import requests
 import agent_distill
 import retriever
 from agent_distill import Prompts
-from common import InputError, load_tasks, read_jsonl
+from common import InputError, load_tasks
+from conftest import ROOT, chat, read_rows
 from miniature import student, teacher, world
+from servers import background
 
-ROOT = Path(agent_distill.__file__).parent
 FLAWLESS = dict.fromkeys(("wrong_plan", "wrong_plan_cot", "syntax_error", "run_error", "slip", "slip_cot"), 0.0)
 PROMPTS = Prompts()
 
 
-def write_world(folder, seed=0):
-    world.write(world.Config(out=str(folder), seed=seed, train_questions=900, test_questions=40))
+def write_world(folder, seed=0, train=900, test=40):
+    world.write(world.Config(out=str(folder), seed=seed, train_questions=train, test_questions=test))
     return folder
 
 
@@ -43,17 +42,17 @@ def facts():
 
 @pytest.fixture(scope="module")
 def plans(folder):
-    return [plan for _, plan in read_jsonl(folder / "plans.jsonl")]
+    return read_rows(folder / "plans.jsonl")
 
 
 def script(folder, **rates):
     return teacher.Teacher(teacher.Config(world=str(folder), **FLAWLESS | rates))
 
 
-def chat(question, agent=True):
-    system = PROMPTS.system("agent_system", ["web_search"]) if agent else PROMPTS.cot_system
-    content = PROMPTS.fill("question", question=question) if agent else question
-    return [{"role": "system", "content": system}, {"role": "user", "content": content}]
+def prompt(question, agent=True):
+    if not agent:
+        return chat(PROMPTS.cot_system, question)
+    return chat(PROMPTS.system("agent_system", ["web_search"]), PROMPTS.fill("question", question=question))
 
 
 def observed(*pages):
@@ -66,20 +65,11 @@ def observed(*pages):
 # The world
 
 
-def test_a_world_is_a_function_of_its_seed(folder, tmp_path):
-    again, other = write_world(tmp_path / "again"), write_world(tmp_path / "other", seed=1)
-    for path in folder.rglob("*.jsonl"):
-        same = path.relative_to(folder)
+def test_a_world_is_a_function_of_its_seed(tmp_path):
+    first, again, other = (write_world(tmp_path / str(i), seed, 60, 4) for i, seed in enumerate((0, 0, 1)))
+    for path in first.rglob("*.jsonl"):
+        same = path.relative_to(first)
         assert (again / same).read_text() == path.read_text() != (other / same).read_text()
-
-
-def test_files_are_task_files_with_kind_and_domain(folder):
-    train = load_tasks([str(folder / "train.jsonl")])
-    rows = train + load_tasks([str(folder / "test" / f"{task}.jsonl") for task in world.TASKS])
-    assert len(rows) == len({row["question"] for row in rows}) == 900 + 8 * 40
-    about = {task: (value.kind, value.domain) for task, value in world.TASKS.items()}
-    assert {row["task"]: (row["kind"], row["domain"]) for row in rows} == about
-    assert collections.Counter(row["task"] for row in train) == {"hotpotqa": 540, "math": 360}
 
 
 def test_pages_are_short_prose_that_states_every_fact(facts):
@@ -147,10 +137,9 @@ def test_math_plans_are_right_and_their_working_is_true(plans):
 
 
 def test_guessing_yes_or_the_first_name_is_no_better_than_chance(plans):
-    rows = [plan for plan in plans if plan["shape"] == "same"]
-    assert 0.35 < sum(plan["answer"] == "yes" for plan in rows) / len(rows) < 0.65
-    rows = [plan for plan in plans if plan["shape"] in ("lower", "higher")]
-    assert 0.35 < sum(plan["answer"] == plan["branches"][0][0][0] for plan in rows) / len(rows) < 0.65
+    same = [plan["answer"] == "yes" for plan in plans if plan["shape"] == "same"]
+    first = [p["answer"] == p["branches"][0][0][0] for p in plans if p["shape"] in ("lower", "higher")]
+    assert all(0.35 < sum(guesses) / len(guesses) < 0.65 for guesses in (same, first))
 
 
 # What the teacher says
@@ -161,11 +150,11 @@ def test_a_flawless_teacher_solves_tasks_of_every_kind_with_real_search_and_code
     config = agent_distill.CollectConfig(tasks=[], out="", url="", search=str(tmp_path / "index"))
     tools, system = agent_distill.open_tools(config, PROMPTS), PROMPTS.system("agent_system", ["web_search"])
     reply, right, places = script(folder).reply, [], []
-    for row in (row for task in world.TASKS for _, row in list(read_jsonl(folder / "test" / f"{task}.jsonl"))[:3]):
+    for row in load_tasks([str(folder / "test" / f"{task}.jsonl") for task in world.TASKS], limit=2):
         episode = agent_distill.open_episode(config, row["question"], PROMPTS, tools, system=system)
         done = agent_distill.drive(episode, lambda turn: [reply(turn.messages, turn.opening)])
         right.append((str(done.prediction), done.stop) == (row["answer"], "final_answer"))
-        assert reply(chat(row["question"], agent=False)).endswith(f"\n\n\\boxed{{{row['answer']}}}")
+        assert reply(prompt(row["question"], agent=False)).endswith(f"\n\n\\boxed{{{row['answer']}}}")
         assert all(len(step["thought"].split()) <= 35 for step in done.steps)
         for step in done.steps:
             if query := re.search(r'web_search\("(?:[a-z ]+ of )?(.+)"\)', step["code"]):
@@ -174,7 +163,7 @@ def test_a_flawless_teacher_solves_tasks_of_every_kind_with_real_search_and_code
                 places.append(shown.index(page) if page in shown else None)
     assert sum(right) >= len(right) - 1  # a page that the search cannot find costs a question
     # The page that a query names is first, or at least shown.
-    assert len(places) >= 3 * 4 and places.count(0) > 0.7 * len(places) and places.count(None) < 0.1 * len(places)
+    assert len(places) >= 2 * 4 and places.count(0) > 0.7 * len(places) and places.count(None) < 0.1 * len(places)
 
 
 def test_mistakes_come_at_the_stated_rates_and_the_prefix_hands_over_the_better_plan(folder, plans):
@@ -182,9 +171,9 @@ def test_mistakes_come_at_the_stated_rates_and_the_prefix_hands_over_the_better_
     right, broken = collections.Counter(), collections.Counter()
     rows = [plan for plan in plans_of(plans, "train") if plan["wrong"]]
     for plan in rows:
-        cot, agent = said.reply(chat(plan["question"], agent=False)), said.reply(chat(plan["question"]))
+        cot, agent = said.reply(prompt(plan["question"], agent=False)), said.reply(prompt(plan["question"]))
         opening = "Thought: " + agent_distill.first_step(cot)
-        prefixed = said.reply(chat(plan["question"]), opening)
+        prefixed = said.reply(prompt(plan["question"]), opening)
         assert prefixed.startswith("\nCode:\n```py\n")
         right["cot"] += cot.startswith(f"I need {plan['need']}.\n\n")
         right["agent"] += agent.startswith(f"Thought: I need {plan['need']}.\n")
@@ -202,7 +191,7 @@ def test_the_teacher_states_a_fact_only_when_its_page_was_shown(folder, plans):
     reply = script(folder).reply
     plan = next(p for p in plans if p["shape"] == "chain" and len(p["branches"][0]) == 2)
     (name, relation, value, statement), (_, second, answer, _) = plan["branches"][0]
-    messages = chat(plan["question"])
+    messages = prompt(plan["question"])
     first = reply(messages)
     assert first.endswith(f'print(web_search("{relation} of {name}"))\n```<end_code>')
     messages += [{"role": "assistant", "content": first}]
@@ -217,7 +206,7 @@ def test_the_teacher_states_a_fact_only_when_its_page_was_shown(folder, plans):
 
 def test_an_error_is_repaired_in_the_next_step(folder, plans):
     reply = script(folder, run_error=1.0).reply
-    messages = chat(next(plan for plan in plans if plan["shape"] == "chain")["question"])
+    messages = prompt(next(plan for plan in plans if plan["shape"] == "chain")["question"])
     first = reply(messages)
     assert "show(web_search(" in first
     error = PROMPTS.fill("error", stdout="", error="NameError: name 'show' is not defined")
@@ -230,14 +219,13 @@ def test_an_error_is_repaired_in_the_next_step(folder, plans):
 
 @pytest.fixture(scope="module")
 def url(folder):
-    server = teacher.open_server(teacher.Config(world=str(folder), **FLAWLESS | {"wrong_plan": 0.5}))
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}/v1"
-    server.shutdown()
+    config = teacher.Config(world=str(folder), **FLAWLESS | {"wrong_plan": 0.5})
+    with background(teacher.open_server(config)) as address:
+        yield f"{address}/v1"
 
 
 def ask(url, question, **body):
-    body = {"model": teacher.MODEL, "messages": chat(question), **body}
+    body = {"model": teacher.MODEL, "messages": prompt(question), **body}
     return requests.post(f"{url}/chat/completions", json=body, timeout=10)
 
 
@@ -259,7 +247,7 @@ def test_the_server_speaks_chat_completions(url, plans):
 def test_the_server_continues_a_message_and_writes_only_the_continuation(url, plans):
     plan = next(plan for plan in plans if plan["shape"] == "math")
     for need, code in (("need", "code"), ("wrong", "wrong_code")):  # whichever plan the opening states is followed
-        opened = [*chat(plan["question"]), {"role": "assistant", "content": f"Thought: I need {plan[need]}."}]
+        opened = [*prompt(plan["question"]), {"role": "assistant", "content": f"Thought: I need {plan[need]}."}]
         fields = {"messages": opened, "temperature": 0, "continue_final_message": True}
         answer = ask(url, "", **fields, add_generation_prompt=False).json()
         assert answer["choices"][0]["message"]["content"] == f"\nCode:\n```py\n{plan[code]}\n```<end_code>"

@@ -12,7 +12,6 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -20,10 +19,10 @@ import pytest
 from agent_distill import Prompts
 from common import InputError, load_tasks
 from common.report import TASKS
+from conftest import ROOT, chat
 from miniature import world
 from paper import data, rehearse
-
-ROOT = Path(__file__).parent.parent
+from servers import background
 
 
 @contextlib.contextmanager
@@ -39,10 +38,10 @@ def file_server(files, folder):
     for path, content in files.items():
         (folder / path[1:]).parent.mkdir(parents=True, exist_ok=True)
         (folder / path[1:]).write_bytes(content)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+    with background(
+        http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder))
+    ) as url:
+        yield url
 
 
 def repository(name, commit, files, kind="models"):
@@ -168,9 +167,7 @@ END = {"prediction": "Oslo", "stop": "final_answer", "correct": False, "tools": 
 
 
 def collected_row(method):
-    roles = ["system", *("user", "assistant") * 2]
-    messages = [{"role": role, "content": text} for role, text in zip(roles, CHATS[method], strict=False)]
-    return TASK | END | {"method": method, "messages": messages, "steps": [{"error_kind": None}]}
+    return TASK | END | {"method": method, "messages": chat(*CHATS[method]), "steps": [{"error_kind": None}]}
 
 
 @pytest.mark.parametrize("method", ["cot", "agent"])

@@ -9,6 +9,7 @@ import xml.etree.ElementTree
 import numpy as np
 import pytest
 
+import evaluate
 from common import InputError, pictures, report, write_json, write_jsonl
 
 HOSTILE = "</script><script>document.title = 'broken'</script><b>&amp;\x07"
@@ -60,6 +61,10 @@ def test_bad_folders_and_rows_are_one_line(tmp_path):
             write_jsonl(path, [row, bad])
             with pytest.raises(InputError, match=f"transcripts.0.jsonl:2: the field '{field}' is"):
                 report.markdown(tmp_path)
+    for field in ("answer", "prediction"):
+        write_jsonl(path, [row, {name: row[name] for name in row if name != field}])
+        with pytest.raises(InputError, match=f"transcripts.0.jsonl:2: the field '{field}' is"):
+            evaluate.regrade(evaluate.RegradeConfig(folder=str(tmp_path / "a")))
     write_jsonl(path, [row])
     write_jsonl(tmp_path / "starting" / "transcripts.0.jsonl", [])  # run.json is not written yet
     assert "CoT" not in report.markdown(tmp_path)
@@ -87,17 +92,6 @@ def test_wilson_ends_lie_1_96_standard_errors_from_the_estimate(right, n):
     assert low < high and 0 <= low <= right / n <= high <= 1
     for end in {low, high} - {0.0, 1.0}:
         assert abs(right / n - end) == pytest.approx(1.959964 * np.sqrt(end * (1 - end) / n))
-
-
-def test_two_runs_are_compared_on_the_questions_that_both_answered():
-    greedy = {("musique", str(i)): right for i, right in enumerate([1, 1, 0, 0, 0, 0, 0])} | {("aime", "0"): 1}
-    voted = {("musique", str(i)): right for i, right in enumerate([1, 0, 1, 1, 1, 1])} | {("math", "0"): 1}
-    head, _, *rows = report.paired_table(greedy, voted, ("greedy", "sc8")).splitlines()
-    # Of six pairs, one only the first got right and four only the second: p = 2 (1 + 5) / 2^5.
-    assert rows == [f"| {task} | 6 | 33.3 | 83.3 | +50.0 | 1 | 4 | 0.38 |" for task in ("musique", "all")]
-    assert head == "| task | n | greedy | sc8 | gain | only greedy | only sc8 | p (McNemar) |"
-    with pytest.raises(InputError, match="no question in common"):
-        report.paired_table(greedy, {("math", "0"): 1}, ("greedy", "sc8"))
 
 
 def test_rows_stand_in_the_order_of_the_papers_table(tmp_path):

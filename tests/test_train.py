@@ -7,31 +7,32 @@ import json
 import math
 import os
 import random
-import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import (
-    AutoModelForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    Qwen3_5ForCausalLM,
-    Qwen3_5TextConfig,
-    get_scheduler,
-)
+from transformers import AutoModelForCausalLM, get_scheduler
 
 import train
+from allocator import Allocator
 from common import InputError, models
-from conftest import CHATML, conversation, make_model, write_jsonl
+from conftest import (
+    CHATML,
+    LONGROPE,
+    ROOT,
+    chat,
+    conversation,
+    kill_when,
+    make_model,
+    read_rows,
+    trained_runs,
+    write_jsonl,
+)
+from servers import free_port
 
-ROOT = Path(train.__file__).parent
 CPU = torch.device("cpu")
 # Trims the content and prints a date, as Llama 3's does.
 LLAMA = (
@@ -113,13 +114,7 @@ def difference(a, b):
 
 
 def test_exactly_the_assistants_tokens_and_its_end_of_turn_are_trained(tiny_tokenizer):
-    messages = [
-        {"role": "system", "content": "ab"},
-        {"role": "user", "content": "cd"},
-        {"role": "assistant", "content": "Thought: ef"},
-        {"role": "user", "content": "Observation:\ngh"},
-        {"role": "assistant", "content": "ij"},
-    ]
+    messages = chat("ab", "cd", "Thought: ef", "Observation:\ngh", "ij")
     [(ids, weights)] = train.encode(tiny_tokenizer, messages)
     token = lambda text: tiny_tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
     context = token("<|im_start|>system\nab<|im_end|>\n<|im_start|>user\ncd<|im_end|>\n<|im_start|>assistant\n")
@@ -143,13 +138,7 @@ def test_training_sees_what_inference_sees(tiny_tokenizer, template, monkeypatch
         examples = train.encode(tiny_tokenizer, messages)
         assert len(examples) == (4 if template in ADDS else 1)
         turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-        runs = []
-        for ids, weights in examples:
-            starts = [n for n in range(len(ids)) if weights[n] and not weights[n - 1]]
-            ends = [n for n in range(1, len(ids) + 1) if weights[n - 1] and not (n < len(ids) and weights[n])]
-            runs += [(ids[:start], ids[start:end]) for start, end in zip(starts, ends, strict=True)]
-        assert len(runs) == len(turns)
-        for turn, (prompt, reply) in zip(turns, runs, strict=True):
+        for turn, (prompt, reply) in zip(turns, trained_runs(examples), strict=True):
             assert prompt == tiny_tokenizer.apply_chat_template(
                 messages[:turn], add_generation_prompt=True, return_dict=False, **models.TEMPLATE_OPTIONS
             )
@@ -171,7 +160,7 @@ def test_training_sees_what_inference_sees(tiny_tokenizer, template, monkeypatch
 )
 def test_what_cannot_be_masked_exactly_is_refused(tiny_tokenizer, monkeypatch, template, content, reason):
     monkeypatch.setattr(tiny_tokenizer, "chat_template", template)
-    messages = [{"role": "user", "content": "cd"}, {"role": "assistant", "content": content}] * 2
+    messages = chat("", "cd", content)[1:] * 2
     with pytest.raises(InputError, match=reason):
         train.encode(tiny_tokenizer, messages)
 
@@ -207,10 +196,8 @@ USER, ASSISTANT = {"role": "user", "content": "ab"}, {"role": "assistant", "cont
     "row, reason",
     [
         ("{not json", "not JSON"),
-        ("[1]", "JSON object"),
         ({"text": "ab"}, "expected"),
         ({"messages": "ab"}, "expected"),
-        ({"messages": None}, "expected"),
         ({"messages": [{"role": "user"}]}, "expected"),
         ({"messages": [USER, {"role": "assistant", "content": 3}]}, "expected"),
         ({"messages": [{"role": ["assistant"], "content": "ab"}]}, "expected"),
@@ -250,37 +237,34 @@ def test_what_is_dropped_is_counted(tiny_tokenizer, tmp_path, config, monkeypatc
 
 
 def test_training_json_says_how_the_student_was_trained(tiny_tokenizer, tmp_path, config):
-    rng = random.Random(2)
-    messages = [conversation(rng, 1) for _ in range(2)]
-    for conversation_messages in messages:
-        conversation_messages[0]["content"] = "short words"
-    rows = [{"messages": messages[0], "method": "agent"}, {"messages": messages[1], "method": "agent", "prefix": True}]
+    first, second = (conversation(random.Random(seed), 1)[1:] for seed in (2, 3))
+    system = {"role": "system", "content": "short words"}
+    rows = [
+        {"messages": [system, *messages], "method": "agent", "tools": ["web_search"]} for messages in (first, second)
+    ]
+    rows[0]["prompts_sha256"] = "ab"
+    rows[1] |= {"prompts_sha256": "cd", "prefix": True}
 
     def record(rows, **options):
         path = write_jsonl(tmp_path / "rows.jsonl", rows)
         return train.read_conversations(tiny_tokenizer, config(data=[path], **options))[1]
 
-    rows[0] |= {"tools": ["web_search"], "prompts_sha256": "ab"}
-    rows[1] |= {"tools": ["web_search"], "prompts_sha256": "cd"}
     expected = {"method": "agent", "training": "distill+prefix", "system_prompt": "short words"}
     expected |= {"tools": ["web_search"], "prompts_sha256": None}
     assert record(rows) == expected
     assert record(rows[:1]) == expected | {"training": "distill", "prompts_sha256": "ab"}
     assert record([rows[0], rows[1] | {"method": "cot"}])["method"] is None
-    assert record([rows[0], {"messages": messages[1][1:]}]) == dict.fromkeys(expected) | {"training": "distill"}
+    assert record([rows[0], {"messages": second}]) == dict.fromkeys(expected) | {"training": "distill"}
 
     (tmp_path / "system.txt").write_text("be brief\n")
     options = {"system_prompt": str(tmp_path / "system.txt")}
-    assert record([rows[0], {"messages": messages[1][1:]}], **options)["system_prompt"] == "be brief"
-    conversations, _, _ = train.read_conversations(
-        tiny_tokenizer, config(data=[str(tmp_path / "rows.jsonl")], **options)
-    )
-    for examples in conversations:
-        assert tiny_tokenizer.decode(examples[0].ids).startswith("<|im_start|>system\nbe brief<|im_end|>")
+    assert record([rows[0], {"messages": second}], **options)["system_prompt"] == "be brief"
+    for example in read_examples(config(data=[str(tmp_path / "rows.jsonl")], **options)):
+        assert tiny_tokenizer.decode(example.ids).startswith("<|im_start|>system\nbe brief<|im_end|>")
 
 
 def test_every_conversation_is_planned_once_an_epoch(config):
-    conversations, _, _ = train.read_conversations(models.load_tokenizer(config().model), config())
+    conversations = [[example] for example in read_examples(config())]
     steps = train.plan_steps(conversations, config(epochs=3, batch_size=5))
     assert [len(step) for step in steps] == [5, 5, 5, 5, 4] * 3
     places = {id(examples[0]): n for n, examples in enumerate(conversations)}
@@ -318,96 +302,57 @@ def test_the_loss_in_chunks_has_autograds_gradients(config, monkeypatch, logits)
         assert difference(gradient, torch.cat([g.flatten() for g in wanted])) < 1e-6
 
 
-def test_the_loss_is_transformers_own(config):
-    trainer, examples = make_trainer(config(tuning="full"))
-    reference = AutoModelForCausalLM.from_pretrained(config().model, dtype=torch.float32)
-    total, tokens = 0.0, 0
-    for example in examples[:6]:
-        trained = example.weights > 0
-        labels = torch.where(trained, example.ids, -100)
-        with torch.no_grad():
-            loss = reference(input_ids=example.ids[None], labels=labels[None]).loss
-        total += loss.item() * trained.sum().item()
-        tokens += trained.sum().item()
-    loss, _ = gradients(trainer, examples[:6])
-    assert loss == pytest.approx(total / tokens, abs=1e-5)
+# Gated DeltaNet (Qwen3.5) carries state along a row: examples must not share one.
+RECURRENT = {"layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 8}
+RECURRENT |= {"linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+WINDOW = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}
 
 
-@pytest.mark.parametrize("tuning", ["lora", "full"])
-def test_micro_batches_give_the_gradients_of_one_batch(config, tuning):
-    """How a step is cut changes only the rounding, without dropout."""
-    options = {"tuning": tuning, "micro_tokens": 100000} | ({"dropout": 0.0} if tuning == "lora" else {})
-    trainer, examples = make_trainer(config(**options))
-    loss, whole = gradients(trainer, examples[:8])
-    for micro_tokens in (1, 450):
-        trainer.micro_tokens = micro_tokens
-        other_loss, parts = gradients(trainer, examples[:8])
-        assert other_loss == pytest.approx(loss, rel=1e-6)
-        assert difference(whole, parts) < 1e-6
+def test_the_loss_is_transformers_own(config, tmp_path, tiny_tokenizer):
+    """Examples of several lengths, padded into one batch, have the losses of each one alone."""
+    losses = set()
+    for kind, options in (("Qwen2", {}), ("Qwen2", WINDOW), ("Qwen3_5", RECURRENT)):
+        model = make_model(tmp_path / "model", tiny_tokenizer, kind, **options)
+        trainer = train.Trainer(config(model=model, dropout=0.0), CPU)  # B = 0: the adapter changes nothing yet
+        assert len(models.lora_layers(trainer.model)) > 8
+        examples = max(train.split_step(read_examples(config()), 2048), key=len)
+        assert len(examples) > 3 and len({len(example.ids) for example in examples}) > 1
+        reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        total, tokens = 0.0, 0
+        for example in examples:
+            trained = example.weights > 0
+            labels = torch.where(trained, example.ids, -100)
+            with torch.no_grad():
+                loss = reference(input_ids=example.ids[None], labels=labels[None]).loss
+            total += loss.item() * trained.sum().item()
+            tokens += trained.sum().item()
+        loss, _ = gradients(trainer, examples)
+        assert loss == pytest.approx(total / tokens, rel=1e-5)
+        losses.add(round(loss, 2))
+    assert len(losses) == 3, "the window matters here"
 
 
-def test_dropout_follows_from_the_seed(config):
+def test_dropout_follows_from_the_seed_also_where_activations_are_recomputed(config):
     trainer, examples = make_trainer(config(dropout=0.3))
     first, again, other = (gradients(trainer, examples[:4], seed)[1] for seed in (0, 0, 1))
     assert torch.equal(first, again) and difference(first, other) > 1e-3
-
-
-def test_checkpointing_changes_no_gradient(config):
-    trainer, examples = make_trainer(config(dropout=0.1))
-    other, _ = make_trainer(config(dropout=0.1, checkpointing=True))
-    assert difference(gradients(trainer, examples[:4])[1], gradients(other, examples[:4])[1]) < 1e-6
-    assert other.model.is_activation_checkpointing and not trainer.model.is_activation_checkpointing
+    checkpointed, _ = make_trainer(config(dropout=0.3, checkpointing=True))
+    assert difference(first, gradients(checkpointed, examples[:4])[1]) < 1e-6
+    assert checkpointed.model.is_activation_checkpointing and not trainer.model.is_activation_checkpointing
 
 
 def test_bf16_is_close_to_float32(config):
     for tuning in ("lora", "full"):
         trainer, examples = make_trainer(config(tuning=tuning))
-        loss, exact = gradients(trainer, examples[:8])
+        loss, exact = gradients(trainer, examples[:4])
         trainer, _ = make_trainer(config(tuning=tuning, precision="bf16"))
-        rounded_loss, rounded = gradients(trainer, examples[:8])
+        rounded_loss, rounded = gradients(trainer, examples[:4])
         assert rounded_loss == pytest.approx(loss, rel=2e-2)
         assert rounded.dtype == torch.float32
         assert torch.cosine_similarity(exact, rounded, dim=0) > 0.99
 
 
-# Models that cannot be trained this way, and those that packing would get wrong
-
-
-def small(kind, config_kind, **options):
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 500, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2, "pad_token_id": 0}
-    return kind(config_kind(**sizes | options))
-
-
-def recurrent(folder, tokenizer):
-    layers = {"layer_types": ["linear_attention", "full_attention"], "head_dim": 8}
-    heads = {f"linear_{name}": 8 for name in ("key_head_dim", "value_head_dim")}
-    heads |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
-    small(Qwen3_5ForCausalLM, Qwen3_5TextConfig, **layers, **heads, tie_word_embeddings=True).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-def test_recurrent_models_are_trained_like_each_example_alone(config, tmp_path, tiny_tokenizer):
-    """Gated DeltaNet (Qwen3.5) carries state along a row: examples must not share one."""
-    model = recurrent(tmp_path / "model", tiny_tokenizer)
-    trainer, examples = make_trainer(config(model=model, dropout=0.0))
-    examples = max(train.split_step(examples, 2048), key=len)  # they are padded into one batch
-    assert len(examples) > 3 and len({len(example.ids) for example in examples}) > 1
-    loss, together = gradients(trainer, examples)
-    assert len(models.lora_layers(trainer.model)) > 8
-    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    tokens, total = 0, 0.0
-    with torch.no_grad():
-        for _, layer in models.lora_layers(trainer.model):
-            layer.b.zero_()
-        for example in examples:
-            labels = torch.where(example.weights > 0, example.ids, -100)
-            count = (example.weights > 0).sum().item()
-            total += reference(input_ids=example.ids[None], labels=labels[None]).loss.item() * count
-            tokens += count
-    assert gradients(trainer, examples)[0] == pytest.approx(total / tokens, rel=1e-5)
+# Models that cannot be trained this way, and one whose examples must go alone
 
 
 def leak(model):
@@ -429,38 +374,14 @@ def test_a_model_whose_loss_would_be_wrong_is_refused(config, change):
         models.check_model(model)
 
 
-def test_sliding_windows_are_respected(config, tmp_path, tiny_tokenizer):
-    options = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}
-    model = make_model(tmp_path / "model", tiny_tokenizer, **options)
-    trainer, examples = make_trainer(config(model=model, tuning="full"))
-    example = examples[0]
-    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    labels = torch.where(example.weights > 0, example.ids, -100)
-    expected = reference(input_ids=example.ids[None], labels=labels[None]).loss.item()
-    assert gradients(trainer, [example])[0] == pytest.approx(expected, rel=1e-5)
-    trainer, _ = make_trainer(config(tuning="full"))
-    assert gradients(trainer, [example])[0] != pytest.approx(expected, rel=1e-3)  # the window matters here
-
-
-def long_rope(folder, tokenizer):
-    """A tiny Phi-3 whose position encoding changes where a batch is longer than 100 tokens."""
-    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 100}
-    rope |= {"short_factor": [1.0] * 4, "long_factor": [64.0] * 4, "factor": 8.0}
-    options = {"max_position_embeddings": 512, "rope_parameters": rope, "eos_token_id": 2, "bos_token_id": 1}
-    options["original_max_position_embeddings"] = 100
-    small(Phi3ForCausalLM, Phi3Config, **options).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
 def test_where_a_longer_example_changes_the_positions_each_goes_alone(config, tmp_path, tiny_tokenizer):
     """Phi-4-mini and Phi-3.5 (longrope): the loss of a short example beside a long one is its loss alone."""
     rng = random.Random(0)
     rows = [{"messages": conversation(rng, 1, words=4)}, {"messages": conversation(rng, 3)}]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    model = long_rope(tmp_path / "model", tiny_tokenizer)
+    model = make_model(tmp_path / "model", tiny_tokenizer, "Phi3", **LONGROPE)
     trainer, examples = make_trainer(config(model=model, data=[path], dropout=0.0, micro_tokens=10_000))
-    assert len(examples[0].ids) < 100 < len(examples[1].ids)
+    assert len(examples[0].ids) < 128 < len(examples[1].ids)
     weights = [example.weights.sum().item() for example in examples]
     alone = [gradients(trainer, [example])[0] for example in examples]
     expected = sum(loss * weight for loss, weight in zip(alone, weights, strict=True)) / sum(weights)
@@ -476,18 +397,83 @@ def test_positions_that_depend_on_earlier_examples_are_refused(config, tmp_path,
         train.Trainer(config(model=model), CPU)
 
 
+# Devices, of which there are none here
+
+
+def test_a_gpu_is_named_with_its_number_and_made_current(monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    names = ["auto", "cuda", "cuda:0", "cpu"]
+    assert [str(models.choose_device(name)) for name in names] == ["cuda:1", "cuda:1", "cuda:0", "cpu"]
+    assert [str(device) for device in current] == ["cuda:1", "cuda:1", "cuda:0"]
+    with pytest.raises(InputError, match="--device cuda:7: there are 2 GPUs"):
+        models.choose_device("cuda:7")
+    monkeypatch.delenv("LOCAL_RANK")
+    assert str(models.choose_device()) == "cuda:0"
+
+
+def test_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    assert models.choose_device().type == "cpu"
+    assert not torch.backends.cuda.cudnn_sdp_enabled(), "it plans for each new length, and gave wrong results on B200"
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    with pytest.raises(InputError, match="--device cuda:1: there is no GPU"):
+        models.choose_device("cuda:1")
+
+
+def test_bf16_is_not_emulated(monkeypatch):
+    gpu = torch.device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert not models.uses_bf16("auto", gpu) and models.uses_bf16("bf16", gpu)
+
+
+# Memory: tests/allocator.py counts the bytes of live tensors and raises torch.OutOfMemoryError above a limit
+
+
+@pytest.mark.usefixtures("reference_counting_alone")
+def test_with_less_memory_the_step_is_the_same_and_what_did_not_fit_is_freed(
+    config, tmp_path, tiny_tokenizer, monkeypatch
+):
+    model = make_model(tmp_path / "model", tiny_tokenizer, num_hidden_layers=4, intermediate_size=192)
+    settings = config(model=model, dropout=0.0, micro_tokens=4096)
+    trainer, examples = make_trainer(settings)
+    with Allocator() as unlimited:
+        loss, gradient = gradients(trainer, examples[:12])
+    cuts = []
+    for share in (0.5, 0.12):
+        (trainer, _), alive = make_trainer(settings), []
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alive.append(allocator.now))  # noqa: B023
+        with Allocator(share * unlimited.peak) as allocator:
+            other_loss, other = gradients(trainer, examples[:12])
+        assert other_loss == pytest.approx(loss, rel=1e-6) and difference(gradient, other) < 1e-6
+        assert alive and max(alive) <= trainer.gradient.nbytes + 1024  # the gradient counts as soon as it is zeroed
+        cuts.append((trainer.micro_tokens, trainer.model.is_activation_checkpointing))
+    assert cuts[1][0] <= cuts[0][0] < 4096
+    assert cuts[1][1], "the least memory is enough only if activations are recomputed"
+    with Allocator(100_000), pytest.raises(InputError, match="does not fit into memory; try a lower --max-length"):
+        trainer.accumulate(examples, seed=0)
+
+
 # Adapters
 
 
-def test_lora_starts_as_its_base_and_wraps_all_linear_layers_but_the_head(config):
-    trainer = train.Trainer(config(), CPU)
-    wrapped = [name.rpartition(".")[2] for name, _ in models.lora_layers(trainer.model)]
+@pytest.fixture
+def adapter(config, tmp_path):
+    """The folder of an adapter that is not trained yet."""
+    models.save_lora(train.Trainer(config(), CPU).model, tmp_path / "adapter", config().model)
+    return tmp_path / "adapter"
+
+
+def test_lora_wraps_all_linear_layers_but_the_head(config):
+    model = train.Trainer(config(), CPU).model
+    wrapped = [name.rpartition(".")[2] for name, _ in models.lora_layers(model)]
     assert sorted(wrapped) == sorted(["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"] * 2)
-    trained = {name.rpartition(".")[2] for name, p in trainer.model.named_parameters() if p.requires_grad}
-    assert trained == {"a", "b"}
-    base, _ = models.load_model(config().model)
-    ids = torch.arange(20)[None]
-    torch.testing.assert_close(trainer.model.eval()(ids).logits, base(ids).logits, rtol=0, atol=1e-5)
+    assert {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad} == {"a", "b"}
 
 
 def test_an_adapter_is_saved_loaded_merged_and_continued(config, tmp_path):
@@ -524,25 +510,14 @@ def test_an_adapter_is_saved_loaded_merged_and_continued(config, tmp_path):
     assert torch.equal(rounded.model.layers[0].mlp.up_proj.weight, expected)  # cast once
 
     more = config(model=str(out), out=str(tmp_path / "more"), epochs=1)
-    continued = train.Trainer(more, CPU)
-    assert torch.equal(continued.model.get_submodule("model.layers.0.mlp.up_proj").a, first_weight(out))
+    first = load_file(out / "adapter_model.safetensors")["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"]
+    assert torch.equal(train.Trainer(more, CPU).model.get_submodule("model.layers.0.mlp.up_proj").a, first)
     assert train.fit(more)["loss"] < summary["loss"]
     adapter_config = json.loads((tmp_path / "more" / "adapter_config.json").read_text())
     assert adapter_config["base_model_name_or_path"] == config().model
-    for options, reason in [
-        ({"tuning": "full"}, "is an adapter: train it"),
-        ({"rank": 8}, "give --rank 4 --alpha 8"),
-        ({"alpha": 9}, "give --rank 4 --alpha 8"),
-    ]:
-        with pytest.raises(InputError, match=reason):
-            train.fit(config(model=str(out), out=str(tmp_path / "other"), **options))
-    with pytest.raises(InputError, match="--dropout 0.1: it has no effect"):
-        train.fit(config(tuning="full", dropout=0.1, out=str(tmp_path / "other")))
-
-
-def first_weight(folder):
-    weights = load_file(Path(folder) / "adapter_model.safetensors")
-    return weights["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"]
+    for lost in (str(out), config().model):
+        with pytest.raises(InputError, match="the model in it would be lost"):
+            models.merge_adapter(models.MergeConfig(adapter=str(out), out=lost))
 
 
 def test_an_adapter_finds_its_base_from_any_folder(config, tmp_path, tiny_tokenizer, monkeypatch):
@@ -561,26 +536,23 @@ def test_an_adapter_finds_its_base_from_any_folder(config, tmp_path, tiny_tokeni
         models.load_model(tmp_path / "adapter")
 
 
-OTHER_ADAPTERS = [{"peft_type": "LOHA"}, {"alpha_pattern": {"q_proj": 3}}, {"lora_alpha": None}, {"r": None}]
-
-
-@pytest.mark.parametrize("change", OTHER_ADAPTERS)
-def test_an_adapter_of_another_kind_is_refused(config, tmp_path, change):
-    trainer = train.Trainer(config(), CPU)
-    models.save_lora(trainer.model, tmp_path / "adapter", config().model)
-    path = tmp_path / "adapter" / "adapter_config.json"
+@pytest.mark.parametrize(
+    "change, base, reason",
+    [
+        ({"peft_type": "LOHA"}, {}, "only plain LoRA"),
+        ({"alpha_pattern": {"q_proj": 3}}, {}, "only plain LoRA"),
+        ({"lora_alpha": None}, {}, "only plain LoRA"),
+        ({"r": None}, {}, "only plain LoRA"),
+        ({}, {"hidden_size": 64}, "does not fit"),
+        ({}, {"num_hidden_layers": 1}, "does not fit"),
+    ],
+)
+def test_an_adapter_of_another_kind_or_model_is_refused(adapter, tmp_path, tiny_tokenizer, change, base, reason):
+    change = change or {"base_model_name_or_path": make_model(tmp_path / "base", tiny_tokenizer, **base)}
+    path = adapter / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(InputError, match="only plain LoRA"):
-        models.load_model(tmp_path / "adapter")
-
-
-def test_another_models_adapter_is_refused(config, tmp_path, tiny_tokenizer):
-    trainer = train.Trainer(config(), CPU)
-    for name, options in {"wide": {"hidden_size": 64}, "low": {"num_hidden_layers": 1}}.items():
-        base = make_model(tmp_path / name, tiny_tokenizer, **options)
-        models.save_lora(trainer.model, tmp_path / "adapter", base)
-        with pytest.raises(InputError, match="does not fit"):
-            models.load_model(tmp_path / "adapter")
+    with pytest.raises(InputError, match=reason):
+        models.load_model(adapter)
 
 
 # Whole runs
@@ -591,7 +563,7 @@ def test_it_overfits_one_batch(config, tmp_path, tiny_tokenizer, tuning):
     model = make_model(tmp_path / "wide", tiny_tokenizer, hidden_size=64)  # 32 are too few under a frozen random head
     rng = random.Random(5)
     path = write_jsonl(tmp_path / "few.jsonl", [{"messages": conversation(rng, 2)} for _ in range(4)])
-    options = {"data": [path], "model": model, "tuning": tuning, "batch_size": 4, "epochs": 100, "lr": 1e-2}
+    options = {"data": [path], "model": model, "tuning": tuning, "batch_size": 4, "epochs": 50, "lr": 2e-2}
     options |= {"rank": 32, "alpha": 64, "dropout": 0.0} if tuning == "lora" else {}
     summary = train.fit(config(**options))
     assert summary["loss"] < 0.1
@@ -604,18 +576,15 @@ def test_it_overfits_one_batch(config, tmp_path, tiny_tokenizer, tuning):
 
 
 def test_the_learning_rate_is_that_of_transformers(config):
-    for warmup in (0, 4):
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-4)
-        reference = get_scheduler("linear", optimizer, num_warmup_steps=warmup, num_training_steps=17)
-        for step in range(17):
-            # transformers begins its warm-up with a step of rate 0; here no step is wasted.
-            if step >= warmup:
-                rate = train.learning_rate(step, 17, config(warmup_steps=warmup, lr=2e-4))
-                assert rate == pytest.approx(reference.get_last_lr()[0], abs=1e-12)
-            optimizer.step()
-            reference.step()
-    warm = [train.learning_rate(step, 17, config(warmup_steps=4, lr=1.0)) for step in range(5)]
-    assert warm == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-4)
+    reference = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=17)
+    for step in range(17):
+        assert train.learning_rate(step, 17, config(lr=2e-4)) == pytest.approx(reference.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        reference.step()
+    # transformers begins its warm-up with a step of rate 0; here no step is wasted.
+    rates = [train.learning_rate(step, 8, config(warmup_steps=4, lr=1.0)) for step in range(8)]
+    assert rates == [0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25]
 
 
 def test_a_finished_folder_is_kept_and_another_configuration_refused(config):
@@ -630,17 +599,27 @@ def test_a_finished_folder_is_kept_and_another_configuration_refused(config):
         train.fit(config(epochs=1, weigh="test_train.half"))
 
 
-def test_a_restart_may_use_less_memory(config):
+def test_a_restart_may_use_less_memory_but_not_other_data(config, tmp_path):
     """After running out of memory the same command is given again with --checkpointing or --micro-tokens."""
-    trainer, examples = make_trainer(config())
-    out = Path(config().out)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.optim.AdamW, "step", mock.Mock(side_effect=[None, KeyboardInterrupt]))
-        with pytest.raises(KeyboardInterrupt):
-            train.fit(config(epochs=1, save_every=1))
-    assert (out / "metrics.jsonl").exists()
-    summary = train.fit(config(epochs=1, save_every=1, checkpointing=True, micro_tokens=100))
+    rows = [{"messages": conversation(random.Random(0), 1)}] * 3
+    options = {"data": [write_jsonl(tmp_path / "data", rows)], "epochs": 1, "batch_size": 1, "save_every": 1}
+    step = torch.optim.AdamW.step
+
+    def interrupt(optimizer):
+        if (Path(config().out) / "checkpoint").exists():
+            raise KeyboardInterrupt
+        step(optimizer)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch.optim.AdamW, "step", interrupt)
+        train.fit(config(**options))
+    write_jsonl(tmp_path / "data", rows[:2])
+    with pytest.raises(InputError, match="state.pt was made with other data"):
+        train.fit(config(**options))
+    write_jsonl(tmp_path / "data", rows)
+    summary = train.fit(config(**options, checkpointing=True, micro_tokens=100))
     assert summary["checkpointing"] and summary["micro_tokens"] == 100
+    assert [row["step"] for row in read_rows(Path(config().out) / "metrics.jsonl")] == [1, 2, 3]
 
 
 def test_an_infinite_gradient_is_not_stored(config):
@@ -652,30 +631,27 @@ def test_an_infinite_gradient_is_not_stored(config):
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="step 1: loss 1.0, gradient norm inf"):
         patch.setattr(train.Trainer, "accumulate", infinite)
-        train.fit(config(save_every=1))
+        train.fit(config(save_every=1, epochs=1))
     assert not (Path(config().out) / "checkpoint").exists()
-    assert math.isfinite(train.fit(config(save_every=1))["loss"])
+    assert math.isfinite(train.fit(config(save_every=1, epochs=1))["loss"])
 
 
-def test_infinite_weights_are_not_stored(config):
-    with pytest.raises(InputError, match="step 1: the weights are no longer finite"):
-        train.fit(config(save_every=1, lr=1e39))
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ({"lr": 1e39, "save_every": 1}, "step 1: the weights are no longer finite"),
+        ({"tuning": "full", "lr": 1e30, "clip": 1e18}, r"step 2: loss \S+, gradient norm"),
+    ],
+)
+def test_a_diverging_run_stops_with_the_step_and_stores_nothing(config, options, reason):
+    with pytest.raises(InputError, match=reason):
+        train.fit(config(**options))
     assert not (Path(config().out) / "checkpoint").exists()
-
-
-def test_no_model_is_overwritten(config, tmp_path):
-    trainer = train.Trainer(config(), CPU)
-    models.save_lora(trainer.model, tmp_path / "adapter", config().model)
-    for out in (str(tmp_path / "adapter"), config().model):
-        with pytest.raises(InputError, match="the model in it would be lost"):
-            models.merge_adapter(models.MergeConfig(adapter=str(tmp_path / "adapter"), out=out))
-        with pytest.raises(InputError, match="the model in it would be lost"):
-            train.fit(config(model=str(tmp_path / "adapter"), out=out))
 
 
 def test_the_loss_of_held_out_rows_is_reported_once_per_epoch(config, data_path):
     summary = train.fit(config(validation=[data_path], epochs=2, dropout=0.2))
-    rows = [json.loads(line) for line in metrics(config().out).splitlines()]
+    rows = read_rows(Path(config().out) / "metrics.jsonl")
     values = {row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row}
     assert list(values) == [summary["steps"] // 2, summary["steps"]]
     model, _ = models.load_model(config().out)
@@ -685,18 +661,9 @@ def test_the_loss_of_held_out_rows_is_reported_once_per_epoch(config, data_path)
     assert values[summary["steps"]] == pytest.approx(total / sum(e.weights.sum().item() for e in examples), rel=1e-5)
 
 
-def test_a_checkpoint_of_other_data_is_refused(config, tmp_path):
-    trainer, examples = make_trainer(config())
-    gradients(trainer, examples[:2])
-    trainer.optimizer.step()
-    trainer.save(Path(config().out) / "checkpoint" / "state.pt", 1, "other")
-    with pytest.raises(InputError, match="other data"):
-        train.fit(config())
-
-
 def command(config, *options):
     arguments = [*config.data, "--model", config.model, "--out", config.out, "--precision", "fp32"]
-    arguments += ["--rank", "4", "--lr", "1e-3", "--batch-size", "2", "--epochs", "3", "--save-every", "2", "--quiet"]
+    arguments += ["--rank", "4", "--lr", "1e-3", "--batch-size", "2", "--epochs", "2", "--save-every", "2", "--quiet"]
     return [str(ROOT / "train.py"), *arguments, *options]
 
 
@@ -706,45 +673,33 @@ def run_here(config, *options):
     assert not stop.value.code
 
 
-def metrics(folder):
-    return (Path(folder) / "metrics.jsonl").read_text()
+def test_killed_and_started_again_it_ends_bit_for_bit_the_same(config, tmp_path):
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    run_here(config(out=str(straight)))
+    rows = killed / "metrics.jsonl"  # of 24 steps
+    kill_when(lambda: rows.exists() and rows.read_bytes().count(b"\n") > 10, *command(config(out=str(killed))))
+    assert not (killed / "summary.json").exists() and (killed / "checkpoint" / "state.pt").exists()
+    run_here(config(out=str(killed)))
+    for name in ("metrics.jsonl", "adapter_model.safetensors", "adapter_config.json"):
+        assert (killed / name).read_bytes() == (straight / name).read_bytes()
+    assert not (killed / "checkpoint").exists()
 
 
-def test_killed_at_random_moments_it_ends_bit_for_bit_the_same(config, tmp_path):
-    straight, killed = config(out=str(tmp_path / "straight")), config(out=str(tmp_path / "killed"))
-    run_here(straight)
-    rng = random.Random(7)
-    for kill in range(2):
-        process = subprocess.Popen([sys.executable, *command(killed)])
-        path, rows = Path(killed.out) / "metrics.jsonl", 0
-        target = 5 + 14 * kill + rng.randint(0, 6)  # of the 36 steps
-        while process.poll() is None and rows < target:
-            rows = path.read_bytes().count(b"\n") if path.exists() else 0
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert not (Path(killed.out) / "summary.json").exists()
-    assert (Path(killed.out) / "checkpoint" / "state.pt").exists()
-    run_here(killed)
-    assert metrics(killed.out) == metrics(straight.out)
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        assert (Path(killed.out) / name).read_bytes() == (Path(straight.out) / name).read_bytes()
-    assert not (Path(killed.out) / "checkpoint").exists()
-
-
-def test_two_processes_train_as_one(config, tmp_path):
-    """With torchrun: the losses and gradient norms of all steps, and the same files. The last step has one example, so
-    one process has none."""
+def test_two_processes_train_as_one(config, tmp_path, monkeypatch):
+    """As torchrun starts them: the losses and gradient norms of all steps, and the same weights. The last step has one
+    example, so one process has none."""
     one, two = config(out=str(tmp_path / "one")), config(out=str(tmp_path / "two"))
     options = ["--epochs", "1", "--batch-size", "23", "--dropout", "0"]
     run_here(one, *options)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
-    subprocess.run([*torchrun, *command(two, *options)], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    rows = [[json.loads(line) for line in metrics(folder.out).splitlines()] for folder in (one, two)]
-    for a, b in zip(*rows, strict=True):
+    for name, value in {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}.items():
+        monkeypatch.setenv(name, str(value))
+    other = os.environ | {"RANK": "1", "LOCAL_RANK": "1"}
+    with subprocess.Popen([sys.executable, *command(two, *options)], env=other) as process:
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        run_here(two, *options)
+    assert process.returncode == 0
+    for a, b in zip(*(read_rows(Path(folder.out) / "metrics.jsonl") for folder in (one, two)), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5) and b["tokens"] == a["tokens"]
         assert b["gradient_norm"] == pytest.approx(a["gradient_norm"], rel=1e-4)
     assert json.loads((Path(two.out) / "summary.json").read_text())["processes"] == 2
@@ -759,7 +714,7 @@ def test_show_prints_trained_tokens_apart_and_counts(config, tiny_tokenizer, cap
     show = train.ShowConfig(data=config().data, model=config().model, example=2)
     train.show(show)
     output = capsys.readouterr().out
-    messages = [json.loads(line) for line in Path(config().data[0]).read_text().splitlines()][1]["messages"]
+    messages = read_rows(config().data[0])[1]["messages"]
     replies = [m["content"] + "<|im_end|>" for m in messages if m["role"] == "assistant"]
     assert [part.split("⟧")[0] for part in output.split("⟦")[1:]] == replies
     _, _, counts = train.read_conversations(tiny_tokenizer, config())
@@ -769,45 +724,25 @@ def test_show_prints_trained_tokens_apart_and_counts(config, tiny_tokenizer, cap
     train.show(show)
     assert [part.split("⟧")[0] for part in capsys.readouterr().out.split("⟦")[1:]] == ["0.5|" + r for r in replies]
 
-    tokenizer = models.load_tokenizer(config().model)
-    tokenizer.chat_template = STRIPS
-    model = make_model(tmp_path / "strips", tokenizer)
-    train.show(train.ShowConfig(data=config().data, model=model, example=2))
-    output = capsys.readouterr().out
-    assert "rewrites earlier turns" in output
-    assert [part.split("⟧")[0] for part in output.split("⟦")[1:]] == replies
-
 
 @pytest.mark.parametrize(
-    "arguments, reason",
+    "options, reason",
     [
-        (["missing.jsonl", "--model", "MODEL"], "No such file or directory: 'missing.jsonl'"),
-        (["DATA", "--model", "no/such/model/here"], "model no/such/model/here"),
-        (["DATA", "--model", "MODEL", "--system-prompt", "missing.txt"], "No such file or directory: 'missing.txt'"),
-        (["DATA", "--model", "MODEL", "--lrr", "1"], "--lrr"),
-        (["DATA", "--model", "MODEL", "--tuning", "prefix"], "prefix"),
-        (["DATA", "--model", "MODEL", "--batch-size", "0"], "batch-size"),
-        (["DATA", "--model", "MODEL", "--dropout", "1"], "dropout"),
+        ({"data": ["missing.jsonl"]}, "No such file or directory: 'missing.jsonl'"),
+        ({"model": "no/such/model/here"}, "model no/such/model/here"),
+        ({"system_prompt": "missing.txt"}, "No such file or directory: 'missing.txt'"),
+        ({"micro_tokens": 0}, "--micro-tokens 0: must be above 0"),
+        ({"tuning": "full", "dropout": 0.1}, "--dropout 0.1: it has no effect"),
+        ({"model": "adapter", "tuning": "full"}, "is an adapter: train it"),
+        ({"model": "adapter", "rank": 8}, "give --rank 4 --alpha 8"),
+        ({"model": "adapter", "alpha": 9}, "give --rank 4 --alpha 8"),
+        ({"model": "adapter", "out": "adapter"}, "the model in it would be lost"),
+        ({"model": "adapter", "out": "base"}, "the model in it would be lost"),
     ],
 )
-def test_a_wrong_command_gets_one_line_and_status_2(config, tmp_path, capsys, monkeypatch, arguments, reason):
-    monkeypatch.setattr(os, "_exit", lambda status: sys.exit(status))  # the command line ends the process this way
-    names = {"DATA": config().data[0], "MODEL": config().model}
-    arguments = [names.get(argument, argument) for argument in arguments]
-    with pytest.raises(SystemExit) as stop:
-        train.main([*arguments, "--out", str(tmp_path / "out"), "--quiet"])
-    assert stop.value.code == 2
-    message = capsys.readouterr().err
-    assert reason in message and len(message.strip().splitlines()) == 1
-    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
-
-
-def test_fit_checks_its_numbers_without_the_command_line(config):
-    for name in ("rank", "lr", "epochs", "batch_size", "micro_tokens", "clip", "save_every"):
-        with pytest.raises(InputError, match=f"--{name.replace('_', '-')} 0: must be above 0"):
-            train.fit(config(**{name: 0}))
-
-
-def test_a_diverging_run_stops_with_the_step(config):
-    with pytest.raises(InputError, match=r"step \d+: loss"):
-        train.fit(config(tuning="full", lr=1e30, clip=1e18, epochs=4))
+def test_what_cannot_be_trained_is_refused_in_one_line(config, adapter, monkeypatch, options, reason):
+    (adapter.parent / "base").symlink_to(config().model)
+    monkeypatch.chdir(adapter.parent)
+    with pytest.raises((InputError, OSError), match=f"^[^\n]*{reason}[^\n]*$"):
+        train.fit(config(**options))
+    assert not (adapter.parent / "out" / "metrics.jsonl").exists()

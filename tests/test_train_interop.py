@@ -3,7 +3,6 @@
 python -m pytest tests/test_train_interop.py        # where trl and peft are installed (requirements-dev.txt)
 """
 
-import json
 import random
 from pathlib import Path
 
@@ -15,12 +14,12 @@ peft = pytest.importorskip("peft")
 
 from datasets import Dataset  # noqa: E402
 from torch.utils.data import SequentialSampler  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
 from trl import SFTConfig, SFTTrainer  # noqa: E402
 
 import train  # noqa: E402
 from common import models  # noqa: E402
-from conftest import conversation, make_model, make_tokenizer, write_jsonl  # noqa: E402
+from conftest import conversation, make_model, make_tokenizer, read_rows, trained_runs, write_jsonl  # noqa: E402
 
 # ChatML with trl's markers around the content and the end-of-turn token. (trl's own Qwen2.5 template also trains the
 # newlines on both sides, of which the first belongs to the header and the second is never generated.)
@@ -55,8 +54,8 @@ def setting(tmp_path_factory):
     rng = random.Random(0)
     conversations = [conversation(rng, rng.randint(1, 4)) for _ in range(STEPS * BATCH)]
     data = write_jsonl(folder / "data.jsonl", [{"messages": messages} for messages in conversations])
-    options = {"data": [data], "model": model, "batch_size": BATCH, "epochs": 1, "dropout": 0.0, "rank": 8, "alpha": 16}
-    return conversations, options | {"lr": 1e-3, "precision": "fp32", "quiet": True}
+    options = {"data": [data], "model": model, "batch_size": BATCH, "epochs": 1, "lr": 1e-3, "precision": "fp32"}
+    return conversations, options | {"quiet": True}
 
 
 def trl_trainer(model, tokenizer, conversations, folder, lr):
@@ -86,24 +85,10 @@ def compare_losses(model, conversations, options, folder):
     ordered = [messages for step in steps for messages in step]
     trainer = trl_trainer(model, tokenizer, ordered, folder / "trl", options["lr"])
     trainer.train()
-    ours = [json.loads(line)["loss"] for line in (folder / "ours" / "metrics.jsonl").read_text().splitlines()]
+    ours = [row["loss"] for row in read_rows(folder / "ours" / "metrics.jsonl")]
     assert len(ours) == len(trainer.losses) == STEPS
     assert ours[0] - ours[-1] > 0.1  # the model does learn
     assert max(abs(a - b) for a, b in zip(ours, trainer.losses, strict=True)) < 1e-4
-
-
-def test_token_ids_and_mask_are_those_trl_trains(setting, tmp_path):
-    conversations, options = setting
-    tokenizer = AutoTokenizer.from_pretrained(options["model"])
-    model = AutoModelForCausalLM.from_pretrained(options["model"])
-    trainer = trl_trainer(model, tokenizer, conversations, tmp_path / "trl", 1e-3)
-    rows = list(trainer.train_dataset)
-    assert len(rows) == len(conversations)
-    for row, messages in zip(rows, conversations, strict=True):
-        [(ids, weights)] = train.encode(tokenizer, messages)
-        assert ids == row["input_ids"]
-        labels = trainer.data_collator([row])["labels"][0].tolist()
-        assert [id if weight else -100 for id, weight in zip(ids, weights, strict=True)] == labels
 
 
 TEMPLATES = {  # trl's copies of published templates, and whether they rewrite earlier turns
@@ -122,27 +107,21 @@ def test_published_templates_are_trained_as_the_model_is_prompted(name, thinking
     special = ["<|assistant|>", "<|start_header_id|>", "<|end_header_id|>", "<|end|>", "<|im_start|>", "<|eot_id|>"]
     tokenizer.add_special_tokens({"additional_special_tokens": special})
     options = {"date_string": "26 Jul 2024"} | ({} if thinking is None else {"enable_thinking": thinking})
-    monkeypatch.setattr(train, "TEMPLATE_OPTIONS", options)
+    monkeypatch.setattr(models, "TEMPLATE_OPTIONS", options)
     messages = conversation(random.Random(0), 3)
     examples = train.encode(tokenizer, messages)
     if not TEMPLATES[name]:
         assert len(examples) == 1
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    trained = []
-    for ids, weights in examples:
-        starts = [n for n in range(1, len(ids)) if weights[n] and not weights[n - 1]]
-        trained += [(ids, weights, start) for start in starts]
-    assert len(trained) == len(turns)
-    for i, (ids, weights, start) in zip(turns, trained, strict=True):
+    for i, (before, ids) in zip(turns, trained_runs(examples), strict=True):
         prompt = tokenizer.apply_chat_template(messages[:i], add_generation_prompt=True, tokenize=False, **options)
-        end = next(n for n in range(start, len(ids) + 1) if n == len(ids) or not weights[n])
-        assert ids[:start] == tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        reply = tokenizer.decode(ids[start:end])
+        assert before == tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        reply = tokenizer.decode(ids)
         whole = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False, **options)
         assert whole.startswith(prompt + reply)  # what the template makes of this turn, up to its end
-        assert tokenizer.convert_ids_to_tokens(ids[end - 1]) in ("<|im_end|>", "<|eot_id|>", "<|end|>")
-        content = messages[i]["content"]
-        thought = reply.removesuffix(tokenizer.convert_ids_to_tokens(ids[end - 1])).rstrip().removesuffix(content)
+        end = tokenizer.convert_ids_to_tokens(ids[-1])
+        assert end in ("<|im_end|>", "<|eot_id|>", "<|end|>")
+        thought = reply.removesuffix(end).rstrip().removesuffix(messages[i]["content"])
         assert thought.replace("<think>", "").replace("</think>", "").strip() == ""
 
 
@@ -154,6 +133,7 @@ def test_full_fine_tuning_has_trls_losses(setting, tmp_path):
 
 def test_lora_has_trls_losses_and_peft_loads_the_result(setting, tmp_path):
     conversations, options = setting
+    options = options | {"dropout": 0.0, "rank": 8, "alpha": 16}
     trainer = train.Trainer(train.Config(out="", **options), torch.device("cpu"))
     models.save_lora(trainer.model, tmp_path / "start", trainer.base)  # both begin with the same adapter
     model = AutoModelForCausalLM.from_pretrained(trainer.base, dtype=torch.float32)
