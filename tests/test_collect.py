@@ -67,7 +67,8 @@ def teach(teacher, body):
 
 
 def config_of(folder, url, out, **more):
-    options = {"search": str(folder / "index"), "top_k": 2, "concurrency": 8, "quiet": True}
+    options = {"concurrency": 8, "quiet": True}
+    options |= {"search": str(folder / "index"), "top_k": 2} if more.get("method") != "cot" else {}
     options["tasks"] = [str(folder / "world" / "train.jsonl")]
     return agent_distill.CollectConfig(url=url, out=str(out), **options | more)
 

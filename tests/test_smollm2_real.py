@@ -55,7 +55,8 @@ class Lesson:
 
     def collect(self, url, out, tasks, **options):
         """The trajectories of the model at url, which are also written to out.jsonl."""
-        options = {"search": str(self.folder / "index"), "prompts": str(self.prompts), "concurrency": 2} | options
+        options = {"prompts": str(self.prompts), "concurrency": 2} | options
+        options |= {"search": str(self.folder / "index")} if options.get("method") != "cot" else {}
         options |= {"out": str(self.folder / f"{out}.jsonl"), "max_tokens": MAX_TOKENS, "quiet": True}
         agent_distill.collect(agent_distill.CollectConfig(tasks=tasks, url=url, **options))
         return self.rows(out)
