@@ -29,7 +29,7 @@ from typing import Literal
 import common
 import retriever
 from common import REQUIRED, InputError, Prompts, grading, option, stable_seed
-from common.client import BadRequest, Client, Served, in_parallel
+from common.client import BEGIN_THINKING, END_THINKING, BadRequest, Client, Served, in_parallel
 from common.report import FIELDS, GRADED, KEY, table, transcripts
 from sandbox import Observation, Sandbox
 
@@ -113,12 +113,12 @@ class Action:
 
 
 _THINKING = re.compile(
-    r"\s*+(?:<think(?:ing)?>(.*?)(?:</think(?:ing)?>|\Z)|((?:(?!<think).)*?)</think(?:ing)?>)\s*", re.S
+    rf"\s*+(?:{BEGIN_THINKING}(.*?)(?:{END_THINKING}|\Z)|((?:(?!{BEGIN_THINKING}).)*?){END_THINKING})\s*", re.S | re.I
 )
 
 
 def split_thinking(text):
-    """Returns (thinking, the rest) of a reply that begins with <think>...</think> or <thinking>...</thinking>.
+    """Returns (thinking, the rest) of a reply that begins with <think>...</think>, or what other models write for it.
 
     Some templates open the tag in the prompt, so it may be missing. A tag that never closes leaves an empty rest.
     """
@@ -146,7 +146,7 @@ _FENCE = re.compile(
 )
 _UNFENCED = re.compile(rf"{_LABEL}(?:\s*<code>)?|<code>", re.M | re.I)
 _UNFENCED_END = re.compile(r"</code>|^[ \t]*```|```[ \t]*$|^Observation:", re.M)
-_OBSERVATION = re.compile(r"^Observation:", re.M)
+_OBSERVATION = re.compile(r"^[ \t#*>]*+(?:Observation(?::|[ \t]*$)|Execution logs:)", re.M)
 _STOP_BEGUN = re.compile(r"((?<=```)<\w*|<end_\w*|\nObserv\w*)\Z")  # a reply that ended inside a stop string
 _THOUGHT = re.compile(r"^\s*Thought:[ \t]*")
 

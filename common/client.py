@@ -55,6 +55,7 @@ class Connection:
         self.key = os.environ.get(api_key_env, "")
         self.no_key = "" if self.key else f" (${api_key_env} is not set)"
         self.reached = False  # whether the server has ever answered
+        self.answered = False  # whether it has answered a POST with what was asked
         if not re.match(r"https?://[^/@]+(/|$)", url):
             raise InputError(f"--url {url.split('@')[-1]}: an address such as http://127.0.0.1:8000/v1 was expected")
         if not re.fullmatch("[!-~]*", self.key):
@@ -84,9 +85,11 @@ class Connection:
                 self.reached, status = True, response.status_code
                 text = response.content.decode("utf-8-sig", "replace")
                 words = self._shown(response.headers.get("Location") or text)
+                status = _status_inside(text) or status
                 if 200 <= status < 300:
+                    self.answered = self.answered or body is not None
                     return read(json.loads(text)), attempt
-                if status in (400, 413, 422):
+                if status in (400, 413, 422) or (status in (403, 451) and self.answered):  # moderation
                     raise BadRequest(f"{status}: {words}")
                 if status < 500 and status not in (408, 409, 425, 429):
                     raise InputError(f"{url} answered {status}{self.no_key * (status in (401, 403))}: {words}")
@@ -107,6 +110,13 @@ class Connection:
     def _shown(self, words):
         """Returns the beginning of what a server said, in one line, without the key, which some servers repeat."""
         return " ".join((words.replace(self.key, "[key]") if self.key else words).split())[:300]
+
+
+def _status_inside(text):
+    """Returns the HTTP status of an error that a gateway such as OpenRouter reports in an answer of status 200."""
+    with contextlib.suppress(ValueError, TypeError, LookupError):
+        code = json.loads(text)["error"]["code"]
+        return code if 400 <= code < 600 else None
 
 
 def _retry_after(response):
@@ -194,11 +204,15 @@ def _read_choices(answer):
     """Returns ([(text, finish reason)], token counts). Raises one of UNREADABLE if fields are missing."""
     choices, usage = [], answer.get("usage") or {}
     for choice in answer["choices"]:
-        if choice.get("finish_reason") == "error":  # a gateway reports that the server behind it failed
+        why = choice.get("finish_reason")
+        if why == "error" or choice.get("error"):  # a gateway reports that the server behind it failed
             raise ValueError
-        text = _plain(choice["text"]) if "text" in choice else _reply(choice["message"])
+        if choice.get("text"):
+            text = _plain(choice["text"])
+        else:  # a content filter may leave out the message
+            text = _reply(choice.get("message") or {} if why or "text" in choice else choice["message"])
         text = text.encode("utf-8", "replace").decode()  # half of a surrogate pair cannot be written to a file
-        choices.append((text, choice.get("finish_reason")))
+        choices.append((text, why))
     if not choices:
         raise LookupError
     return choices, {name: int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")}
@@ -221,13 +235,21 @@ def _plain(content):
     return (content or "") + ""  # a TypeError for anything else
 
 
+# Around the thinking: <think>, <thought> (Gemini), [THINK] (Magistral), ◁think▷ (Kimi), channels (gpt-oss)
+_NAMES = "(?:seed:)?(?:think(?:ing)?|thought|reasoning)"
+BEGIN_THINKING = rf"(?:<{_NAMES}>|\[THINK\]|◁think▷|<\|channel\|>analysis<\|message\|>)"
+_FINAL_CHANNEL = r"(?:<\|end\|>)?(?:<\|start\|>assistant)?<\|channel\|>final<\|message\|>"
+END_THINKING = rf"(?:</{_NAMES}>|\[/THINK\]|◁/think▷|{_FINAL_CHANNEL})"
+
+
 def _is_unfinished_thinking(text):
-    return text.lstrip().startswith(("<think>", "<thinking>")) and "</think" not in text
+    return bool(re.match(rf"\s*{BEGIN_THINKING}", text, re.I)) and not re.search(END_THINKING, text, re.I)
 
 
 def cut_at_stop(text, stop):
     """Returns the text before the first stop string after the thinking. Some servers keep it, or ignore `stop`."""
-    begin = len(text) if _is_unfinished_thinking(text) else text.find("</think") + 1
+    thought = re.search(END_THINKING, text, re.I)
+    begin = len(text) if _is_unfinished_thinking(text) else thought.end() if thought else 0
     ends = [text.find(string, begin) for string in stop]
     return text[: min((end for end in ends if end >= 0), default=len(text))]
 
@@ -387,7 +409,7 @@ class Judge:
 
 def read_verdict(reply):
     """Returns the verdict in a reply's JSON, or of a one-word reply; None if there is none, or two different ones."""
-    text = "" if _is_unfinished_thinking(reply) else re.split("</think(?:ing)?>", reply)[-1].lower()
+    text = "" if _is_unfinished_thinking(reply) else re.split(END_THINKING, reply, flags=re.I)[-1].lower()
     verdicts = set(re.findall(r"""["']verdict["']\s*:\s*["'](correct|incorrect)["']""", text))
     if word := re.fullmatch(r"[^\w\[]*(?:verdict[^\w\[]+)?(correct|incorrect)[^\w\[]*", text):
         verdicts.add(word[1])

@@ -17,6 +17,8 @@ import math
 import operator
 import random
 import re
+import string
+import unicodedata
 from decimal import Decimal
 from fractions import Fraction
 
@@ -86,20 +88,22 @@ CALLS = [name for name in [*OPERATIONS, *CONTAINERS] if isinstance(name, str)]
 # ------------- One spelling for each thing
 
 SPELLINGS = {  # our spelling: other spellings; one that ends in a letter matches only at the end of a word
-    **{"*": r"\cdot \times × · ⋅", "/": r"\div ÷", "-": "− –", "^": "**", "^2": "²", "^3": "³", "=": "==", "∈": r"\in"},
+    **{"*": r"\cdot \times × · ⋅", "/": r"\div ÷ ⁄", "-": "− – ‐ ‑", "^": "**", "=": "==", "∈": r"\in"},
     **{"≤": r"\le \leq \leqslant <=", "≥": r"\ge \geq \geqslant >=", "<": r"\lt", ">": r"\gt"},
     **{"≈": r"\approx", "∪": r"\cup", "±": r"\pm", " or ": r"\lor \vee ∨", "|": r"\vert \lvert \rvert \mid"},
     **{r"\infty ": "∞ oo inf infinity Infinity", r"\pi ": "π", r"\sqrt ": "√", r"\frac": r"\dfrac \tfrac \cfrac"},
     **{"$": r"\$", "{": r"\{ \lbrace", "}": r"\} \rbrace", "(": r"\langle ⟨", ")": r"\rangle ⟩"},
     **{"{}": r"\emptyset \varnothing ∅ EmptySet set()", r"\binom": r"\dbinom \tbinom", "\\\\": "\\\\"},
+    **{rf"\{name} ": letter for name, letter in zip(GREEK, "αβγδεθλμφϕωρστ", strict=True)},
     **{" degree ": r"^\circ ^{\circ} ° degrees deg", " percent ": r"\% %"},
     **{r"\text": r"\textbf \textit \textrm \textnormal \mbox \mathrm \mathbf \operatorname"},
     **{" ": r"\left \right \boxed \displaystyle \large \Large \rm \bf \quad \qquad \, \; \: \! ~ \( \) \[ \]"},
 }
 SPELLINGS = {old: new for new, spellings in SPELLINGS.items() for old in spellings.split()} | {"\\ ": " "}
+LETTERS = string.ascii_letters
 SPELLING = re.compile(
     "|".join(
-        r"(?<![a-zA-Z\\])" * old[0].isalpha() + re.escape(old) + "(?![a-zA-Z])" * old[-1].isalpha()
+        r"(?<![a-zA-Z\\])" * (old[0] in LETTERS) + re.escape(old) + "(?![a-zA-Z])" * (old[-1] in LETTERS)
         for old in sorted(SPELLINGS, key=len, reverse=True)
     )
 )
@@ -118,9 +122,12 @@ CLEANING = [  # (pattern, replacement, example, what becomes of it), in this ord
     (r"(?<![\w)\]])(['\"])([^'\"]*)\1", r"\2", "['A', '1/2']", "[A, 1/2]"),
     (r"^Eq\((.*), (.*)\)$", r"\1 = \2", "Eq(y, 2*x)", "y = 2*x"),
     (r"_\s*\{(\w+)\}", r"_\1", "52_{8}", "52_8"),
+    (r"[⁰¹²³⁴-⁹⁻ⁿ]+", lambda found: f"^({plain(found[0])})", "x²³", "x^(23)"),
+    (r"(?<=\d)?[½⅓⅔¼¾⅛]", lambda found: f" {plain(found[0])}", "2½", "2 1/2"),
     (SPELLING, lambda found: SPELLINGS[found[0]], r"2 \times \dfrac12", r"2 * \frac12"),
     (r"^\s*[a-zA-Z]?\s*≈|(?<=.)≈.*", "", "x ≈ 3.46", " 3.46"),
     (rf"\\text\s*\{{\s*({'|'.join([*FUNCTIONS, *MARKS])})\s*\}}", r" \1 ", r"5\text{ percent}", "5 percent "),
+    (r"\\text\s*\{\s*(?:(\\?pi|[ie]))\s*\}", r" \1 ", r"3+4\text{i}", "3+4 i "),
     (r"\\text\s*\{([^{}a-zA-Z]*(?:and|or)?[^{}a-zA-Z]*)\}", r" \1 ", r"\text{5 or 6}", " 5 or 6 "),
     (r"\|([^|]+)\|(?! *[(\[{])", r"abs(\1)", "2|x|", "2abs(x)"),
     (MATRIX, lambda found: rows(found[2]), r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", "[[1,2],[3,4]]"),
@@ -134,9 +141,17 @@ CLEANING = [  # (pattern, replacement, example, what becomes of it), in this ord
 ]
 
 
+def plain(text):
+    """Returns superscripts and fractions of one character as plain text: 2⁻³ is 2-3, ½ is 1/2."""
+    return unicodedata.normalize("NFKC", text).replace("⁄", "/").replace("−", "-")
+
+
 def rows(text):
     """Returns the rows of a LaTeX matrix as a list of lists."""
     return "[" + ",".join(f"[{row.replace('&', ',')}]" for row in text.split("\\\\") if row.strip()) + "]"
+
+
+CLOSING_POINT = re.compile(r"(?<![.\s])\s*\.$")  # but 0.333... is no decimal
 
 
 @functools.lru_cache(1000)
@@ -145,10 +160,10 @@ def clean(text):
 
     A matrix becomes [[a,b],[c,d]], as sympy prints it.
     """
-    text = text.strip().rstrip(" .")
+    text = CLOSING_POINT.sub("", text.strip())
     for pattern, replacement, *_ in CLEANING:
         text = re.sub(pattern, replacement, text).strip()
-    text = text.rstrip(" .")
+    text = CLOSING_POINT.sub("", text)
     if not re.search(r"[(\[]|(?<!\\text)\{", text):  # between brackets, a comma separates two numbers
         text = re.sub(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])", lambda match: match[0].replace(",", ""), text)
     return text
@@ -158,13 +173,15 @@ def clean(text):
 
 UNIT = re.compile(  # at the end of an answer: \text{ cm}^2, square inches, km/h, percent
     rf"""(?x) (?<=[\w)\]}}]) ( (?: \s*\\text\s*\{{[^{{}}]*\}}
-      | \s+(?!{"|".join([*MARKS, *FUNCTIONS])})(?:[a-zA-Z]{{4,}}|cm|mm|km|kg|in|ft|mph|sq|USD|(?i:[ap]\.?m))
+      | \s+(?!(?:{"|".join([*MARKS, *FUNCTIONS])})[a-zA-Z]?\b)  # no function, with its argument or without
+        (?:[a-zA-Z]{{4,}}|cm|mm|km|kg|in|ft|mph|sq|USD|(?i:[ap]\.?m))
         \b\.?(?:/[a-z]+)? )+ (?:\s*\^\s*[({{]?\d[)}}]?)? | \s*(?:percent|degree) )$"""
 )
 NOT_UNITS = re.compile(  # digits, and words that change the value before them: "5 factorial" is not 5 with a unit
     r"(?<!\^)\d|\b(squared|cubed|factorial|mod|modulo|plus|minus|times|over|base|not|more|less|least|most|to|from|if|"
-    r"when|unless|except|above|below|negative|hal(f|ves)|(third|quarter|fifth|tenth|hundredth|thousandth|millionth)s?|"
-    r"dozen|hundred|thousand|million|billion|trillion)\b"
+    r"when|unless|except|above|below|negative|hal(f|ves)|(third|quarter|fourth|fifth|sixth|seventh|eighth|ninth|"
+    r"tenth|twelfth|hundredth|thousandth|millionth|billionth)s?|repeating|recurring|doubled|halved|tripled|minimum|"
+    r"maximum|root|for|th|k|mil|dozen|score|gross|lakhs?|crores?|hundred|thousand|million|billion|trillion)\b"
 )
 UNITS = {"centimeter": "cm", "millimeter": "mm", "kilometer": "km", "meter": "m", "kilogram": "kg", "gram": "g"}
 UNITS |= {"inche": "in", "inch": "in", "feet": "ft", "foot": "ft", "usd": "dollar", "mph": "mile per hour", "h": "hour"}
@@ -178,6 +195,8 @@ def split_unit(text):
     if NOT_UNITS.search(words):
         raise ValueError(f"{words!r} after a value")
     words = re.sub(r"\\text|s\b|[^a-z^\d ]", "", words.replace("metre", "meter"))  # cm^{2} is cm^2, hours are an hour
+    if re.fullmatch(r"\s*[^mghlcf\s]\s*", words):  # 5\mathbf{v}, 5\text{k}
+        raise ValueError(f"{words!r} after a value")
     words = re.sub(r"[a-z]+", lambda match: UNITS.get(match[0], match[0]), words).replace(" ", "")
     words = re.sub(r"^sq(?:uare)?(.*)", r"\1^2", words)
     return text if words in ("", *MARKS) else text[: found.start()], "dollar" * dollars + words

@@ -113,7 +113,7 @@ def fact_text(value):
 # A number's sign, its decimal point and other signs between two digits are not punctuation; the comma of 1,000 is.
 IN_NUMBERS = r"(?<![^\s(])-(?=\$?\.?\d)|(?<!\w)\.(?=\d)|(?<=\d)(?:[^\w\s,]|,(?!\d{3}(?!\d)))(?=\d)"
 PUNCTUATION = re.compile(f"({IN_NUMBERS})|[{re.escape(string.punctuation)}]")
-QUOTES = str.maketrans("‘’´“”–—−", "\u0027\u0027\u0027" + '""---')
+QUOTES = str.maketrans("‘’´ʼ′“”–—−‐‑", 5 * "\u0027" + '""-----')
 
 
 def exact_match(prediction, answers):
@@ -161,13 +161,17 @@ SENTENCE_END = re.compile(
 
 
 def cot_answer(text):
-    r"""Returns the content of the last complete \boxed{...} or \fbox{...} with an answer; else what the last "Final
-    answer: ...", "The answer is ..." or "#### ..." states, up to the end of its sentence; else None."""
+    r"""Returns the content of the last complete \boxed{...} or \fbox{...} with an answer; else of <answer>...</answer>;
+    else what the last "Final answer: ...", "The answer is ..." or "#### ..." states, up to the end of its sentence."""
     boxes = [(in_braces or bare).strip() for in_braces, bare in BOX.findall(text)]
     if boxes := [box for box in boxes if not NO_ANSWER.fullmatch(box)]:
         return boxes[-1]
-    stated = STATED.findall(text)
-    return SENTENCE_END.split(stated[-1])[0].strip(" *`").removesuffix(".").rstrip(" *`") if stated else None
+    if tagged := re.findall(r"<answer>\s*(.+?)\s*</answer>", text, re.DOTALL):
+        return tagged[-1]
+    answer = None
+    while stated := STATED.findall(text):  # "Final Answer: The final answer is 5."
+        answer = text = stated[-1]
+    return answer and SENTENCE_END.split(answer)[0].strip(" *`").removesuffix(".").rstrip(" *`")
 
 
 # ------------- Math: comparison

@@ -66,6 +66,12 @@ SHAPES = {
     "<code> around a fence": "Thought: add.\n<code>\n```py\nx = 1 + 1\nprint(x)\n```\n</code>",
     "thinking": "<think>\nI try\n```py\nfinal_answer(1)\n```\n</think>\n\nadd.\n```py\nx = 1 + 1\nprint(x)\n```",
     "thinking, in full": "<thinking>\n```py\n7\n```\n</thinking>\nadd.\n```py\nx = 1 + 1\nprint(x)\n```",
+    "thinking of Gemini": "<thought>\n```py\n7\n```\n</thought>\nadd.\n```py\nx = 1 + 1\nprint(x)\n```",
+    "thinking of Magistral": "[THINK]```py\n7\n```[/THINK]add.\n```py\nx = 1 + 1\nprint(x)\n```",
+    "thinking of gpt-oss": "<|channel|>analysis<|message|>```py\n7\n```<|end|><|start|>assistant<|channel|>final"
+    "<|message|>add.\n```py\nx = 1 + 1\nprint(x)\n```",
+    "made-up observation in bold": "add.\n```py\nx = 1 + 1\nprint(x)\n```\n**Observation:** 2\n```py\n7\n```",
+    "made-up logs": "add.\n```py\nx = 1 + 1\nprint(x)\n```\nExecution logs:\n2\n```py\n7\n```",
     "thinking opened in the prompt": "try:\n```py\n7\n```\n</think>\nadd.\n```py\nx = 1 + 1\nprint(x)\n```",
 }
 

@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import json
 import threading
 import time
 from types import SimpleNamespace
@@ -125,6 +126,8 @@ REPLIES = {  # name: (answer, text, truncated)
     "null with tool calls": (reply(None, "tool_calls", tool_calls=[{"id": "1"}]), "", 0),
     "null by a filter": (reply(None, "content_filter"), "", 0),
     "no content": ({"choices": [{"message": {"role": "assistant"}}]}, "", 0),
+    "no message, by a filter": ({"choices": [{"finish_reason": "content_filter", "message": None}]}, "", 0),
+    "an empty text beside the message": ({"choices": [{"text": "", **reply("5")["choices"][0]}]}, "5", 0),
     "parts": (reply([{"type": "text", "text": "one "}, {"type": "text", "text": "two"}, "!"]), "one two!", 0),
     "a part that thinks": (
         reply([{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "text", "text": "5"}]),
@@ -146,6 +149,18 @@ def test_replies_that_need_care(name):
     with serve(lambda *request: answer) as (url, seen):
         texts, usage = Client(url).chat(HELLO, stop=STOP)
         assert (texts, usage["truncated"], usage["prompt_tokens"], len(seen)) == ([text], truncated, 0, 1)
+
+
+@pytest.mark.parametrize("status, code, words", [(200, 400, "too long"), (403, 403, "flagged")])
+def test_one_question_that_is_refused_is_no_reason_to_end(status, code, words):
+    """An error inside an answer of status 200 (OpenRouter), and moderation, after the first success."""
+    refusal = "status", status, {}, json.dumps({"error": {"code": code, "message": words}})
+    with serve(lambda path, body, number: completion("fine") if number == 0 else refusal) as (url, seen):
+        client = Client(url)
+        assert client.chat(HELLO)[0] == ["fine"]
+        with pytest.raises(BadRequest, match=f"{code}: .*{words}"):
+            client.chat(HELLO)
+        assert len(seen) == 2
 
 
 @pytest.mark.parametrize("stopped", [reply("<think>say ```"), reply(None, reasoning_content="say ```")])

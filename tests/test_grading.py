@@ -51,8 +51,12 @@ EQUAL = r"""
 x = 2\sqrt{3} \approx 3.46  ==  2\sqrt3  |  2/3  ==  \$\dfrac23 \approx \$0.67
 # degrees, percent, units, ratios, bases
 90 deg  ==  90^\circ  |  pi/2  ==  90^\circ  |  \tan 15^\circ  ==  2-\sqrt3  |  5  ==  5 \text{ cm}
+5 seconds  ==  5\text{ seconds}
 $5$ cm  ==  5\text{ cm}  |  \text{5 cm}  ==  5\text{ centimeters}  |  864 square inches  ==  864 \mbox{ inches}^2
 5 km/h  ==  5 \text{ km/h}  |  8:34 pm  ==  8\!:\!34 \text{ p.m.}  |  3 : 5  ==  3:5  |  4210_5  ==  4210_{5}
+# upright letters, and characters beyond ASCII
+3+4\mathrm{i}  ==  3+4i  |  \mathrm{e}^{2}  ==  e^2  |  2\pi\mathrm{i}  ==  2\pi i  |  10²²  ==  10^{22}  |  2½  ==  5/2
+πr²  ==  \pi r^2  |  2πr  ==  2\pi r  |  10⁻⁵  ==  10^{-5}  |  sin²x  ==  \sin^2 x  |  θ  ==  \theta  |  2‑3i  ==  2-3i
 # delimiters, text
 $5$  ==  5  |  \text{5}  ==  5  |  5 \text{ and } 13  ==  5,13  |  \text{5 and 13}  ==  5, 13
 $x=5$ or $x=6$  ==  5,6  |  C  ==  \text{(C)}  |  east  ==  \text{east}  |  ['A', 'B']  ==  \text{A,B}
@@ -113,7 +117,9 @@ DIFFERENT = r"""
 10%  !=  10  |  45  !=  \frac{\pi}{4}  |  \sin 30  !=  \sin 30^\circ  |  180^\circ  !=  180\pi  |  5 cm  !=  5 \text{ m}
 36 cents  !=  \$36  |  90 degrees  !=  90\text{ radians}  |  8:34 am  !=  8\!:\!34 \text{ p.m.}
 5 km/h  !=  5\text{ km}  |  5 factorial  !=  5  |  5 more than 3  !=  5  |  not 5  !=  5
-5 apples and 3 oranges  !=  5  |  5 \pmod 3  !=  5  |  2 cosx  !=  2
+5 apples and 3 oranges  !=  5  |  2\mathrm{i}  !=  2  |  5\mathbf{v}  !=  5  |  5\text{k}  !=  5  |  2\text{ pi}  !=  2
+3 fourths  !=  3  |  0.3 repeating  !=  0.3  |  5 lakh  !=  5  |  3 doubled  !=  3  |  0.333...  !=  0.333
+10²²  !=  10000  |  5 \pmod 3  !=  5  |  2 cosx  !=  2
 # brackets, order, numbers of items, names
 [1,2]  !=  (1,2)  |  (5,2)  !=  2,5  |  (2,5)  !=  \{2,5\}  |  [2,5]  !=  \{2,5\}  |  (1,2),(3,4)  !=  (1,3),(2,4)
 1)(2  !=  2  |  Matrix([[1, 2]])  !=  \begin{pmatrix}1\\2\end{pmatrix}  |  x = \pm 3  !=  3
@@ -159,6 +165,7 @@ HOSTILE = [
 # ------------- Facts
 
 SAME_FACT = r"""
+Jay‑Z  ==  Jay-Z  |  OʼNeil  ==  O'Neil
 The Beatles!  ==  beatles  |  an  Apple a day  ==  Apple day  |  rock ’n’ roll  ==  Rock 'n' Roll  |  U.S.  ==  US
 1914–18  ==  1914-18  |  1,234,567  ==  1234567  |  (-5)  ==  -5  |  −5  ==  -5  |  3.5.  ==  3.5  |  A  ==  a
 !!!  ==  !!!
@@ -265,7 +272,8 @@ The answer is Mamma Mia! Here We Go Again.  ->  Mamma Mia! Here We Go Again  |  
 So the answer would be 12.  ->  12  |  The answer to the question is 12.  ->  12  |  The answer: 42  ->  42
 Step 3. The final answer: 42  ->  42  |  ### Answer¶12  ->  12  |  #### Final answer¶12  ->  12
 The answer is:¶¶$$¶\frac12¶$$  ->  \frac12  |  The answer is 5. The answer is not 6.  ->  5  |  Final answer:  ->  None
-I know the answer to this question.  ->  None
+I know the answer to this question.  ->  None  |  so <answer> 5 </answer>  ->  5
+Final Answer: The final answer is $5$. I hope it is correct.  ->  $5$  |  ### Final Answer¶¶The answer is 5.  ->  5
 """
 
 
