@@ -505,7 +505,7 @@ def run(config):
             Client(config.judge_url, config.judge_model, config.judge_key_env).probe(temperature=0.0)
         if todo:
             _answer_all(config, (prompts, system, client), todo, len(mine), journal)
-    current = {key[:2]: key for key in map(task_key, tasks)}
+    current = {(task["task"], task["id"]): task for task in tasks}
     with open_judge(config, out, rank) as judge:  # asked at the end, so that the generation does not wait
         for path in report.transcript_files(out):
             if int(path.name.split(".")[1]) % size == rank:  # also files of an earlier run with more processes
@@ -558,11 +558,15 @@ def open_judge(config, folder, rank=0):
 def regrade_file(path, judge, quiet=False, current=None):
     """Grade the rows of a transcript file again. Returns pairs of the old row and the new one.
 
-    current: {(task, id): task_key} of a run. Rows that answer another question than these are dropped, and without a
-    judge, the grades of an earlier judge are kept.
+    current: {(task, id): task} of a run, whose kinds and aliases count. Rows that answer another question than these
+    are dropped, and without a judge, the grades of an earlier judge are kept.
     """
 
+    current = current or {}
+
     def grade(row):
+        task = current.get((row["task"], row["id"]), {})
+        row = row | {name: task[name] for name in ("kind", "aliases") if name in task}
         if current and not judge and str(row.get("why")).startswith("judge"):
             return row
         answer = row["answer"], row.get("aliases") or (), row["question"]
@@ -570,8 +574,8 @@ def regrade_file(path, judge, quiet=False, current=None):
         return row | {"correct": verdict.correct, "why": verdict.why}
 
     with common.Journal(path) as journal, concurrent.futures.ThreadPoolExecutor(8 if judge else 1) as pool:
-        keys = current or {}
         rows = report.transcripts(path, report.GRADED)
+        keys = {task_key(task)[:2]: task_key(task) for task in current.values()}
         old = [row for row in rows if keys.get(task_key(row)[:2]) in (None, task_key(row))]
         new = list(common.progress(pool.map(grade, old), total=len(old), desc="grade", unit="answer", quiet=quiet))
         if new != journal.rows:

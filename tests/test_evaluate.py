@@ -441,9 +441,10 @@ def test_another_question_an_error_and_another_model_are_no_finished_rows(tmp_pa
     def last_word(body):
         return body["messages"][-1]["content"].split()[-1]
 
-    def run(questions, model=None):
+    def run(questions, model=None, kind="math", aliases=()):
         """Returns (exit status, the questions asked)."""
-        rows = [{"id": i, "question": q, "answer": a, "kind": "math"} for i, (q, a) in enumerate(questions)]
+        rows = [{"id": i, "question": q, "answer": a, "kind": kind} for i, (q, a) in enumerate(questions)]
+        rows[0]["aliases"] = aliases
         tasks, asked = write_jsonl(tmp_path / "math.jsonl", rows), len(seen)
         config = {"tasks": [tasks], "url": base, "model": model, "method": "cot", "out": str(tmp_path / "run")}
         status = evaluate.run(evaluate.RunConfig(**config, quiet=True, max_tokens=20))
@@ -459,6 +460,8 @@ def test_another_question_an_error_and_another_model_are_no_finished_rows(tmp_pa
         assert run([("1", "3"), ("4", "4")]) == (0, ["1", "4"])
         rows = [(row["question"], row["correct"]) for row in read_rows(tmp_path / "run" / "transcripts.0.jsonl")]
         assert sorted(rows) == [("1", False), ("4", True)]
+        assert run([("1", "3"), ("4", "4")], kind="fact", aliases=["1"]) == (0, [])
+        assert all(row["correct"] for row in read_rows(tmp_path / "run" / "transcripts.0.jsonl")), "graded as today"
         with pytest.raises(InputError, match="made with model served-name, not another"):
             run([("5", "5")], model="another")
         (tmp_path / "run" / "model.json").write_text("{}")
