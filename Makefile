@@ -27,7 +27,7 @@ PROMPTS ?= prompts
 #   epochs           2            1
 #   batch size       8            2
 #   learning rate    2e-4         2e-3, after 5 steps of warm-up
-#   LoRA             rank 64      rank 16, 1.2 times as fast
+#   LoRA             rank 64      rank 16
 #   dropout          0.05         0
 # And for every student: 2 passages per search (3), and 128 new tokens (1,024). No reply of the teacher has more.
 FAST := --epochs 1 --batch-size 2 --lr 2e-3 --warmup-steps 5 --rank 16 --alpha 32 --dropout 0

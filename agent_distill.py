@@ -145,7 +145,7 @@ _FENCE = re.compile(
     re.M | re.S | re.I | re.X,
 )
 _UNFENCED = re.compile(rf"{_LABEL}(?:\s*<code>)?|<code>", re.M | re.I)
-_UNFENCED_END = re.compile(r"</code>|^[ \t]*```|```[ \t]*$|^Observation:", re.M)
+_UNFENCED_END = re.compile(r"</code>|^[ \t]*```|```[ \t]*$", re.M)
 _OBSERVATION = re.compile(r"^[ \t#*>]*+(?:Observation(?::|[ \t]*$)|Execution logs:)", re.M)
 _STOP_BEGUN = re.compile(r"((?<=```)<\w*|<end_\w*|\nObserv\w*)\Z")  # a reply that ended inside a stop string
 _THOUGHT = re.compile(r"^\s*Thought:[ \t]*")
@@ -277,12 +277,13 @@ def agent_episode(
             actions = [parse_action(text, opening) for text in candidates]  # (r_t, a_t)
             codes = list(dict.fromkeys(action.code for action in actions if action.code is not None))
             observations = observe(sandbox, actions, codes, prompts)  # o_t
-            chosen = choose(actions, alike(observations, same), rng)
+            compared = alike(observations, same)
+            chosen = choose(actions, compared, rng)
             action, observation = actions[chosen], observations[chosen]
             if action.code is not None:
                 sandbox.commit(codes.index(action.code))  # the chosen candidate's state is kept
             messages = [*messages, {"role": "assistant", "content": action.text}]
-            steps.append(_step(actions, observations, chosen, choose, same, prompts))
+            steps.append(_step(actions, observations, chosen, choose, compared, prompts))
             if observation.is_final:
                 return Episode(messages, steps, observation.final_answer, "final_answer")
             messages = [*messages, {"role": "user", "content": steps[-1]["observation"]}]
@@ -296,11 +297,10 @@ def observe(sandbox, actions, codes, prompts):
     return [ran[action.code] for action in actions]
 
 
-def _step(actions, observations, chosen, voted_by, same, prompts):
+def _step(actions, observations, chosen, voted_by, compared, prompts):
     """Returns the step as it is stored: the chosen candidate, and all candidates if there were several."""
-    votes = votes_of(alike(observations, same))
-    if voted_by is not choose:  # another vote is stored as one vote, for the candidate that it chose
-        votes = [0 if i == chosen else None for i in range(len(actions))]
+    # Another vote than `choose` is stored as one vote, for the candidate that it chose.
+    votes = votes_of(compared) if voted_by is choose else [0 if i == chosen else None for i in range(len(actions))]
     candidates = []
     for action, o, vote in zip(actions, observations, votes, strict=True):
         shown = {"stdout": o.stdout.removesuffix("\n"), "error": o.error, "result": o.result}

@@ -561,12 +561,13 @@ def regrade_file(path, judge, quiet=False, current=None):
     current: {(task, id): task} of a run, whose kinds and aliases count. Rows that answer another question than these
     are dropped, and without a judge, the grades of an earlier judge are kept.
     """
-
     current = current or {}
 
+    def task_of(row):
+        return current.get((row["task"], row["id"]), row)
+
     def grade(row):
-        task = current.get((row["task"], row["id"]), {})
-        row = row | {name: task[name] for name in ("kind", "aliases") if name in task}
+        row = row | {name: task_of(row)[name] for name in ("kind", "aliases") if name in task_of(row)}
         if current and not judge and str(row.get("why")).startswith("judge"):
             return row
         answer = row["answer"], row.get("aliases") or (), row["question"]
@@ -575,8 +576,7 @@ def regrade_file(path, judge, quiet=False, current=None):
 
     with common.Journal(path) as journal, concurrent.futures.ThreadPoolExecutor(8 if judge else 1) as pool:
         rows = report.transcripts(path, report.GRADED)
-        keys = {task_key(task)[:2]: task_key(task) for task in current.values()}
-        old = [row for row in rows if keys.get(task_key(row)[:2]) in (None, task_key(row))]
+        old = [row for row in rows if task_key(task_of(row)) == task_key(row)]
         new = list(common.progress(pool.map(grade, old), total=len(old), desc="grade", unit="answer", quiet=quiet))
         if new != journal.rows:
             common.write_jsonl(path, new)  # the lock is held until the file is replaced

@@ -85,10 +85,12 @@ class Connection:
                 self.reached, status = True, response.status_code
                 text = response.content.decode("utf-8-sig", "replace")
                 words = self._shown(response.headers.get("Location") or text)
-                status = _status_inside(text) or status
+                if 200 <= status < 300:
+                    answer = json.loads(text)
+                    status = _status_inside(answer) or status
                 if 200 <= status < 300:
                     self.answered = self.answered or body is not None
-                    return read(json.loads(text)), attempt
+                    return read(answer), attempt
                 if status in (400, 413, 422) or (status in (403, 451) and self.answered):  # moderation
                     raise BadRequest(f"{status}: {words}")
                 if status < 500 and status not in (408, 409, 425, 429):
@@ -112,10 +114,10 @@ class Connection:
         return " ".join((words.replace(self.key, "[key]") if self.key else words).split())[:300]
 
 
-def _status_inside(text):
+def _status_inside(answer):
     """Returns the HTTP status of an error that a gateway such as OpenRouter reports in an answer of status 200."""
-    with contextlib.suppress(ValueError, TypeError, LookupError):
-        code = json.loads(text)["error"]["code"]
+    with contextlib.suppress(TypeError, LookupError):
+        code = answer["error"]["code"]
         return code if 400 <= code < 600 else None
 
 
@@ -221,7 +223,7 @@ def _read_choices(answer):
 def _reply(message):
     """Returns a message's thinking as <think>...</think>, then its text. Without a text, the tag is not closed."""
     text, thinking = _plain(message.get("content")), message.get("reasoning_content") or message.get("reasoning")
-    if isinstance(thinking, str) and not text.lstrip().startswith("<think"):
+    if isinstance(thinking, str) and not _begins_thinking(text):
         text = f"<think>{thinking}</think>{text}" if text else f"<think>{thinking}"
     return text
 
@@ -242,8 +244,12 @@ _FINAL_CHANNEL = r"(?:<\|end\|>)?(?:<\|start\|>assistant)?<\|channel\|>final<\|m
 END_THINKING = rf"(?:</{_NAMES}>|\[/THINK\]|◁/think▷|{_FINAL_CHANNEL})"
 
 
+def _begins_thinking(text):
+    return bool(re.match(rf"\s*{BEGIN_THINKING}", text, re.I))
+
+
 def _is_unfinished_thinking(text):
-    return bool(re.match(rf"\s*{BEGIN_THINKING}", text, re.I)) and not re.search(END_THINKING, text, re.I)
+    return _begins_thinking(text) and not re.search(END_THINKING, text, re.I)
 
 
 def cut_at_stop(text, stop):

@@ -111,6 +111,7 @@ TYPES = "u?int|float|complex|str|bool|Integer|Float|Decimal|mpf|mpc|array|(?:Imm
 TYPES += "|(?:frozen)?set"
 MATRIX = r"\[?\s*\\begin\s*\{([pbB]?matrix|array)\}(?:\s*\{[lcr|]*\})?(.*?)\\end\s*\{\1\}\s*\]?"
 MIXED_NUMBER = r"(?<![\w.^})/*!])(?<![a-z] )(\d+)(?: ?\\frac ?\{?(\d+)\}? ?\{?(\d+)\}?| (\d+)/(\d+))(?!\d)"
+UPRIGHT = "|".join([*FUNCTIONS, *MARKS, r"\\?pi", "i", "e"])  # these are no units in \text{}
 CLEANING = [  # (pattern, replacement, example, what becomes of it), in this order
     (r"^\$+((?:\\\$|[^$])+)\$+$", r"\1", "$5$", "5"),
     # Pandoc's rule: a closing $ follows no space, and no digit follows it
@@ -123,11 +124,10 @@ CLEANING = [  # (pattern, replacement, example, what becomes of it), in this ord
     (r"^Eq\((.*), (.*)\)$", r"\1 = \2", "Eq(y, 2*x)", "y = 2*x"),
     (r"_\s*\{(\w+)\}", r"_\1", "52_{8}", "52_8"),
     (r"[⁰¹²³⁴-⁹⁻ⁿ]+", lambda found: f"^({plain(found[0])})", "x²³", "x^(23)"),
-    (r"(?<=\d)?[½⅓⅔¼¾⅛]", lambda found: f" {plain(found[0])}", "2½", "2 1/2"),
+    (r"[½⅓⅔¼¾⅛]", lambda found: f" {plain(found[0])}", "2½", "2 1/2"),
     (SPELLING, lambda found: SPELLINGS[found[0]], r"2 \times \dfrac12", r"2 * \frac12"),
     (r"^\s*[a-zA-Z]?\s*≈|(?<=.)≈.*", "", "x ≈ 3.46", " 3.46"),
-    (rf"\\text\s*\{{\s*({'|'.join([*FUNCTIONS, *MARKS])})\s*\}}", r" \1 ", r"5\text{ percent}", "5 percent "),
-    (r"\\text\s*\{\s*(?:(\\?pi|[ie]))\s*\}", r" \1 ", r"3+4\text{i}", "3+4 i "),
+    (rf"\\text\s*\{{\s*({UPRIGHT})\s*\}}", r" \1 ", r"3+4\text{i}", "3+4 i "),
     (r"\\text\s*\{([^{}a-zA-Z]*(?:and|or)?[^{}a-zA-Z]*)\}", r" \1 ", r"\text{5 or 6}", " 5 or 6 "),
     (r"\|([^|]+)\|(?! *[(\[{])", r"abs(\1)", "2|x|", "2abs(x)"),
     (MATRIX, lambda found: rows(found[2]), r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", "[[1,2],[3,4]]"),

@@ -92,8 +92,9 @@ def load_model(path, device="cpu", dtype=torch.float32):
     model, _ = load_base(path, dtype)
     if dtype == torch.float32:
         merge_lora(model, dtype)  # prompts are read 1.36 times as fast
-    for _, layer in lora_layers(model):
-        layer.to(dtype)
+    else:
+        for _, layer in lora_layers(model):
+            layer.to(dtype)
     return model.to(device).eval(), load_tokenizer(path)
 
 

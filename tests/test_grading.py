@@ -311,7 +311,7 @@ def test_every_shape_of_gold_answer_equals_its_variants(gold):
 
 
 def test_no_two_gold_answers_are_equal():
-    assert [pair for pair in itertools.combinations(GOLDS, 2) if compare(*pair).correct] == []
+    assert [pair for pair in itertools.permutations(GOLDS, 2) if compare(*pair).correct] == []
 
 
 BASE, PERCENT = ("52", "52_8", "Write 42 in base 8."), ("10%", "10", "What percent of 50 is 5?")
@@ -334,7 +334,7 @@ def random_expression(generator, depth=3):
 
 def test_equality_agrees_with_sympy_on_random_expressions():
     generator = random.Random(0)
-    for _ in range(40):
+    for _ in range(60):
         expression = random_expression(generator)
         gold = sympy.latex(expression)
         for other in (expression, sympy.expand(expression), sympy.together(expression), sympy.factor(expression)):
@@ -382,7 +382,7 @@ def test_random_damage_to_an_answer_never_raises():
         r"\frac { } ( ) [ ] \sqrt ^ _ ! 9 x - / , | \pm \cup = < % $ \text{a} \begin{pmatrix} & \\ sin \ . 1e9 \circ :"
     )
     pieces = [*pieces.split(" "), " "]
-    for _ in range(1500):
+    for _ in range(3000):
         text = list(generator.choice(GOLDS))
         for _ in range(generator.randint(1, 6)):
             text.insert(generator.randint(0, len(text)), generator.choice(pieces))
