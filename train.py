@@ -87,6 +87,11 @@ class Example:
     weights: torch.Tensor  # (tokens,) float32: the token's weight in the loss, 0 for context
 
 
+def example_of(ids, weights):
+    weights[0] = 0.0  # nothing comes before the first token from which it could be predicted
+    return Example(torch.tensor(ids), torch.tensor(weights, dtype=torch.float32))
+
+
 def turn_weight(text, turn, row):
     """The default weight of an assistant's tokens in the loss. --weigh MODULE.FUNCTION names another function.
 
@@ -99,7 +104,7 @@ def turn_weight(text, turn, row):
 
 
 def encode(tokenizer, messages, weigh=turn_weight, row=None):
-    """Returns the examples of a conversation: [(ids, weights)], lists of equal length; weights are 0 for context.
+    """Returns the examples of a conversation, a list of Example.
 
     Trained are the tokens that the student has to produce at inference: what follows the prompt of a turn (the messages
     before it, rendered with the header of the reply), up to and including the end-of-turn token, without which it would
@@ -115,16 +120,14 @@ def encode(tokenizer, messages, weigh=turn_weight, row=None):
     ids, places = tokenize(tokenizer, text)
     whole = all(text.startswith(reply.text[: reply.end]) for reply in replies)
     if whole and all(ids[: len(prompt)] == prompt for prompt in prompts):
-        weights = [0.0] * len(ids)
-        for reply, its_parts in zip(replies, parts, strict=True):
-            weights = [weight_at(place, reply, its_parts) or w for place, w in zip(places, weights, strict=True)]
-        return [(ids, weights)]
+        weights = [sum(weight_at(place, *pair) for pair in zip(replies, parts, strict=True)) for place in places]
+        return [example_of(ids, weights)]
     examples = []
     for reply, its_parts, prompt in zip(replies, parts, prompts, strict=True):
         # The student reads the prompt as it is tokenized alone, and continues with tokens of its own.
         ids, places = tokenize(tokenizer, reply.text, len(reply.prompt))
         weights = [weight_at(place, reply, its_parts) for place in places]
-        examples.append((prompt + ids, [0.0] * len(prompt) + weights))
+        examples.append(example_of(prompt + ids, [0.0] * len(prompt) + weights))
     return examples
 
 
@@ -191,12 +194,13 @@ def read_conversations(tokenizer, config, weigh=turn_weight, quiet=True):
                 values.add(json.dumps(row.get(name)))
             counts["split_into_turns"] += len(encoded) > 1
             examples = []
-            for ids, weights in encoded:
-                weights[0] = 0.0  # nothing comes before the first token from which it could be predicted
-                if len(ids) > config.max_length or not any(weights):
-                    counts["dropped_too_long" if len(ids) > config.max_length else "dropped_zero_weight"] += 1
+            for example in encoded:
+                if len(example.ids) > config.max_length:
+                    counts["dropped_too_long"] += 1
+                elif not example.weights.any():
+                    counts["dropped_zero_weight"] += 1
                 else:
-                    examples.append(Example(torch.tensor(ids), torch.tensor(weights)))
+                    examples.append(example)
             if examples:
                 conversations.append(examples)
     if not conversations:

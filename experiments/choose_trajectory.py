@@ -36,7 +36,6 @@ def weigh_code(text, turn, row):
 def surprise(model, tokenizer, row):
     """Mean of -log p over the trajectory's trained tokens, weighted: how unlikely the student finds it."""
     examples = train.encode(tokenizer, row["messages"], weigh_code, row)
-    examples = [train.Example(torch.tensor(ids), torch.tensor(weights)) for ids, weights in examples]
     total = sum(example.weights.sum().item() for example in examples)
     return sum(train.loss_of(model, [example]).item() for example in examples) / total
 

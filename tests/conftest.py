@@ -106,8 +106,8 @@ def chat(*contents):
 def trained_runs(examples):
     """Returns [(the ids before it, the ids)] of every run of trained tokens in examples from train.encode."""
     runs = []
-    for ids, weights in examples:
-        trained = [bool(weight) for weight in [*weights, 0]]
+    for example in examples:
+        ids, trained = example.ids.tolist(), [*(example.weights != 0).tolist(), False]
         starts = [n for n in range(1, len(ids)) if trained[n] and not trained[n - 1]]
         runs += [(ids[:start], ids[start : trained.index(False, start)]) for start in starts]
     return runs

@@ -35,8 +35,9 @@ ACTION = "Thought: {}\nCode:\n```py\n{}\n```<end_code>"
 
 def trained(tokenizer, messages, weigh, row=None):
     """[(text of neighbouring tokens of one weight, weight), ...] of the trained part of a conversation."""
-    [(ids, weights)] = train.encode(tokenizer, messages, weigh, row)
-    runs = [list(run) for _, run in itertools.groupby(zip(ids, weights, strict=True), lambda pair: pair[1])]
+    [example] = train.encode(tokenizer, messages, weigh, row)
+    pairs = zip(example.ids.tolist(), example.weights.tolist(), strict=True)
+    runs = [list(run) for _, run in itertools.groupby(pairs, lambda pair: pair[1])]
     return [(tokenizer.decode([token for token, _ in run]), run[0][1]) for run in runs if run[0][1]]
 
 
@@ -67,12 +68,11 @@ def test_surprise_is_the_weighted_mean_of_the_model_s_own_losses(tiny_model, tin
     messages, _ = two_steps()
     model, tokenizer = models.load_model(tiny_model)
     weigh = choose_trajectory.weigh_code
-    [(ids, weights)] = train.encode(tokenizer, messages, weigh)
+    [example] = train.encode(tokenizer, messages, weigh)
     with torch.inference_mode():
-        losses = torch.nn.functional.cross_entropy(
-            model(torch.tensor([ids])).logits[0, :-1], torch.tensor(ids[1:]), reduction="none"
-        )
-    expected = sum(w * loss.item() for w, loss in zip(weights[1:], losses, strict=True)) / sum(weights)
+        logits = model(example.ids[None]).logits[0, :-1]
+        losses = torch.nn.functional.cross_entropy(logits, example.ids[1:], reduction="none")
+    expected = (example.weights[1:] @ losses / example.weights.sum()).item()
     assert choose_trajectory.surprise(model, tokenizer, {"messages": messages}) == pytest.approx(expected, 1e-5)
 
 

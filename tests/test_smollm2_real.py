@@ -168,10 +168,10 @@ def test_ids_and_mask_are_those_trl_trains(smollm2, lesson, tmp_path):
     arguments = SFTConfig(output_dir=str(tmp_path), assistant_only_loss=True, max_length=None, use_cpu=True, bf16=False)
     data = Dataset.from_list([{"messages": messages} for messages in conversations])
     trainer = SFTTrainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer)
-    for row, [(ids, weights)] in zip(trainer.train_dataset, expected, strict=True):
-        assert ids == row["input_ids"]
-        labels = trainer.data_collator([row])["labels"][0].tolist()
-        assert [id if weight else -100 for id, weight in zip(ids, weights, strict=True)] == labels
+    for row, [example] in zip(trainer.train_dataset, expected, strict=True):
+        assert example.ids.tolist() == row["input_ids"]
+        labels = trainer.data_collator([row])["labels"][0]
+        assert torch.equal(example.ids.where(example.weights != 0, -100), labels)
 
 
 def test_greedy_answers_in_lockstep_are_those_of_generate_one_by_one(smollm2, lesson, continuation):

@@ -115,15 +115,15 @@ def difference(a, b):
 
 def test_exactly_the_assistants_tokens_and_its_end_of_turn_are_trained(tiny_tokenizer):
     messages = chat("ab", "cd", "Thought: ef", "Observation:\ngh", "ij")
-    [(ids, weights)] = train.encode(tiny_tokenizer, messages)
+    [example] = train.encode(tiny_tokenizer, messages)
     token = lambda text: tiny_tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
     context = token("<|im_start|>system\nab<|im_end|>\n<|im_start|>user\ncd<|im_end|>\n<|im_start|>assistant\n")
     first = token("Thought: ef<|im_end|>")
     observation = token("\n<|im_start|>user\nObservation:\ngh<|im_end|>\n<|im_start|>assistant\n")
     second = token("ij<|im_end|>")
-    assert ids == context + first + observation + second + token("\n")
+    assert example.ids.tolist() == context + first + observation + second + token("\n")
     expected = [0] * len(context) + [1] * len(first) + [0] * len(observation) + [1] * len(second) + [0]
-    assert weights == expected
+    assert example.weights.tolist() == expected
 
 
 @pytest.mark.parametrize("template", [CHATML, LLAMA, PHI, STRIPS, THINKS, GLUES, GLM])
@@ -174,10 +174,10 @@ def test_tokens_are_weighed_by_message_or_by_part(tiny_tokenizer):
             return 0.5
         return [(0, text.index("Code:"), 2), (len(text), len(text) + 1, 3.0)]  # the thought, and the end of the turn
 
-    [(ids, plain)] = train.encode(tiny_tokenizer, messages)
-    [(same, weights)] = train.encode(tiny_tokenizer, messages, weigh, row)
-    assert same == ids and [bool(w) for w in weights] == [bool(w) for w in plain]
-    text = lambda weight: tiny_tokenizer.decode([i for i, w in zip(ids, weights, strict=True) if w == weight])  # noqa: E731
+    [plain] = train.encode(tiny_tokenizer, messages)
+    [weighed] = train.encode(tiny_tokenizer, messages, weigh, row)
+    assert torch.equal(weighed.ids, plain.ids) and torch.equal(weighed.weights != 0, plain.weights != 0)
+    text = lambda weight: tiny_tokenizer.decode(weighed.ids[weighed.weights == weight])  # noqa: E731
     assert text(0.5) == messages[4]["content"] + "<|im_end|>"
     assert text(3.0) == "<|im_end|>" * 2
     assert text(2) == "".join(messages[i]["content"].split("Code:")[0] for i in (2, 6))
