@@ -129,6 +129,23 @@ def test_what_an_episode_has_read_is_not_read_again(kind, tiny_tokenizer, monkey
     assert sum(length > 60 for length in lengths) == (6 if student.one_by_one else 2) and max(lengths) <= whole
 
 
+@pytest.mark.parametrize("kind", ["Qwen2", "Gemma-3 across its window"])
+def test_instructions_that_all_prompts_begin_with_are_read_once(kind, tiny_tokenizer, monkeypatch):
+    model, lengths = model_of(kind, max_position_embeddings=1024), []
+    asked = [Turn([{"role": "system", "content": "Be brief. " * 40}, turn.messages[1]]) for turn in turns()]
+    expected = [Student(model, tiny_tokenizer, max_tokens=12).answer([turn])[0] for turn in asked]
+    student, forward = Student(model, tiny_tokenizer, max_tokens=12), model.forward
+
+    @functools.wraps(forward)
+    def count(*arguments, **options):
+        lengths.append(options["input_ids"].shape[1])
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(model, "forward", count)
+    assert student.answer(asked[:3]) + student.answer(asked[3:]) == expected
+    assert sum(length > 150 for length in lengths) == 1
+
+
 @pytest.mark.parametrize(
     "kind, options, message",
     [
@@ -260,7 +277,8 @@ def test_keys_and_values_are_freed(large, monkeypatch):
         student, kept = make_student(large), []
 
         def watch():
-            layers = [layer for cache in student.known.values() for layer in cache.layers]
+            caches = {id(cache): cache for cache in [*student.known.values(), *(student.first or ())[1:]]}
+            layers = [layer for cache in caches.values() for layer in cache.layers]
             blocks = sum(math.ceil(side.nbytes / 512) for layer in layers for side in (layer.keys, layer.values))
             kept.append(allocator.now - 512 * blocks)
 
