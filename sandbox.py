@@ -61,7 +61,8 @@ class _Process:
         self.pid = None
         self.call = None  # the thread of its last tool call
         self.final = []  # the final answer
-        self.done = None  # result, error, kind of the error, whether the code has left threads running
+        self.done = None  # result, error, kind of the error
+        self.has_threads = False  # the code has left some running
         self.failure = None  # error and its kind, if the process cannot become the state
         self.seconds = 0.0
 
@@ -250,7 +251,7 @@ class Sandbox(AbstractContextManager):
     def _observation(self, process):
         """Returns what the process did. A final answer stands, whatever happened after it."""
         observation = Observation(LOST * self.lost + inside.cut(process.printed()), seconds=process.seconds)
-        result, error, kind, _ = process.done or (None, None, None, None)
+        result, error, kind = process.done or (None, None, None)
         if process.failure:
             error, kind = process.failure
         if os.fstat(process.output.fileno()).st_size >= inside.OUTPUT_BYTES:
@@ -279,7 +280,7 @@ class Sandbox(AbstractContextManager):
     def _commit(self, chosen):
         """Make this candidate the state, if it can be, and kill the others."""
         if chosen and not chosen.failure:
-            if chosen.done[3]:  # threads, which a fork does not have
+            if chosen.has_threads:  # a fork does not have them
                 [fork] = self._fork(chosen, [{"key": self.key}])
                 chosen = chosen if fork.failure else fork
             self.candidates.append(self.state)
@@ -334,8 +335,8 @@ class Sandbox(AbstractContextManager):
                         raise ValueError("a second final answer")
                     process.final = [sent["final"]]
                 else:
-                    result, error, kind, threads = sent["done"]
-                    process.done = result, error, kind, threads
+                    result, error, kind, process.has_threads = sent["done"]
+                    process.done = result, error, kind
             process.seconds = time.monotonic() - started
         except (EOFError, ConnectionError):
             process.fail("the Python process ended before the code did")

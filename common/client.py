@@ -37,7 +37,7 @@ class ServerError(InputError):
 
 
 class BadRequest(InputError):
-    """The server refused this request (400, 413, 422), as when the context is too long."""
+    """The server refused this request (400, 413, 422), as when the context is too long, or fails at it alone."""
 
 
 class Connection:
@@ -89,8 +89,9 @@ class Connection:
                     answer = json.loads(text)
                     status = _status_inside(answer) or status
                 if 200 <= status < 300:
+                    result = read(answer)
                     self.answered = self.answered or body is not None
-                    return read(answer), attempt
+                    return result, attempt
                 if status in (400, 413, 422) or (status in (403, 451) and self.answered):  # moderation
                     raise BadRequest(f"{status}: {words}")
                 if status < 500 and status not in (408, 409, 425, 429):
@@ -105,6 +106,8 @@ class Connection:
                 raise InputError(f"{url}: {self._shown(str(error))}") from None
             except UNREADABLE as error:
                 reason = f"the answer is not in the expected format ({type(error).__name__}): {words}"
+                if self.answered and attempt == self.retries:  # others are answered: this request is the reason
+                    raise BadRequest(f"{url}: {reason}") from None
             if attempt < self.retries:
                 time.sleep(wait)
         raise ServerError(f"{url}: {reason}; gave up after {self.retries + 1} attempts")
@@ -139,7 +142,7 @@ class Client(Connection):
 
     def __init__(self, url, model=None, api_key_env="OPENAI_API_KEY", timeout=600.0, retries=8):
         super().__init__(url, api_key_env, timeout, retries)
-        self.model = model or self.request("/models", read=lambda answer: answer["data"][0]["id"])[0]
+        self.model = model or self.request("/models", read=_first_model)[0]
         self.refused = set()  # names of fields; see probe
 
     def chat(self, messages, n=1, **fields):
@@ -200,6 +203,11 @@ class Client(Connection):
                 if name == "max_tokens" and (error := refusal(asked)):  # now sent as max_completion_tokens
                     raise InputError(f"{self.url} refuses even a short request ({error})")
         print(f"note: {self.url} refuses {'; '.join(notes)}; it is asked without", file=sys.stderr)
+
+
+def _first_model(answer):
+    models = answer["data"] if isinstance(answer, dict) else answer  # some servers answer with the list alone
+    return models[0]["id"]
 
 
 def _read_choices(answer):
@@ -414,9 +422,8 @@ class Judge:
 
 
 def read_verdict(reply):
-    """Returns the verdict in a reply's JSON, or of a one-word reply; None if there is none, or two different ones."""
+    """Returns the verdict in a reply's JSON, or of a line of one word; None if there is none, or two differ."""
     text = "" if _is_unfinished_thinking(reply) else re.split(END_THINKING, reply, flags=re.I)[-1].lower()
     verdicts = set(re.findall(r"""["']verdict["']\s*:\s*["'](correct|incorrect)["']""", text))
-    if word := re.fullmatch(r"[^\w\[]*(?:verdict[^\w\[]+)?(correct|incorrect)[^\w\[]*", text):
-        verdicts.add(word[1])
+    verdicts |= set(re.findall(r"(?m)^[^\w\[\n]*(?:verdict[^\w\[\n]+)?(correct|incorrect)[^\w\[\n]*$", text))
     return verdicts.pop() if len(verdicts) == 1 else None

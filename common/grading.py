@@ -147,7 +147,8 @@ STATED = re.compile(
     r"""(?imx)
     (?: ^\W{0,20} (?:(?:the|my|our)\s+)? (?:(?:final|correct|right)\s+)? answer \W{0,20}? [:=\n]  # **Answer:** 9
       | \b (?:the|my|our|final|correct|right)\ answer \W{0,20}? [:=\n]  # Step 3: the final answer: 9
-      | \b answer (?:\ to\ [^.\n]{1,80}?)? \s+ (?:is|would\ be|should\ be|must\ be)\b(?!\s+not\b)  # so the answer is 9
+      | (?<!\bthis\ )(?<!\bthat\ )\banswer (?:\ to\ [^.\n]{1,80}?)? \s+ (?:is|would\ be|should\ be|must\ be)
+        \b(?!\s+(?:not|consistent|correct|reasonable|plausible|valid|verified|confirmed)\b)  # so the answer is 9
       | ^[ \t]*\#{4}(?!\#)  # #### 9
     )
     (?:[\s:=*] | (?:\$\$|\\\[)\s*\n)* (.*\w.*)"""

@@ -49,7 +49,7 @@ def serve(behave, model="served-name"):
             pass
 
         def do_GET(self):
-            self.answer({"data": [{"id": model}]})
+            self.answer(model if isinstance(model, list) else {"data": [{"id": model}]})
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

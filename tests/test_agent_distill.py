@@ -48,6 +48,7 @@ SHAPES = {
     "tool_code": "Thought: add.\nCode:\n```tool_code\nx = 1 + 1\nprint(x)\n```<end_code>",
     "{python}": "Thought: add.\nCode:\n```{python}\nx = 1 + 1\nprint(x)\n```<end_code>",
     "{.python #first}": "add.\n``` {.python #first}\nx = 1 + 1\nprint(x)\n```<end_code>",
+    "attributes in braces": "add.\nCode:\n```python {cmd=true .big}\nx = 1 + 1\nprint(x)\n```<end_code>",
     "attributes": "add.\nCode:\n```python title=\"sum.py\" n='1'\nx = 1 + 1\nprint(x)\n```<end_code>",
     "four backticks": "Thought: add.\nCode:\n````py\nx = 1 + 1\nprint(x)\n````",
     "code on the line of the fence": "Thought: add.\nCode:\n```py x = 1 + 1\nprint(x)\n```",

@@ -107,6 +107,26 @@ def test_neither_the_proxy_nor_netrc_is_used_for_loopback(monkeypatch, tmp_path)
             assert seen[-1][2]["Authorization"] == "Bearer sk-1"
 
 
+def test_a_request_that_the_server_always_fails_at_ends_alone():
+    """A content filter that answers without choices would otherwise end the run, each time at the same question."""
+
+    def behave(path, body, number):
+        return {"choices": []} if body["messages"][-1]["content"] == "bad" else completion("fine")
+
+    with serve(behave) as (url, _):
+        client, bad = Client(url, "m", retries=1), [{"role": "user", "content": "bad"}]
+        with pytest.raises(ServerError, match="not in the expected format"):
+            client.chat(bad)
+        assert client.chat(HELLO)[0] == ["fine"]
+        with pytest.raises(BadRequest, match="not in the expected format"):
+            client.chat(bad)
+
+
+def test_models_may_be_a_bare_list():
+    with serve(lambda *request: completion("fine"), model=[{"id": "first"}, {"id": "second"}]) as (url, _):
+        assert Client(url).model == "first"
+
+
 # ------------- What replies look like
 
 
@@ -323,13 +343,15 @@ VERDICTS = {
         '{"verdict": "correct"}', "Correct.", "Correct", "**correct**", "\"correct\"", "Verdict: **Correct**",
         '{"verdict":"correct","reason":"the same {name},\n\tin lines"}', '{"reason": "a {b}", "verdict": "Correct"}',
         'Both name her.\n```json\n{"verdict": "correct"}\n```\nI hope this helps.', "{'verdict': 'correct'}",
+        "**Correct**\n\nBoth texts name the same town.", "The gold answer is Oslo.\nVerdict: correct",
         '<think>{"verdict": "incorrect"}? No.</think>\n{"verdict": "correct"}', "<thinking>?</thinking> Correct.",
     ],
     "incorrect": ['```json\n{"verdict": "incorrect"}\n```', "incorrect", '{"verdict": "INCORRECT", "sure": 1}'],
     None: [
         "", "not correct", '{"verdict": "maybe"}', '["correct"]', '{"verdict": ["correct"]}', '{"verdict": null}',
         "The answer is incorrect", '<think>{"verdict": "correct"}', '{"verdict": "correct or incorrect"}',
-        'It says {"verdict": "correct"}, but: {"verdict": "incorrect"}', "correct or incorrect",
+        'It says {"verdict": "correct"}, but: {"verdict": "incorrect"}', "correct or incorrect", "correct\nincorrect",
+        "Correct answer: Oslo. The prediction is incorrect.",
     ],
 }  # fmt: skip
 

@@ -272,6 +272,7 @@ The answer is Mamma Mia! Here We Go Again.  ->  Mamma Mia! Here We Go Again  |  
 So the answer would be 12.  ->  12  |  The answer to the question is 12.  ->  12  |  The answer: 42  ->  42
 Step 3. The final answer: 42  ->  42  |  ### Answer¶12  ->  12  |  #### Final answer¶12  ->  12
 The answer is:¶¶$$¶\frac12¶$$  ->  \frac12  |  The answer is 5. The answer is not 6.  ->  5  |  Final answer:  ->  None
+Answer: 5¶¶This answer is consistent with the text.  ->  5  |  **12**. The answer is correct.  ->  None
 I know the answer to this question.  ->  None  |  so <answer> 5 </answer>  ->  5
 Final Answer: The final answer is $5$. I hope it is correct.  ->  $5$  |  ### Final Answer¶¶The answer is 5.  ->  5
 """
