@@ -55,7 +55,6 @@ class _Process:
         self.channel = Connection(os.dup(self.socket.fileno()))
         in_memory = hasattr(os, "memfd_create")
         self.output = open(os.memfd_create("output"), "rb") if in_memory else tempfile.TemporaryFile()
-        self.sending = threading.Lock()  # held while a request to fork is sent
         self.started = threading.Event()  # also set if it has failed to start
         self.group = group  # the process group of its sandbox
         self.pid = None
@@ -143,15 +142,15 @@ class Sandbox(AbstractContextManager):
 
     Covered, on Linux 5.13 and later, as root or not: the code reads nothing but libraries (of the system and of
     Python), time zones and MIME types, and writes no file; it has no network, starts no program, signals no other
-    process and sees no other candidate; wall clock, CPU time, memory, open files and printed output have limits; no
-    process outlives the host and its forks.
+    process and sees no other candidate; wall clock, memory, open files and printed output have limits; no process
+    outlives the host and its forks.
     Not covered: bugs of the kernel, side channels, CPU use up to the time-out; what stat, access, readlink, getcwd
     and getpgid tell about files and processes; the number of threads; descriptors that a step leaves open, which
     the candidates of the next share (also those of an asyncio loop: use asyncio.run in each step); a program that
     finds the host's key in its own memory can fork, and end the processes of its sandbox, until that is closed; the
     tools, with any arguments the code passes. Code that is meant to do harm belongs in a container or a virtual
-    machine. Unseeded draws of random, numpy.random and sympy repeat in every new sandbox, but not those of a new
-    random.Random(), nor of sympy.randMatrix.
+    machine. Unseeded draws of random, numpy.random and sympy repeat in every new sandbox, but not those of new
+    generators (random.Random(), numpy.random.RandomState(), ...), nor of sympy.randMatrix.
     """
 
     def __init__(self, tools=None, timeout=10.0, memory_mb=1024, isolation="auto"):
@@ -168,7 +167,7 @@ class Sandbox(AbstractContextManager):
         self.timeout = float(timeout)
         self.memory_mb = int(memory_mb)
         self.isolation = isolation
-        self.key = int.from_bytes(os.urandom(8), "big")
+        self.key = os.urandom(8)  # without it, the code cannot fork
         self.first = self.state = None
         self.candidates = []
         self.input_error = None  # of a tool, until the caller has seen it
@@ -178,12 +177,12 @@ class Sandbox(AbstractContextManager):
 
     def _start(self):
         """Fork a first process from the warm interpreter. If that fails, try again."""
-        settings = {"key": self.key, "contained": self.isolation != "off", "timeout": self.timeout}
-        settings["memory_mb"] = self.memory_mb
+        settings = {"contained": self.isolation != "off", "timeout": self.timeout, "memory_mb": self.memory_mb}
+        settings["key"] = int.from_bytes(self.key, "big")
         settings["tools"] = {name: str(function.__doc__ or "") for name, function in self.tools.items()}
         for attempt in range(1, STARTS + 1):
             try:
-                [process] = self._fork(_warm_interpreter(), [{"key": 0, "settings": settings}])
+                [process] = self._fork(_warm_interpreter(), [{"settings": settings}])
                 if not process.failure:
                     break
                 raise OSError(process.printed().strip() or process.failure[0])
@@ -224,7 +223,7 @@ class Sandbox(AbstractContextManager):
 
         Returns one Observation per code, in the same order. The next run drops candidates that were not committed.
         """
-        messages = [{"key": self.key, "code": code} for code in codes]
+        messages = [{"code": code} for code in codes]
         if len(messages) > 100 or not all(isinstance(message["code"], str) for message in messages):
             raise ValueError("codes must be strings, at most 100 at once")
         if self.closed:
@@ -281,7 +280,7 @@ class Sandbox(AbstractContextManager):
         """Make this candidate the state, if it can be, and kill the others."""
         if chosen and not chosen.failure:
             if chosen.has_threads:  # a fork does not have them
-                [fork] = self._fork(chosen, [{"key": self.key}])
+                [fork] = self._fork(chosen, [{}])
                 chosen = chosen if fork.failure else fork
             self.candidates.append(self.state)
             self.state = chosen
@@ -313,9 +312,9 @@ class Sandbox(AbstractContextManager):
     def _follow(self, parent, process, message):
         """Make the parent fork, and handle what the fork sends until it has done what the message says."""
         try:
-            with process.remote, parent.sending:
-                socket.send_fds(parent.socket, [b"f"], [process.remote.fileno(), process.output.fileno()])
-                parent.channel.send_bytes(json.dumps(message).encode())
+            with process.remote:
+                socket.send_fds(parent.socket, [self.key], [process.remote.fileno(), process.output.fileno()])
+            process.channel.send_bytes(json.dumps(message).encode())
             hello = process.receive()
             process.pid = int(hello["pid"])
             process.group = process.group or process.pid  # a first process, which runs no foreign code

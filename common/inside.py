@@ -38,10 +38,11 @@ import traceback
 import types
 import warnings
 import zoneinfo
-from collections.abc import Collection, Mapping, Set
+from collections.abc import Collection, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 
 TEXT_LIMIT = 10_000  # characters kept of the output, a result, an error, or an answer that JSON cannot hold
 OUTPUT_BYTES = 1 << 20  # bytes that a step can print
@@ -53,7 +54,7 @@ CHANNEL = 3  # the descriptor of a process's channel to the host
 
 # ------------- Messages between host and inside: JSON, framed by multiprocessing.connection
 
-MESSAGE_BYTES = 8 << 20
+MESSAGE_BYTES = 1 << 20
 MESSAGE_VALUES = 100_000  # a parsed value takes up to a hundred bytes
 MESSAGE_DEPTH = 100  # lists within lists
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
@@ -247,13 +248,13 @@ class Process:
         """Answer the host until it closes the channel."""
         try:
             while True:
-                data, extra, _, _ = self.socket.recvmsg(1, socket.CMSG_SPACE(8))
-                if not data:
+                key, extra, _, _ = self.socket.recvmsg(8, socket.CMSG_SPACE(8))
+                if not key:
                     break
-                message = _decode(self.channel.recv_bytes())
                 descriptors = struct.unpack("=2i", extra[0][2])  # of the fork's channel and output
-                given_up = select.select(descriptors[:1], [], [], 0)[0]  # the host has closed the other side
-                child = not given_up and _fork(message.pop("key")) == 0
+                given_up = select.poll()
+                given_up.register(descriptors[0], 0)  # the host has closed the other side
+                child = not given_up.poll(0) and _fork(int.from_bytes(key, "big")) == 0
                 if child:
                     self.key = None
                     os.dup2(descriptors[0], CHANNEL)
@@ -263,7 +264,7 @@ class Process:
                     if not child or descriptor > CHANNEL:  # it can be 1, if the code has closed that
                         os.close(descriptor)
                 if child:
-                    self.begin(**message)
+                    self.begin(**_decode(self.channel.recv_bytes()))  # the parent does not see the code
         except BaseException:
             os.write(2, traceback.format_exc().encode("utf-8", "replace"))
         finally:
@@ -286,13 +287,14 @@ class Process:
     def protect(self, key, tools, memory_mb, timeout, contained):
         """Set up every protection. Returns a list of what is missing."""
         self.key = key
+        self.timeout = timeout
         os.setpgid(0, 0)
         self.given |= {name: self.make_tool(name, doc) for name, doc in tools.items()}
         with suppress(OSError), open("/proc/self/statm") as file:
             used = int(file.read().split()[0]) * resource.getpagesize()  # RLIMIT_AS limits the whole address space
             self.limits = {resource.RLIMIT_AS: (used + (memory_mb << 20), 64 << 20)}
         self.limits |= {resource.RLIMIT_NOFILE: (OPEN_FILES, 64), resource.RLIMIT_FSIZE: (OUTPUT_BYTES, 0)}
-        self.limits |= {resource.RLIMIT_CPU: (math.ceil(timeout) + 1, 0), resource.RLIMIT_CORE: (0, 0)}
+        self.limits[resource.RLIMIT_CORE] = 0, 0
         self.set_limits(foreign=False)
         with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
             file.write("1000")  # if the machine runs out of memory, this process ends before the host with its model
@@ -314,7 +316,7 @@ class Process:
 
     def run_action(self, code):
         """Run one action in this process. Returns its result, error, kind of error, and whether threads are left."""
-        process = os.getpid()
+        process, began = os.getpid(), time.monotonic()
         self.step += 1
         # Unbuffered, so that a kill loses nothing.
         output = io.TextIOWrapper(io.FileIO(1, "wb", closefd=False), "utf-8", "replace", "\n", write_through=True)
@@ -325,12 +327,15 @@ class Process:
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         self.set_limits(foreign=True)
         outcome = self.execute(code)
+        sys.settrace(None)
+        sys.setprofile(None)
         with suppress(BaseException):  # of a signal handler
             signal.setitimer(signal.ITIMER_REAL, 0)  # its alarm must not reach a thread that is left
-            deadline = time.monotonic() + PATIENCE
-            for thread in threading.enumerate():
-                if not thread.daemon and thread is not threading.current_thread():
-                    thread.join(max(0.0, deadline - time.monotonic()))
+            self.wait_for_threads(began + self.timeout - PATIENCE)
+        with suppress(BaseException):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        sys.stdout = sys.stderr = output  # an object of the code's may close the descriptor when it is replaced
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         self.calling.acquire()  # a call that a thread has begun ends first, and no other begins
         self.set_limits(foreign=False)
@@ -338,6 +343,16 @@ class Process:
             os._exit(0)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         return [*outcome, len(sys._current_frames()) > 1]
+
+    def wait_for_threads(self, end):
+        """Wait PATIENCE for threads that the code did not join, and longer while one of them calls a tool."""
+        threads = [thread for thread in threading.enumerate() if not thread.daemon]
+        threads.remove(threading.current_thread())
+        deadline = time.monotonic() + PATIENCE
+        while any(map(threading.Thread.is_alive, threads)) and time.monotonic() < min(deadline, end):
+            if self.calling.locked():
+                deadline = time.monotonic() + PATIENCE
+            time.sleep(0.001)
 
     def execute(self, code):
         """Returns the result as text, the error, and its kind; each can be None."""
@@ -357,7 +372,9 @@ class Process:
             return None if value is None else cut(repr(value)), None, None
         except BaseException as error:
             self.set_limits(foreign=False)  # the code may have used up its memory
-            memory = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+            if isinstance(error, SystemExit) and isinstance(error.code, int | None) and not error.code:
+                return None, None, None  # sys.exit(0), and a final answer
+            memory = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
             return None, _describe(error), "memory" if memory else "runtime"
 
     def write(self, message):
@@ -367,8 +384,12 @@ class Process:
     def exchange(self, message):
         """Send a tool call. Returns the reply."""
         with self.calling:
-            self.write(message)
-            return _decode(self.channel.recv_bytes())
+            self.set_limits(foreign=False)  # half a reply would be taken for the next
+            try:
+                self.write(message)
+                return _decode(self.channel.recv_bytes())
+            finally:
+                self.set_limits(foreign=True)
 
     def final_answer(self, answer=None, *more):
         """End the action with this answer."""
@@ -388,8 +409,10 @@ class Process:
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{name}() takes JSON values only: {error}") from None
             # In another thread, which a signal handler of the code cannot interrupt; nor can it the thread's start.
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
             try:
+                signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+                self.set_limits(foreign=False)  # for the thread's stack; exchange sets them back
                 future = ThreadPoolExecutor(1).submit(self.exchange, message)
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -409,18 +432,23 @@ class Process:
 
 def _describe(error):
     """Returns the error's type and text, the first and the last line of the code that led to it, and what caused it."""
-    text, places = type(error).__name__, []
+    text, frames, places = type(error).__name__, [], []
     with suppress(Exception):  # an error that the code made itself can have odd arguments
         if isinstance(error, SyntaxError) and error.lineno:
-            text += f": {error.msg} (line {error.lineno}: {str(error.text or '').strip()})"
+            line = error.text or linecache.getline(str(error.filename), error.lineno)
+            text += f": {error.msg} (line {error.lineno}: {str(line).strip()})"
         else:
             text = "".join(traceback.format_exception_only(error)).strip()
-        frames = [x for x in traceback.extract_tb(error.__traceback__) if x.filename.startswith("<step ")]
-        for frame in frames[:1] + frames[1:][-1:]:
-            name = "" if frame.name == "<module>" else f"in {frame.name}, "
-            step = "" if frame.filename == frames[0].filename else f"{frame.filename[1:-1]}, "  # of an earlier step
-            places.append(f"{name}{step}line {frame.lineno}: {frame.line}")
+        for frame, number in traceback.walk_tb(error.__traceback__):  # there may be a million
+            if frame.f_code.co_filename.startswith("<step "):
+                frames = [*frames[:1], (frame.f_code.co_name, frame.f_code.co_filename, number)]
+        for name, filename, number in frames:
+            name = "" if name == "<module>" else f"in {name}, "
+            step = "" if filename == frames[0][1] else f"{filename[1:-1]}, "  # of an earlier step
+            places.append(f"{name}{step}line {number}: {linecache.getline(filename, number).strip()}")
         text += f" ({'; '.join(places)})" if places else ""
+        if isinstance(error, BaseExceptionGroup):
+            text += "; ".join(["", *map(_describe, error.exceptions[:3])])
         text += f", caused by {_describe(error.__cause__)}" if error.__cause__ else ""
     return cut(text)
 
@@ -446,7 +474,7 @@ def _plain(value, count):
         value = sorted(value, key=str)
         with suppress(TypeError):
             value.sort()
-    if isinstance(value, Collection) and type(value).__name__ not in ("bytes", "bytearray", "EmptySet"):
+    if isinstance(value, Collection | Iterator) and type(value).__name__ not in ("bytes", "bytearray", "EmptySet"):
         return [_plain(item, count) for item in value]
     return str(value)
 
@@ -469,6 +497,7 @@ def main(descriptor, packages):
 
     warnings.simplefilter("ignore", SyntaxWarning)  # such as a wrong escape in a string of the model's code
     warnings.filterwarnings("ignore", ".*multi-threaded.*", DeprecationWarning)  # Python 3.12, at a fork
+    BaseContext.Lock = lambda self: threading.Lock()  # for ThreadPool: a lock between processes needs a file
     for generator in (random, numpy.random, sympy.core.random):
         generator.seed(0)
     make = numpy.random.default_rng

@@ -414,7 +414,7 @@ def test_memory_is_bounded(sandbox):
         assert Path(f"/proc/{process.pid}/oom_score_adj").read_text() == "1000\n"
 
 
-def test_threads_files_and_processor_time_are_bounded():
+def test_threads_and_files_are_bounded():
     with Sandbox(timeout=20) as sandbox:
         sleepers = "import threading, time\nfor _ in range({}): threading.Thread(target=time.sleep, args=(9,), daemon=True).start()"
         one, other = sandbox.run_candidates([sleepers.format(100), sleepers.format(100) + "\ntime.sleep(1)"])
@@ -422,8 +422,6 @@ def test_threads_files_and_processor_time_are_bounded():
         assert sandbox.run("f = [open('/dev/null') for _ in range(1000)]").error
         assert "can't start new thread" in sandbox.run(sleepers.format(5000)).error
         assert sandbox.run("6 * 7").result == "42"
-        # The CPU time of all threads counts, so code that releases the interpreter lock cannot use several cores for long.
-        assert sandbox.run("import resource\nresource.getrlimit(resource.RLIMIT_CPU)").result == "(21, 21)"
 
 
 CLONES = [0, 17, 0x1200011, 0x100011, 0x4111, 0x8011, 0x911, 0x10F00 | 0x8000, 0x20011, 0x4000011, 0x10000011, 0x20000011,
@@ -453,7 +451,7 @@ def test_final_answers_that_are_too_large_cost_the_host_no_memory():
     with Sandbox(timeout=60) as sandbox:
         for observation in sandbox.run_candidates(["final_answer([{}] * 2_000_000)"] * 2):
             assert type(observation.final_answer) is str and len(observation.final_answer) < 101_000
-        raw = "import os\nd = b'{\"final\": [' + b'{},' * 2_500_000 + b'{}]}'\nwhile True: os.write(3, len(d).to_bytes(4, 'big') + d)"
+        raw = "import os\nd = b'{\"final\": [' + b'{},' * 300_000 + b'{}]}'\nwhile True: os.write(3, len(d).to_bytes(4, 'big') + d)"
         assert "values" in sandbox.run(raw).error
         assert resident() - before < 60e6
 
@@ -480,7 +478,7 @@ FORGERIES = {
 @pytest.mark.parametrize("name", FORGERIES)
 def test_forged_message(name):
     calls = []
-    add, slow, large = lambda a, b: calls.append((a, b)), lambda: time.sleep(0.2), lambda: "x" * 7_000_000
+    add, slow, large = lambda a, b: calls.append((a, b)), lambda: time.sleep(0.2), lambda: "x" * 900_000
     tools = {"add": add, "slow": slow, "large": large}
     with Sandbox(tools=tools, timeout=20) as sandbox:
         sandbox.run("x = 42")
@@ -509,6 +507,34 @@ def test_candidates_do_not_see_each_other(sandbox):
     assert all("PermissionError" in observation.error for observation in sandbox.run_candidates(shared))
 
 
+SCAN = """import ctypes, os, re
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+r, w = os.pipe()
+def readable(page): return libc.write(w, ctypes.c_void_p(page), 1) == 1 and bool(os.read(r, 1))
+found, objects = 0, id([]) & ~4095
+low = high = libc.malloc(100) & ~4095
+while readable(low): low -= 4096
+while readable(high): high += 4096
+pages = [*range(low + 4096, high, 4096), *range(objects - (16 << 20), objects + (16 << 20), 4096)]
+sum(bool(re.search(b'SI[B]LING', ctypes.string_at(page, 4096))) for page in pages if readable(page))"""
+
+
+def test_candidates_do_not_have_each_other_s_code(sandbox):
+    """Neither that of other candidates, nor that of earlier ones, which the state has never read."""
+    code = "import time\n" + "x = 'SIBLING'\n" * 1000
+    assert sandbox.run(code + SCAN).result != "0"
+    with Sandbox() as other:
+        assert [other.run_candidates([code, SCAN + "\n"])[1].result for _ in range(2)] == ["0", "0"]
+
+
+def test_a_step_that_ends_in_time_is_not_late_because_of_its_threads():
+    with Sandbox(timeout=1) as sandbox:
+        code = "from concurrent.futures import ThreadPoolExecutor\nimport time\npool = ThreadPoolExecutor(2)"
+        assert sandbox.run(code + "\nlist(pool.map(abs, [1]))\ntime.sleep(0.8)\nx = 5").error is None
+        assert sandbox.run("x").result == "5"
+
+
 def test_sandboxes_do_not_see_each_other(sandbox):
     sandbox.run("import math, numpy\nmath.pi = 3\nnumpy.ones = None\nx = 1")
     with Sandbox() as other:
@@ -530,7 +556,7 @@ def unprintable():
 
 
 TOOLS = {"calc": lambda *values: list(values), "slow": slow, "unprintable": unprintable,
-         "size": len, "full": lambda: [0] * 10**15}  # fmt: skip
+         "size": len, "text": lambda: "x" * 900_000, "full": lambda: [0] * 10**15}  # fmt: skip
 POOL = "from concurrent.futures import ThreadPoolExecutor\npool = ThreadPoolExecutor(4)\n"
 ALARM = "import signal\ndef handler(*_): {}\nsignal.signal(signal.SIGALRM, handler)\nsignal.setitimer(signal.ITIMER_REAL, 0.2)\n"
 # name: the steps, and what the last observation has: its result; or a part of its output (">"), of its error ("!")
@@ -540,16 +566,25 @@ PROGRAMS = {
     "both_lines": (["def f(n):\n  return 1 / n", "x = 0\nf(x)"],
                    "!division by zero (line 2: f(x); in f, step 1, line 2: return 1 / n)"),
     "cause": (["try: {}['a']\nexcept KeyError as e: raise ValueError('b') from e"], "!caused by KeyError: 'a' (line 1: try"),
+    "parts_of_a_group": (["raise ExceptionGroup('a', [ValueError('b')])"], "!; ValueError: b"),
+    "odd_error": (["class E(Exception):\n  def __getattr__(self, name): return self.data[name]\nraise E('b')"], "!"),
+    "deep_recursion": (["import sys\nsys.setrecursionlimit(10**6)\ndef f(n): return f(n + 1)\nf(0)"], "!Error"),
+    "success": (["import sys\nprint('a')\nsys.exit(0)"], ">a\n"),
     "form_feed": (["x = 'a\x0cb'\n1 / 0"], "!(line 2: 1 / 0)"),
     "own_syntax_error": (["raise SyntaxError('x', ('f', 1, 2, 3))"], "!SyntaxError: x"),
     "old_stdout": (["import sys\nold = sys.stdout\nsys.stdout = None", "print('x')\nprint('y', file=old)"], ">x\ny\n"),
+    "wrapped_stdout": (["import io, sys\nsys.stdout = io.TextIOWrapper(sys.stdout.buffer)\nprint('x')"], ">x\n"),
+    "opened_stdout": (["import os, sys\nsys.stdout = os.fdopen(1, 'w')", "print('x')"], ">x\n"),
+    "trace": (["import sys\nsys.settrace(lambda *event: print(event))", "5"], "5"),
     "builtins_replaced": (["import builtins\nfor name in ('open', 'len', 'isinstance', 'getattr', 'type', 'str', 'max', '__import__'): setattr(builtins, name, None)", "print(len)"], ">None\n"),
     "sockets_replaced": (["import socket, json\nsocket.socket = json.dumps = None", "calc(1)"], "[1]"),
     "large_result": (["x = 'a' * 600_000_000\nx", "len(x)"], "600000000"),
     # threads, pools, timers and signal handlers
     "thread_in_a_call": (["import threading\nthreading.Thread(target=lambda: slow(1)).start()\nx = 5", "x"], "5"),
+    "print_after_a_call": (["import threading\nthreading.Thread(target=lambda: print(slow(1))).start()"], ">1\n"),
+    "thread_pool": (["from multiprocessing.pool import ThreadPool\nThreadPool(2).map(abs, [-1, -2])"], "[1, 2]"),
     "pool_in_a_call": ([POOL + "f = pool.submit(slow, 1)\nx = 5", "x"], "5"),
-    "large_call_at_the_end": (["import threading\nthreading.Thread(target=size, args=('x' * 3_000_000,)).start()\nx = 5", "x"], "5"),
+    "large_call_at_the_end": (["import threading\nthreading.Thread(target=size, args=('x' * 900_000,)).start()\nx = 5", "x"], "5"),
     "long_integer": (["sum(map(int, str(2**20000))), len(calc(str(10**5000))[0])"], "(26995, 5001)"),
     "alarm_after_its_step": (["import concurrent.futures, signal, time\ndef late(*a): raise TimeoutError\nsignal.signal(signal.SIGALRM, late)\npool = concurrent.futures.ThreadPoolExecutor(1)\nf = pool.submit(time.sleep, 2)\nsignal.setitimer(signal.ITIMER_REAL, 0.6)\nx = 5", "import time\ntime.sleep(0.7)\nx"], "5"),
     "timer": (["import threading\nthreading.Timer(0.1, globals().clear).start()\nthreading.Timer(60, print).start()\nx = 5", "x = x if 'x' in globals() else 5\nx"], "5"),
@@ -562,6 +597,13 @@ PROGRAMS = {
     "deep": (["x = []\nfor _ in range(200): x = [x]\ncalc(x)"], "!nested more than 100 deep"),
     "unprintable_error": (["unprintable()"], "!RuntimeError: Unprintable"),
     "tool_out_of_memory": (["full()"], "!RuntimeError: MemoryError"),
+    "no_memory_for_the_reply": (["""held = []
+try:
+    while True: held.append(bytearray(b'y' * 2**20))
+except MemoryError: pass
+try: text()
+except MemoryError: pass
+held.clear()""", "calc(1), len(text())"], "([1], 900000)"),
     "two_answers": (["final_answer(1, 2)"], "!takes 1 argument but 2 were given"),
     # files that Python's own library reads
     "time_zone": (["from zoneinfo import ZoneInfo\nimport datetime\nstr(datetime.datetime(2020, 1, 1, tzinfo=ZoneInfo('America/New_York')).utcoffset())"], "'-1 day, 19:00:00'"),
@@ -590,7 +632,8 @@ def test_program(name):
 
 @pytest.mark.parametrize(
     ("code", "kind", "parts"),
-    [("x = 1\nfor i in range(3)\n  pass", "syntax", ["line 2", "for i in range(3)", "expected ':'"]),
+    [("x = 1\nreturn x", "syntax", ["line 2: return x"]),
+     ("x = 1\nfor i in range(3)\n  pass", "syntax", ["line 2", "for i in range(3)", "expected ':'"]),
      ("x = 1\n1 / 0", "runtime", ["ZeroDivisionError: division by zero", "line 3: 1 / 0"]),
      ("raise SystemExit(3)", "runtime", ["SystemExit: 3"]),
      ("class E(Exception):\n  def __str__(self): 1 / 0\nraise E", "runtime", ["E: <exception str() failed>"]),
@@ -637,7 +680,7 @@ ANSWERS = [
     ("sp.Interval(-2, 7)", "Interval(-2, 7)", "[-2, 7]"),
     ("sp.FiniteSet(2, 1)", [1, 2], r"\{1, 2\}"), ("sp.Matrix([[1], [x]])", [[1], ["x"]], r"\begin{pmatrix} 1 \\ x \end{pmatrix}"),
     ("[{x: 3}]", [{"x": 3}], "3"), ("[{x: 1}, {x: 2}]", [{"x": 1}, {"x": 2}], "1, 2"), ("sp.Eq(x, 3)", "Eq(x, 3)", "x = 3"),
-    ("[float('nan')]", ["nan"], None),
+    ("[float('nan')]", ["nan"], None), ("map(str, [1])", ["1"], None), ("'x' * 10**7", "x" * 5000 + "\n[... 9,990,000 characters not shown ...]\n" + "x" * 5000, None),
 ]  # fmt: skip
 
 
