@@ -41,7 +41,11 @@ def check_options(config, prompts, kinds=()):
 
     Returns what results depend on besides the options, for common.keep_config: hashes of prompts and of source code.
     """
-    if not config.search and (config.method == "cot-rag" or (config.method == "agent" and "fact" in kinds)):
+    tools = further_tools(config)
+    if config.search and "web_search" in tools:
+        raise InputError(f"--tools {config.tools} has a web_search of its own: leave out --search")
+    needs_search = config.method == "cot-rag" or (config.method == "agent" and "fact" in kinds)
+    if needs_search and not config.search and "web_search" not in tools:
         raise InputError(f"--method {config.method} needs passages: name an index or a /retrieve URL with --search")
     if config.method != "agent":
         only_agents = ("tools", "episode", "choose", "max_steps", "timeout", "isolation")
@@ -54,16 +58,24 @@ def check_options(config, prompts, kinds=()):
     for name, like in (("tools", lambda: {}), ("episode", agent_episode), ("choose", choose)):
         if dotted := getattr(config, name):
             facts[f"{name}_sha256"] = common.source_hash(common.resolve(dotted, like, f"--{name}"))
+    if config.search and not config.search.startswith(("http://", "https://")):
+        retriever.read_manifest(Path(config.search))  # refuses a folder without an index
+        facts["index_sha256"] = common.file_hash(Path(config.search) / "index.json")
     if config.method == "agent":
-        facts["tool_names"] = [*further_tools(config), *(["web_search"] if config.search else [])]
+        facts["tool_names"] = [*tools, *(["web_search"] if config.search else [])]
         prompts.system("agent_system", facts["tool_names"])  # refuses a tool without a description
     return facts
 
 
 def further_tools(config):
     """Returns the tools of --tools, {name: function}."""
-    tools = common.resolve(config.tools, name="--tools")() if config.tools else {}
-    if not isinstance(tools, dict) or not all(map(callable, tools.values())):
+    try:
+        tools = common.resolve(config.tools, name="--tools")() if config.tools else {}
+    except InputError:
+        raise
+    except Exception as error:  # the function's own code may raise anything
+        raise InputError(f"--tools {config.tools}: {type(error).__name__}: {error}") from None
+    if not isinstance(tools, dict) or "final_answer" in tools or not all(map(callable, tools.values())):
         raise InputError(f"--tools {config.tools}: {{name: function}} was expected, not {tools!s:.80}")
     return tools
 
@@ -384,7 +396,7 @@ class EpisodeConfig:
     top_k: int = option(3, "passages per search (paper: 3)", above=0)
     max_steps: int = option(5, "steps per episode (paper: 5)", above=0)
     max_tokens: int = option(1024, "new tokens per step (paper: 1,024)", above=0)
-    timeout: float = option(10.0, "seconds for one code action", above=0)
+    timeout: float = option(10.0, "seconds for one code action", at_least=0.001, at_most=1e6)
     isolation: Literal["auto", "require", "off"] = option(
         "auto", "if the kernel lacks a protection: warn (auto) or refuse (require); off: only time-outs and rlimits"
     )
@@ -463,6 +475,8 @@ def collect(config):
         raise InputError("--first-thought opens the thoughts of an agent: --method agent")
     if not config.first_thought:
         common.refuse(config, ["prefix_tokenizer"], "there is no --first-thought")
+    if config.temperature == 0:
+        common.refuse(config, ["top_p"], "greedy answers do not use it; add --temperature")
     tasks = common.load_tasks(config.tasks, config.kind, config.limit)
     prompts = Prompts(config.prompts)
     facts = check_options(config, prompts, {task["kind"] for task in tasks})
@@ -475,6 +489,9 @@ def collect(config):
     with common.Journal(config.out, GRADED | {"sample": int, "usage": dict, "model": str}) as journal:
         # A question that ended in an error is asked again. Its last row counts; see report.transcripts.
         journal.rows = [row for row in journal.rows if row["stop"] != "error"]
+        for row in journal.rows:
+            if row.get("prefix", "") != prefixes.get(question_key(row["question"]), ""):
+                raise InputError(f"{config.out}: task {row['task']}, id {row['id']} has another first thought there")
         done = {(*task_key(row), row["sample"]) for row in journal.rows}
         todo = [item for key, item in items.items() if key not in done]
         facts["model"] = config.model or (journal.rows[0]["model"] if done else None)
@@ -594,8 +611,9 @@ def filter_trajectories(config):
 
     Each conversation gets the short system prompt that the student will be given (paper, Sec. 4).
     """
-    if Path(config.out).resolve() in [Path(path).resolve() for path in config.trajectories]:
-        raise InputError(f"--out {config.out}: the trajectories would be lost: name another file")
+    for _, row in itertools.islice(common.read_jsonl(config.out) if Path(config.out).exists() else (), 1):
+        if {"answer", "stop"} & row.keys():
+            raise InputError(f"--out {config.out}: it holds trajectories or tasks, which would be lost: name another")
     prompts = Prompts(config.prompts)
     rows = [row for path in config.trajectories for row in read_trajectories(path)]
     # Rows are stored in the order in which they finished; training must not depend on that.

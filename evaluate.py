@@ -348,7 +348,7 @@ class SolverConfig(agent_distill.EpisodeConfig):
     model: str | None = option(None, "Hugging Face name or folder, or an adapter; with --url, the server's name for it")
     url: str | None = option(None, "address of a served model, ending in /v1", changes_results=False)
     method: Literal["agent", "cot", "cot-rag"] = option("agent", "agent, chain of thought, or CoT with passages")
-    sc: int = option(1, "candidates per step; 8: the paper's SC-action (cot: self-consistency)", above=0)
+    sc: int = option(1, "candidates per step; 8: the paper's SC-action (cot: self-consistency)", above=0, at_most=100)
     temperature: float | None = option(None, "0 is greedy (default: 0; with --sc above 1, 0.4: paper)", at_least=0)
     top_p: float = option(0.8, "of sampled candidates (paper: 0.8)", above=0, at_most=1)
     system_prompt: str | None = option(None, "file (default: the prompt of the training)", changes_results=False)
@@ -380,10 +380,16 @@ def check(config, kinds=()):
         common.refuse(config, ["top_p"], "greedy answers do not use it; add --temperature or --sc")
     if config.url:
         common.refuse(config, ["batch", "precision"], "not used with --url")
+    else:
+        common.refuse(config, ["api_key_env"], "there is no --url")
+    if config.sc == 1:
+        common.refuse(config, ["choose"], "one candidate leaves no choice; add --sc")
     prompts = Prompts(config.prompts)
     facts = agent_distill.check_options(config, prompts, kinds) | {"temperature": temperature}
     system = choose_system_prompt(config, prompts, facts.get("tool_names", []))
     facts["system_prompt_sha256"] = hashlib.sha256(system.encode()).hexdigest()
+    if config.model and (adapter := Path(config.model) / "adapter_model.safetensors").is_file():
+        facts["adapter_sha256"] = common.file_hash(adapter)
     collected_with = models.training_record(config.model).get("prompts_sha256")
     if collected_with not in (None, facts["prompts_sha256"]) and config.method == "agent":
         print(f"note: {config.model} learned from trajectories with other prompts than --prompts has", file=sys.stderr)
@@ -396,10 +402,10 @@ def check(config, kinds=()):
 def choose_system_prompt(config, prompts, tools):
     """Returns the text of --system-prompt, or of the training, or for an untrained model the long one with examples."""
     record = models.training_record(config.model)
-    same = record.get("method") == config.method.split("-")[0]
+    same = record.get("method") in (None, config.method.split("-")[0])  # None: the data did not state it
     trained, usual = record.get("system_prompt") if same else None, prompts.cot_system
     if config.method == "agent":
-        usual = prompts.system("agent_student_system" if same else "agent_system", tools, config.max_steps)
+        usual = prompts.system("agent_student_system" if trained else "agent_system", tools, config.max_steps)
     text = common.read_text(config.system_prompt) if config.system_prompt else trained or usual
     if trained not in (None, text):
         print(f"note: {config.model} was trained with another system prompt: {trained!r}", file=sys.stderr)
@@ -548,8 +554,10 @@ def _answer_all(config, parts, todo, total, journal):
 
 
 def check_judge(config):
-    """Raises InputError for options of a judge that is not asked."""
-    if not config.judge_url:
+    """Raises InputError for options of a judge that is not asked, and for a prompt that it cannot be asked with."""
+    if config.judge_url:
+        Prompts(config.prompts).sha256("judge")
+    else:
         common.refuse(config, ["judge_model", "judge_key_env"], "there is no --judge-url")
 
 
@@ -586,6 +594,8 @@ def regrade_file(path, judge, quiet=False, current=None):
     with common.Journal(path) as journal, concurrent.futures.ThreadPoolExecutor(8 if judge else 1) as pool:
         rows = report.transcripts(path, report.GRADED)
         old = [row for row in rows if task_key(task_of(row)) == task_key(row)]
+        if len(old) < len(rows):
+            print(f"note: {len(rows) - len(old)} rows of {path} answer other questions: left out", file=sys.stderr)
         new = list(common.progress(pool.map(grade, old), total=len(old), desc="grade", unit="answer", quiet=quiet))
         if new != journal.rows:
             common.write_jsonl(path, new)  # the lock is held until the file is replaced
@@ -600,6 +610,8 @@ class RegradeConfig(JudgeConfig):
 def regrade(config):
     """Grade the saved transcripts of a run again, without generating anything. Without a judge: by exact match."""
     check_judge(config)
+    if not report.transcript_files(config.folder):
+        raise InputError(f"{config.folder}: no transcripts in it")
     with open_judge(config, config.folder) as judge:
         pairs = [pair for path in report.transcript_files(config.folder) for pair in regrade_file(path, judge)]
     changed = sum(old["correct"] != new["correct"] for old, new in pairs)

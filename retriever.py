@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import itertools
 import os
+import re
 import shutil
 import threading
 from collections import Counter
@@ -84,7 +85,7 @@ def _build(config, source, out):
         common.refuse(config, ["encoder", "vectors"], f"--kind {config.kind} does not use it")
     plan = {name: value for name, value in vars(config).items() if name not in ("out", "quiet")}
     plan |= {name: plan[name] and relative_path(plan[name], out) for name in ("passages", "vectors")}
-    plan |= {"format": FORMAT, "bytes": source.stat().st_size, "sha256": hash_file(source)}
+    plan |= {"format": FORMAT, "bytes": source.stat().st_size, "sha256": common.file_hash(source)}
     with contextlib.suppress(InputError):
         if read_manifest(out).items() >= plan.items():
             return print(f"{out}: already built")
@@ -101,18 +102,14 @@ def _build(config, source, out):
     files = {path.name: path.stat().st_size for path in sorted(data.iterdir())}
     plan |= {"modified_ns": source.stat().st_mtime_ns, "data": data.name, "files": files}
     common.write_json(out / "index.json", plan)
-    for folder in {*out.glob("building*"), *out.glob("data-*")} - {data}:
-        shutil.rmtree(folder)
+    for folder in out.iterdir():
+        if re.fullmatch("(building|data)-[0-9a-f]{8}", folder.name) and folder != data:
+            shutil.rmtree(folder)
 
 
 def relative_path(path, folder):
     """Returns the path from a folder to a file, without symbolic links before the name: both can be moved together."""
     return os.path.relpath(Path(path).parent.resolve() / Path(path).name, Path(folder).resolve())
-
-
-def hash_file(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_manifest(folder):
@@ -261,7 +258,7 @@ class Index:
         path = Path(os.path.normpath(folder.resolve() / manifest["passages"]))
         same = path.is_file() and path.stat().st_size == manifest["bytes"]
         if same and path.stat().st_mtime_ns != manifest["modified_ns"]:  # copied, or edited?
-            same = manifest["sha256"] == hash_file(path)
+            same = manifest["sha256"] == common.file_hash(path)
         if not same:
             raise InputError(f"{path}: missing, or changed since {folder} was built from it; build the index again")
         self.folder = folder

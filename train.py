@@ -181,6 +181,8 @@ def read_conversations(tokenizer, config, weigh=turn_weight, quiet=True):
     for path in config.data:
         for line, row in common.progress(common.read_jsonl(path), desc=f"reading {path}", unit=" rows", quiet=quiet):
             try:
+                if row.get("correct") is False:
+                    raise InputError("a wrong answer: use the file that agent_distill.py filter writes")
                 messages = read_messages(row, system_prompt)
                 encoded = encode(tokenizer, messages, weigh, row)
             except models.SpecialToken:
@@ -430,11 +432,20 @@ def fit(config):
     (the settings), metrics.jsonl (one row per step) and summary.json, written last.
     """
     check_config(config)
-    weigh = weighing(config)
     device, rank, size = start()
-    out, quiet = Path(config.out), config.quiet or rank > 0
+    if rank > 0:
+        return _fit(config, device, rank, size)
+    with common.Journal(Path(config.out) / "train.lock"):  # refuses a second training in this folder at the same time
+        return _fit(config, device, rank, size)
+
+
+def _fit(config, device, rank, size):
+    out, quiet, weigh = Path(config.out), config.quiet or rank > 0, weighing(config)
     if rank == 0:
         facts = {"computed_in": "bf16" if models.uses_bf16(config.precision, device) else "fp32"}
+        facts["data_sha256"] = [common.file_hash(path) for path in config.data]
+        if config.system_prompt:
+            facts["system_prompt_sha256"] = common.file_hash(config.system_prompt)
         if config.weigh:
             facts["weigh_sha256"] = common.source_hash(weigh)
         common.keep_config(out / "run.json", config, binding=(out / "metrics.jsonl").exists(), **facts)

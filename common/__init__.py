@@ -122,7 +122,13 @@ def resolve(dotted, like=None, name="a function"):
 
 def source_hash(function):
     """Returns a hash of the file of a function's module, to refuse a restart with an edited function."""
-    return hashlib.sha256(Path(sys.modules[function.__module__].__file__).read_bytes()).hexdigest()
+    return file_hash(sys.modules[function.__module__].__file__)
+
+
+def file_hash(path):
+    """Returns the sha256 of a file, to refuse a restart with another content under its name."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def run_command_line(description, commands, default=None, argv=None):
@@ -360,11 +366,14 @@ def keep_config(path, config, *, binding=True, notes=None, **facts):
     is recorded only. binding: False as long as there are no results, so that a mistyped first command can be corrected.
     """
     path, settings = Path(path), json.loads(json.dumps(dataclasses.asdict(config) | facts))
-    fixed = {field.name for field in dataclasses.fields(config) if field.metadata["changes_results"]} | set(facts)
-    if binding and path.exists():
+    fields = dataclasses.fields(config)
+    fixed = {field.name for field in fields if field.metadata["changes_results"]} | set(facts)
+    if path.exists():
         old = parse_object(path.read_bytes(), path)
+        if any(field.default is field.default_factory and field.name not in old for field in fields):  # a required one
+            raise InputError(f"{path}: written by another command: name another --out")
         for name, value in settings.items():
-            if name in fixed and old.get(name, value) != value:
+            if binding and name in fixed and old.get(name, value) != value:
                 made = f"made with {name.replace('_', '-')} {old[name]}, not {value}"
                 raise InputError(f"{path}: these results were {made}: name another --out to keep both, or delete it")
     write_json(path, settings | (notes or {}))
@@ -376,7 +385,10 @@ SHOWN = {  # method: the prompts that its episodes show, besides the system prom
     "agent": ["question", "observation", "error", "no_code", "search_result"],
     "cot": [],
     "cot-rag": ["cot_rag_question", "search_result"],
+    "judge": ["judge"],
 }
+PLACEHOLDERS = {"question": ["question"], "observation": ["stdout"], "error": ["error"], "search_result": ["text"]}
+PLACEHOLDERS |= {"cot_rag_question": ["passages", "question"], "judge": ["question", "answer", "prediction"]}
 
 
 class Prompts:
@@ -412,8 +424,18 @@ class Prompts:
         return self.fill(name, tools="\n".join(described), calls=", ".join(calls), max_steps=max_steps)
 
     def sha256(self, method):
-        """Returns a hash of the texts that a method shows. Results made with other texts must not be mixed."""
-        texts = [getattr(self, name) for name in SHOWN[method]]
+        """Returns a hash of the texts that a method shows. Results made with other texts must not be mixed.
+
+        Raises InputError if one of them is missing, or lacks a placeholder.
+        """
+        texts = []
+        for name in SHOWN[method]:
+            path = self.folder / f"{name}.txt"
+            if not path.is_file():
+                raise InputError(f"--prompts {self.folder}: {path.name} is missing")
+            texts.append(getattr(self, name))
+            if missing := [word for word in PLACEHOLDERS.get(name, ()) if f"{{{word}}}" not in texts[-1]]:
+                raise InputError(f"{path}: the placeholder {{{missing[0]}}} is missing")
         return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 

@@ -57,7 +57,7 @@ class Connection:
         self.reached = False  # whether the server has ever answered
         self.answered = False  # whether it has answered a POST with what was asked
         if not re.match(r"https?://[^/@]+(/|$)", url):
-            raise InputError(f"--url {url.split('@')[-1]}: an address such as http://127.0.0.1:8000/v1 was expected")
+            raise InputError(f"{url.split('@')[-1]}: an address such as http://127.0.0.1:8000/v1 was expected")
         if not re.fullmatch("[!-~]*", self.key):
             raise InputError(f"${api_key_env}: the key has a space, a line break or a character beyond ASCII in it")
         self.session = requests.Session()

@@ -36,7 +36,9 @@ def choose_device(name="auto"):
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise InputError(f"--device {name}: auto, cpu, cuda or cuda:1 was expected") from None
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {name}: auto, cpu, cuda or cuda:1 was expected")
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise InputError(f"--device {name}: there is no GPU that PyTorch can use")
@@ -64,7 +66,9 @@ def uses_bf16(precision, device):
 def from_pretrained(kind, name, **options):
     """kind.from_pretrained (kind: AutoTokenizer, ...), with one line instead of a traceback for a wrong name."""
     transformers.utils.logging.disable_progress_bar()
-    if Path(name).is_absolute() and not Path(name).is_dir():
+    # A name on the hub may look like a path, but not like one in a folder that exists here.
+    is_path = Path(name).is_absolute() or name.startswith(".") or Path(name).parent.name
+    if is_path and Path(name).parent.is_dir() and not Path(name).is_dir():
         raise InputError(f"model {name}: no such folder")
     try:
         return kind.from_pretrained(name, **options)
@@ -274,9 +278,14 @@ def base_of(path):
     return base
 
 
-def check_out(out, path):
-    """Raise InputError if the folder `out` is that of a model or adapter that is read, or of the adapter's base."""
-    if Path(out).resolve() in (Path(path).resolve(), Path(base_of(path)).resolve()):
+def check_out(out, path, own="run.json"):
+    """Raise InputError if the folder `out` is that of a model or adapter that is read, or of the adapter's base.
+
+    Nor may it hold another model; own: a file that shows that this command has written it.
+    """
+    reads = Path(out).resolve() in (Path(path).resolve(), Path(base_of(path)).resolve())
+    holds = any((Path(out) / name).exists() for name in ("config.json", "adapter_config.json"))
+    if reads or (holds and not (Path(out) / own).exists()):
         raise InputError(f"--out {out}: the model in it would be lost: name another folder")
 
 
@@ -336,10 +345,11 @@ def merge_adapter(config):
     """
     if not adapter_config(config.adapter):
         raise InputError(f"{config.adapter}: no adapter_config.json; an adapter's folder is expected")
-    check_out(config.out, config.adapter)
+    check_out(config.out, config.adapter, own="merged.json")
     model, _ = load_base(config.adapter, "auto")
     dtype = getattr(torch, config.dtype)
     merge_lora(model, dtype)
     model.to(dtype).save_pretrained(config.out)
     load_tokenizer(config.adapter).save_pretrained(config.out)
     common.write_json(Path(config.out) / "training.json", training_record(config.adapter))
+    common.write_json(Path(config.out) / "merged.json", {"adapter": config.adapter, "dtype": config.dtype})

@@ -177,11 +177,17 @@ def test_a_search_that_fails_is_not_for_the_model_to_read(monkeypatch):
 
 def test_the_hash_covers_the_prompts_that_are_used(tmp_path):
     shutil.copytree(Prompts.default, tmp_path / "prompts")
-    for name, methods in (("judge", []), ("error", ["agent"]), ("search_result", ["agent", "cot-rag"])):
+    for name, methods in (("judge", ["judge"]), ("error", ["agent"]), ("search_result", ["agent", "cot-rag"])):
         before = {method: Prompts(tmp_path / "prompts").sha256(method) for method in SHOWN}
-        (tmp_path / "prompts" / f"{name}.txt").write_text("Another text")
+        with open(tmp_path / "prompts" / f"{name}.txt", "a") as file:
+            file.write("More text")
         after = Prompts(tmp_path / "prompts")
         assert [method for method in before if before[method] != after.sha256(method)] == methods
+    (tmp_path / "prompts" / "question.txt").write_text("{qestion}")
+    with pytest.raises(InputError, match=r"question.txt: the placeholder \{question\} is missing"):
+        Prompts(tmp_path / "prompts").sha256("agent")
+    with pytest.raises(InputError, match="--prompts nowhere: judge.txt is missing"):
+        Prompts("nowhere").sha256("judge")
 
 
 def two(actions, observations):
@@ -192,12 +198,23 @@ def shell():
     return {"shell": print}
 
 
+def own_search():
+    return {"web_search": str}
+
+
+def broken():
+    return {}["a"]
+
+
 WRONG_OPTIONS = {  # each is refused in one line before anything is loaded
     "--search": {"kinds": {"fact"}},
     "--choose nothing.here: ModuleNotFoundError": {"choose": "nothing.here"},
     "--choose test_agent_distill.two: too many positional": {"choose": "test_agent_distill.two"},
     "--episode test_agent_distill.two: ": {"episode": "test_agent_distill.two"},
-    "--tools test_agent_distill.two: missing a required argument": {"tools": "test_agent_distill.two"},
+    "--tools test_agent_distill.two: TypeError: two() missing": {"tools": "test_agent_distill.two"},
+    "has a web_search of its own: leave out --search": {"tools": "test_agent_distill.own_search", "search": "index"},
+    "--tools test_agent_distill.broken: KeyError: 'a'": {"tools": "test_agent_distill.broken"},
+    "nowhere: no index of format": {"search": "nowhere"},
     "--tools platform.node: {name: function} was expected": {"tools": "platform.node"},
     "tools/shell.txt: describes a tool of --tools": {"tools": "test_agent_distill.shell"},
     "only --method agent uses it": {"method": "cot", "choose": "test_agent_distill.last_candidate"},
@@ -471,7 +488,7 @@ def test_filter_refuses_what_is_no_trajectory(tmp_path, message):
 def test_filter_leaves_its_input_as_it_is(tmp_path):
     write_jsonl(tmp_path / "out", [row(0), row(1, correct=False)])
     before = (tmp_path / "out").read_text()
-    with pytest.raises(InputError, match="the trajectories would be lost"):
+    with pytest.raises(InputError, match="trajectories or tasks, which would be lost"):
         config = agent_distill.FilterConfig(trajectories=[f"{tmp_path}/./out"], out=str(tmp_path / "out"))
         agent_distill.filter_trajectories(config)
     assert (tmp_path / "out").read_text() == before

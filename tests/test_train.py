@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, get_scheduler
 
 import train
 from allocator import Allocator
-from common import InputError, models
+from common import InputError, Journal, models
 from conftest import (
     CHATML,
     LONGROPE,
@@ -203,6 +203,7 @@ USER, ASSISTANT = {"role": "user", "content": "ab"}, {"role": "assistant", "cont
         ({"messages": [{"role": ["assistant"], "content": "ab"}]}, "expected"),
         ({"messages": [USER]}, "nothing to train on"),
         ({"messages": []}, "nothing to train on"),
+        ({"messages": [USER, ASSISTANT], "correct": False}, "a wrong answer"),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line(tiny_tokenizer, tmp_path, config, row, reason):
@@ -480,7 +481,7 @@ def test_an_adapter_is_saved_loaded_merged_and_continued(config, tmp_path):
     summary = train.fit(config(epochs=1))
     out = Path(config().out)
     names = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"}
-    names |= {"run.json", "metrics.jsonl", "summary.json", "training.json"}
+    names |= {"run.json", "metrics.jsonl", "summary.json", "training.json", "train.lock"}
     assert {path.name for path in out.iterdir()} == names | {"tokenizer_config.json"}
     record = models.training_record(out)
     unstated = dict.fromkeys(("method", "system_prompt", "prompts_sha256", "tools"))
@@ -614,12 +615,27 @@ def test_a_restart_may_use_less_memory_but_not_other_data(config, tmp_path):
         patch.setattr(torch.optim.AdamW, "step", interrupt)
         train.fit(config(**options))
     write_jsonl(tmp_path / "data", rows[:2])
-    with pytest.raises(InputError, match="state.pt was made with other data"):
+    with pytest.raises(InputError, match="made with data-sha256"):
         train.fit(config(**options))
     write_jsonl(tmp_path / "data", rows)
     summary = train.fit(config(**options, checkpointing=True, micro_tokens=100))
     assert summary["checkpointing"] and summary["micro_tokens"] == 100
     assert [row["step"] for row in read_rows(Path(config().out) / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_no_folder_of_another_command_or_model_is_trained_in(config, tiny_tokenizer, tmp_path):
+    make_model(tmp_path / "other", tiny_tokenizer)
+    before = (tmp_path / "other" / "config.json").read_bytes()
+    with pytest.raises(InputError, match="the model in it would be lost"):
+        train.fit(config(out=str(tmp_path / "other"), tuning="full"))
+    assert (tmp_path / "other" / "config.json").read_bytes() == before
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text('{"tasks": [], "out": "run", "method": "cot"}')
+    with pytest.raises(InputError, match="run.json: written by another command"):
+        train.fit(config(out=str(tmp_path / "run")))
+    with Journal(tmp_path / "busy" / "train.lock"), pytest.raises(InputError, match="another process"):
+        train.fit(config(out=str(tmp_path / "busy")))
+    assert not (tmp_path / "busy" / "run.json").exists()
 
 
 def test_an_infinite_gradient_is_not_stored(config):
