@@ -33,6 +33,8 @@ PROMPTS ?= prompts
 FAST := --epochs 1 --batch-size 2 --lr 2e-3 --warmup-steps 5 --rank 16 --alpha 32 --dropout 0
 TRAIN_OPTIONS ?= $(if $(filter $(PACKAGED),$(STUDENT)),$(FAST))
 COLLECT_OPTIONS ?=
+# Of agents alone, the teacher's and the students': --tools, --choose, --episode, ...
+AGENT_OPTIONS ?=
 EVALUATE_OPTIONS ?= --max-tokens 128
 
 ifeq ($(VENV),)
@@ -70,12 +72,19 @@ $(VENV)/.ready: requirements.txt requirements-miniature.txt
 
 # A killed make may leave a running stage behind. The lock makes the next make wait for it.
 LOCK = $(if $(shell command -v flock),flock $(RUNS)/.lock)
+# Finished stages are not run again, so a folder of runs keeps one value of what they depend on.
+SETTINGS = $(strip questions $(QUESTIONS); tests $(TESTS), $(SC_TESTS); prompts $(PROMPTS); teacher \
+  $(if $(TEACHER_URL),$(or $(TEACHER_MODEL),served),$(if $(TEACHER_MODEL),$(error TEACHER_MODEL needs TEACHER_URL),script)); \
+  options $(COLLECT_OPTIONS) $(AGENT_OPTIONS) $(EVALUATE_OPTIONS) $(if $(filter file,$(origin TRAIN_OPTIONS)),,$(TRAIN_OPTIONS)))
 reproduce: $(READY)  ## the miniature, offline: world, teacher, students, evaluation, table
-	@mkdir -p $(RUNS); for seed in $(SEEDS); do for student in $(STUDENT); do \
+	@mkdir -p $(RUNS); test -f $(RUNS)/settings || echo '$(SETTINGS)' > $(RUNS)/settings
+	@test "$$(cat $(RUNS)/settings)" = '$(SETTINGS)' || { echo "error: $(RUNS) has results with: $$(cat $(RUNS)/settings)"; \
+	  echo 'These would be: $(SETTINGS). Give another RUNS='; exit 2; } >&2
+	@for seed in $(SEEDS); do for student in $(STUDENT); do \
 	  $(LOCK) $(MAKE) --no-print-directory one SEED=$$seed STUDENT=$$student || exit; \
 	done; done
 	@$(RUN) evaluate.py report $(RUNS)
-	@printf '\nThe teacher without and with the first-thought prefix:\n'; cat $(SEEDS:%=$(RUNS)/seed%/teacher/gain.md)
+	@printf '\nThe teacher without and with the first-thought prefix:\n'; cat $(SEEDS:%=$(RUNS)/seed%/teacher/gain.md) < /dev/null
 
 SEED ?= 0
 STUDENT_NAME := $(notdir $(patsubst %/,%,$(firstword $(STUDENT))))
@@ -103,14 +112,15 @@ else
 ASK = $(COLLECT) --url $(TEACHER_URL) $(TEACHER_MODEL:%=--model %) $(1)
 endif
 SEARCH = --search $(D)/index --top-k 2
+AGENT = $(SEARCH) $(AGENT_OPTIONS)
 $(D)/teacher/cot.train.jsonl: $(D)/world/.done
 	$(call ASK,--method cot --out $(@D)/cot.jsonl)
 	$(FILTER) $(@D)/cot.jsonl --out $@
 $(D)/teacher/agent.train.jsonl: $(D)/index/.done
-	$(call ASK,$(SEARCH) --out $(@D)/agent.jsonl)
+	$(call ASK,$(AGENT) --out $(@D)/agent.jsonl)
 	$(FILTER) $(@D)/agent.jsonl --out $@
 $(D)/teacher/prefix.train.jsonl: $(D)/teacher/cot.train.jsonl $(D)/index/.done
-	$(call ASK,$(SEARCH) --first-thought $(@D)/cot.jsonl --out $(@D)/prefix.jsonl)
+	$(call ASK,$(AGENT) --first-thought $(@D)/cot.jsonl --out $(@D)/prefix.jsonl)
 	$(FILTER) $(@D)/prefix.jsonl --out $@
 $(D)/teacher/gain.md: $(D)/teacher/agent.train.jsonl $(D)/teacher/prefix.train.jsonl
 	$(RUN) evaluate.py compare $(@D)/agent.jsonl $(@D)/prefix.jsonl > $@.new
@@ -149,7 +159,7 @@ $(ROW).base.cot/.done: $(D)/world/.done $(MODEL_DONE)
 	$(EVALUATE) --model $(MODEL) --method cot
 	$(FINISHED)
 $(ROW).base.agent/.done: $(D)/index/.done $(MODEL_DONE)
-	$(EVALUATE) --model $(MODEL) --method agent $(SEARCH) $(BASE_AGENT)
+	$(EVALUATE) --model $(MODEL) --method agent $(AGENT) $(BASE_AGENT)
 	$(FINISHED)
 $(ROW).cot.cot/.done: $(S)/cot/.done
 	$(EVALUATE) --model $(<D) --method cot
@@ -158,10 +168,10 @@ $(ROW).cot.cot-rag/.done: $(S)/cot/.done $(D)/index/.done
 	$(EVALUATE) --model $(<D) --method cot-rag $(SEARCH)
 	$(FINISHED)
 $(ROW).%.greedy/.done: $(S)/%/.done $(D)/index/.done
-	$(EVALUATE) --model $(<D) --method agent $(SEARCH)
+	$(EVALUATE) --model $(<D) --method agent $(AGENT)
 	$(FINISHED)
 $(ROW).%.sc8/.done: $(S)/%/.done $(D)/index/.done
-	$(EVALUATE) --model $(<D) --method agent $(SEARCH) --sc 8 --limit $(SC_TESTS)
+	$(EVALUATE) --model $(<D) --method agent $(AGENT) --sc 8 --limit $(SC_TESTS)
 	$(FINISHED)
 
 report: $(READY)  ## the tables of what has been run so far
@@ -178,7 +188,7 @@ include experiments/experiments.mk
 # Checks
 # ------------------------------------------------------------------------------------------------
 
-# ROOM=train runs tests/test_train*.py only.
+# ROOM=train runs tests/test_train.py only.
 test: $(READY)  ## the tests, 5 minutes on 2 CPU cores
 	$(RUN) -m pytest $(if $(ROOM),tests/test_$(ROOM).py,tests --ignore-glob='*_interop.py' --ignore-glob='*_real.py')
 

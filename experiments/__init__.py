@@ -21,6 +21,7 @@ class Setting(train.Config):
     out: str = option(REQUIRED, "folder for all that the experiment writes; the same command continues there")
     tests: list[str] = option(REQUIRED, "test files")
     search: str = option(REQUIRED, "index folder or /retrieve URL behind web_search")
+    top_k: int = option(3, "passages per search (paper: 3)", above=0)
     limit: int = option(15, "test questions of each file", above=0)
     max_tokens: int = option(1024, "new tokens per step (paper: 1,024)", above=0)
 
@@ -39,7 +40,7 @@ def train_student(setting, name, data, weigh=None):
 def evaluate_student(setting, student, name, **options):
     """Answer the test questions as an agent, unless that is done. Returns the run folder."""
     options = {"tasks": setting.tests, "limit": setting.limit} | options
-    names = ("search", "max_tokens", "seed", "quiet")
+    names = ("search", "top_k", "max_tokens", "seed", "quiet")
     options |= {name: getattr(setting, name) for name in names}
     config = evaluate.RunConfig(model=str(student), name=name, out=str(Path(setting.out, "eval", name)), **options)
     evaluate.run(config)

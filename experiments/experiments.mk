@@ -10,9 +10,8 @@ EXPERIMENT_OPTIONS ?=
 
 .PHONY: experiment one-experiment
 experiment: $(READY)  ## NAME=...: a quick experiment beyond the paper; see experiments/README.md
-	@test -f "experiments/$(NAME).py" || { echo "make experiment NAME=...: one of $(EXPERIMENTS)" >&2; exit 2; }
-	@mkdir -p $(RUNS)
-	@for seed in $(SEEDS); do $(LOCK) $(MAKE) --no-print-directory one-experiment SEED=$$seed || exit; done
+	@$(if $(filter $(NAME),$(EXPERIMENTS)),$(if $(filter-out prompts,$(PROMPTS)),$(error make experiment does not use PROMPTS)),false) || { echo "make experiment NAME=...: one of $(EXPERIMENTS)" >&2; exit 2; }
+	@mkdir -p $(RUNS); for seed in $(SEEDS); do $(LOCK) $(MAKE) --no-print-directory one-experiment SEED=$$seed || exit; done
 	@$(RUN) -m experiments.table $(RUNS)-experiments
 
 E := $(RUNS)-experiments/seed$(SEED)/$(NAME)
@@ -26,7 +25,7 @@ COLLECT_OPTIONS_choose_trajectory := --limit 200 --samples 3 --temperature 1
 COLLECT_OPTIONS_template := --limit 100
 $(E)/.collected: TEACHER_OPTIONS := $(TEACHER_OPTIONS_$(NAME))
 $(E)/.collected: $(D)/index/.done
-	$(call ASK,$(SEARCH) --out $(@D)/agent.jsonl $(COLLECT_OPTIONS_$(NAME)))
+	$(call ASK,$(AGENT) --out $(@D)/agent.jsonl $(COLLECT_OPTIONS_$(NAME)))
 	touch $@
 
 # What each experiment needs, and its own arguments. By default, it trains the base model on collected trajectories, in
@@ -42,5 +41,5 @@ ARGUMENTS := $(E)/agent.jsonl --model $(MODEL) --epochs 2
 NEEDS := $(E)/.collected
 endif
 one-experiment: $(D)/index/.done $(MODEL_DONE) $(NEEDS)
-	$(RUN) -m experiments.$(NAME) $(TRAIN_OPTIONS) $(EVALUATE_OPTIONS) $(ARGUMENTS) --search $(D)/index --out $(E) \
+	$(RUN) -m experiments.$(NAME) $(TRAIN_OPTIONS) $(EVALUATE_OPTIONS) $(ARGUMENTS) $(SEARCH) --out $(E) \
 	  --seed $(SEED) --tests $(D)/world/test/*.jsonl $(EXPERIMENT_OPTIONS)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+import common
 import evaluate
 import train
 from common import REQUIRED, option, progress, read_jsonl, run_command_line, stable_seed, write_json, write_jsonl
@@ -76,6 +77,7 @@ def divergence(model, teacher, prompt, written):
 
 def distill(config, student, out):
     """Continue an adapter by on-policy distillation and save it in the folder `out`; a killed run continues there."""
+    common.keep_config(out / "run.json", config)
     if (out / "training.json").exists():
         return
     tokenizer, state = load_tokenizer(student), out / "checkpoint.pt"

@@ -14,6 +14,8 @@ from agent_distill import CODE_OPEN, FilterConfig, Prompts, filter_trajectories
 from common import option, read_jsonl, run_command_line, write_jsonl
 from experiments import Setting, compare, evaluate_student, train_student
 
+HERE = __spec__.name  # experiments.NAME, also when this file is run by python -m
+
 
 @dataclasses.dataclass(kw_only=True)
 class Config(Setting):
@@ -50,9 +52,9 @@ def run(config):
     rows = [row | {"tools": [*row["tools"], *DESCRIPTIONS]} for path in config.data for _, row in read_jsonl(path)]
     write_jsonl(f"{config.out}/agent.jsonl", rows)  # the student's system prompt names the tool
     filter_trajectories(FilterConfig(trajectories=[f"{config.out}/agent.jsonl"], out=data, prompts=str(prompts)))
-    student = train_student(config, "student", data, "experiments.template.weigh")
+    student = train_student(config, "student", data, f"{HERE}.weigh")
     paper = evaluate_student(config, student, "paper", sc=4)
-    forked = {"tools": "experiments.template.tools", "choose": "experiments.template.choose", "prompts": str(prompts)}
+    forked = {"tools": f"{HERE}.tools", "choose": f"{HERE}.choose", "prompts": str(prompts)}
     compare(paper, evaluate_student(config, student, "fork", sc=4, **forked))
 
 

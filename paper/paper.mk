@@ -75,6 +75,14 @@ TEST_FILES := $(or $(PAPER_QUESTIONS),$(TASKS)/test)/*.jsonl
 QUESTIONS_DONE := $(if $(PAPER_QUESTIONS),$(or $(wildcard $(TEST_FILES)),$(TEST_FILES)),$(TASKS)/.done)
 RESULTS := $(PAPER)/results/$(TEACHER).$(PASSAGES_NAME)$(and $(PAPER_QUESTIONS),.$(call path_name,$(PAPER_QUESTIONS)))
 
+ROWS_KNOWN := base.cot base.agent base.agent.sc8 cot.cot cot.cot-rag agent.greedy agent.sc8 prefix.greedy prefix.sc8
+ifneq ($(filter paper paper-evaluate paper-report,$(MAKECMDGOALS)),)
+  $(if $(filter-out $(ROWS_KNOWN),$(PAPER_ROWS)),$(error PAPER_ROWS may be: $(ROWS_KNOWN)))
+  given_in_vain := $(strip $(foreach name,PROMPTS COLLECT_OPTIONS AGENT_OPTIONS TRAIN_OPTIONS EVALUATE_OPTIONS SEEDS,\
+    $(if $(filter command,$(firstword $(origin $(name)))),$(name))))
+  $(if $(given_in_vain),$(error make paper does not use $(given_in_vain)))
+endif
+
 paper: paper-report  ## the paper's experiment: says what it needs, asks, then runs everything below
 
 # Only a download asks.
