@@ -158,8 +158,12 @@ _FENCE = re.compile(
     re.M | re.S | re.I | re.X,
 )
 _UNFENCED = re.compile(rf"{_LABEL}(?:\s*<code>)?|<code>", re.M | re.I)
-_UNFENCED_END = re.compile(r"</code>|^[ \t]*```|```[ \t]*$", re.M)
-_OBSERVATION = re.compile(r"^[ \t#*>]*+(?:Observation(?::|[ \t]*$)|Execution logs:)", re.M)
+_UNFENCED_END = re.compile(r"</code>|^[ \t]*```|```[ \t]*$", re.M | re.I)
+_OBSERVATION = re.compile(  # after code, also in other spellings
+    r"^[ \t#*_>]*+(?:(?P<exact>Observation(?::|[ \t]*$)|Execution logs:)"
+    r"|(?i:observations?[ \t]*\d*[ \t*_]*(?::|$)|last output from code snippet:|<observation>))",
+    re.M,
+)
 _STOP_BEGUN = re.compile(r"((?<=```)<\w*|<end_\w*|\nObserv\w*)\Z")  # a reply that ended inside a stop string
 _THOUGHT = re.compile(r"^\s*Thought:[ \t]*")
 
@@ -176,7 +180,8 @@ def parse_action(text, opening=""):
     text = _STOP_BEGUN.sub("", (opening + rest).replace("\r\n", "\n").split("<end_code>")[0].strip()).rstrip()
     fences = _python_fences(text)
     for own in _OBSERVATION.finditer(text):
-        if not any(fence["close"] and fence.start() < own.start() < fence.end() for fence in fences):
+        inside = any(fence["close"] and fence.start() < own.start() < fence.end() for fence in fences)
+        if not inside and (own["exact"] or (fences and fences[0].end() <= own.start())):
             text = text[: own.start()].rstrip()
             fences = _python_fences(text)
             break

@@ -42,7 +42,7 @@ import agent_distill
 import common
 from agent_distill import STOP, Prompts, Running, TurnFailed, drive, task_key
 from common import REQUIRED, InputError, grading, models, option, pictures, report, stable_seed
-from common.client import VERDICT, BadRequest, Client, Judge, Served, cut_at_stop, in_parallel
+from common.client import JUDGE_SAMPLING, VERDICT, BadRequest, Client, Judge, Served, cut_at_stop, in_parallel
 
 # ------------- The student
 
@@ -517,7 +517,7 @@ def run(config):
         notes = {"questions": collections.Counter(task["task"] for task in tasks)}
         common.keep_config(out / "run.json", config, binding=bool(done), notes=notes, **facts)
         if todo and config.judge_url:  # fails before the generation if the judge does not answer
-            Client(config.judge_url, config.judge_model, config.judge_key_env).probe(temperature=0.0)
+            Client(config.judge_url, config.judge_model, config.judge_key_env).probe(**JUDGE_SAMPLING)
         if todo:
             _answer_all(config, (prompts, system, client), todo, len(mine), journal)
     current = {(task["task"], task["id"]): task for task in tasks}

@@ -254,7 +254,8 @@ def load_tasks(paths, kind=None, limit=None):
     """Returns rows {"id", "task", "kind", "question", "answer", ...} of JSONL files or {"examples": [...]} files.
 
     kind: "fact" or "math" for files that do not state it. limit: only the first n of each file. An answer that is a
-    list means that each of its elements is right: the first becomes "answer", the others "aliases".
+    list means that each of its elements is right: the first becomes "answer", the others "aliases"; a list of numbers
+    or formulas (kind math) is one answer in several parts.
     Raises InputError for an empty file, and with file and row for a missing field or a repeated id.
     """
     tasks = {}
@@ -285,6 +286,8 @@ def _read_task(row, where):
             raise InputError(f"{where}: the field {field!r} of a task is missing, empty or of a wrong type")
     if row["kind"] not in ("fact", "math"):
         raise InputError(f'{where}: the kind must be stated: "kind": "fact" or "math", or --kind')
+    if row["kind"] == "math" and len(answers) > 1:
+        return row | {"id": str(row["id"]), "aliases": aliases}
     return row | {"id": str(row["id"]), "answer": answers[0], "aliases": [*answers[1:], *aliases]}
 
 

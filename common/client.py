@@ -55,7 +55,7 @@ class Connection:
         self.key = os.environ.get(api_key_env, "")
         self.no_key = "" if self.key else f" (${api_key_env} is not set)"
         self.reached = False  # whether the server has ever answered
-        self.answered = False  # whether it has answered a POST with what was asked
+        self.answers = 0  # to POSTs, with what was asked
         if not re.match(r"https?://[^/@]+(/|$)", url):
             raise InputError(f"{url.split('@')[-1]}: an address such as http://127.0.0.1:8000/v1 was expected")
         if not re.fullmatch("[!-~]*", self.key):
@@ -78,6 +78,7 @@ class Connection:
         url, options = self.url + path, {"timeout": (10.0, self.timeout), "allow_redirects": False}
         if body is not None:  # half of a surrogate pair, which no server can read, becomes a question mark
             options["data"] = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
+        before, own_fault = self.answers, False
         for attempt in range(self.retries + 1):
             wait = min(BACKOFF * 2**attempt, 30.0) if attempt else 0
             try:
@@ -90,12 +91,13 @@ class Connection:
                     status = _status_inside(answer) or status
                 if 200 <= status < 300:
                     result = read(answer)
-                    self.answered = self.answered or body is not None
+                    self.answers += body is not None
                     return result, attempt
-                if status in (400, 413, 422) or (status in (403, 451) and self.answered):  # moderation
+                if status in (400, 413, 422) or (status in (403, 451) and self.answers):  # moderation
                     raise BadRequest(f"{status}: {words}")
                 if status < 500 and status not in (408, 409, 425, 429):
                     raise InputError(f"{url} answered {status}{self.no_key * (status in (401, 403))}: {words}")
+                own_fault = status == 500 and self.answers > before  # others were answered meanwhile
                 reason, wait = f"{status}: {words}", max(wait, _retry_after(response))
             except LOST as error:
                 cause = getattr(error.args[0] if error.args else error, "reason", error)
@@ -106,11 +108,10 @@ class Connection:
                 raise InputError(f"{url}: {self._shown(str(error))}") from None
             except UNREADABLE as error:
                 reason = f"the answer is not in the expected format ({type(error).__name__}): {words}"
-                if self.answered and attempt == self.retries:  # others are answered: this request is the reason
-                    raise BadRequest(f"{url}: {reason}") from None
+                own_fault = self.answers > 0
             if attempt < self.retries:
                 time.sleep(wait)
-        raise ServerError(f"{url}: {reason}; gave up after {self.retries + 1} attempts")
+        raise (BadRequest if own_fault else ServerError)(f"{url}: {reason}; gave up after {self.retries + 1} attempts")
 
     def _shown(self, words):
         """Returns the beginning of what a server said, in one line, without the key, which some servers repeat."""
@@ -377,6 +378,7 @@ def in_parallel(function, items, workers):
 
 
 VERDICT = {"key": str, "verdict": str}  # the fields of a row of judge*.jsonl
+JUDGE_SAMPLING = {"temperature": 0.0, "max_tokens": 1024, "seed": 0}  # some judges think first
 
 
 class Judge:
@@ -389,13 +391,11 @@ class Judge:
     """
 
     CHARACTERS = 2000  # of an answer; the answer to a factual question is a phrase, so a longer one is cut
-    MAX_TOKENS = 1024  # some judges think first
 
     def __init__(self, client, prompts, journal):
         self.client = client
         self.prompts = prompts
         self.journal = journal
-        self.sampling = {"temperature": 0.0, "max_tokens": self.MAX_TOKENS, "seed": 0}
         self.lock = threading.Lock()
         self.probed = False
         self.verdicts = {}
@@ -409,11 +409,11 @@ class Judge:
         if key not in self.verdicts:
             with self.lock:
                 if not self.probed:
-                    self.client.probe(**self.sampling)
+                    self.client.probe(**JUDGE_SAMPLING)
                 self.probed = True
             verdict = None
             with contextlib.suppress(BadRequest):
-                [text], _ = self.client.chat([{"role": "user", "content": prompt}], **self.sampling)
+                [text], _ = self.client.chat([{"role": "user", "content": prompt}], **JUDGE_SAMPLING)
                 verdict = read_verdict(text)
             if verdict:
                 self.journal.append({"key": key, "verdict": verdict, "model": self.client.model})
@@ -425,5 +425,6 @@ def read_verdict(reply):
     """Returns the verdict in a reply's JSON, or of a line of one word; None if there is none, or two differ."""
     text = "" if _is_unfinished_thinking(reply) else re.split(END_THINKING, reply, flags=re.I)[-1].lower()
     verdicts = set(re.findall(r"""["']verdict["']\s*:\s*["'](correct|incorrect)["']""", text))
-    verdicts |= set(re.findall(r"(?m)^[^\w\[\n]*(?:verdict[^\w\[\n]+)?(correct|incorrect)[^\w\[\n]*$", text))
+    line = r"(?m)^[^\w\[\n]*(?:(?:final )?verdict[^\w\[\n]+)?(correct|incorrect)[^\w\[\n?]*$"
+    verdicts |= set(re.findall(line, text))
     return verdicts.pop() if len(verdicts) == 1 else None

@@ -5,12 +5,13 @@ r"""Mathematical answers in LaTeX, plain text or Python's notation: one spelling
 
 Nothing is passed to eval: ast.parse reads the text, and evaluate() allows only the operations listed here. Rational
 values are exact (Fraction), others have 150 digits (mpmath). Expressions with variables are compared at six random
-rational points: two different polynomials of degree d agree at one with a probability below d / 10^6 (Schwartz 1980,
-Zippel 1979). They are real functions: a point where neither has a real value does not count, so sqrt(1/n) is 1/sqrt(n),
-but sqrt(n^2) is not n. Lengths and powers are bounded.
+rational points, up to 2, 30 and 1,000: two different polynomials of degree d agree at one with a probability below
+d / 10^6 (Schwartz 1980, Zippel 1979). They are real functions: a point where neither has a real value does not count,
+so sqrt(1/n) is 1/sqrt(n), but sqrt(n^2) is not n. Lengths and powers are bounded.
 """
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import math
@@ -27,6 +28,7 @@ import mpmath
 MAX_NODES = 1500  # of one answer: operations, numbers and names
 MAX_BITS = 20_000  # of an exact numerator or denominator; 2^{4181} is a gold answer of MATH
 MAX_FACTORIAL = 1000
+SIZES = (2, 30, 1000)  # of the points at which expressions are compared
 mp = mpmath.MPContext()  # a separate context, so that mpmath's global precision is not changed
 mp.dps = 150
 LARGEST = mp.mpf(10) ** 40  # of inexact numbers: beyond it and 1 / LARGEST, 150 digits might not tell two sums apart
@@ -76,7 +78,7 @@ EXACT |= dict.fromkeys(["binomial", "comb"], lambda n, k: Fraction(math.comb(nat
 EXACT |= dict.fromkeys(["Fraction", "Rational"], lambda a, b=Fraction(1): a / b)
 FUNCTIONS = {name: getattr(mp, name) for name in "sqrt cbrt sin cos tan cot sec csc exp log asin acos atan".split()}
 FUNCTIONS |= {"arcsin": mp.asin, "arccos": mp.acos, "arctan": mp.atan, "ln": mp.log}
-OPERATIONS = EXACT | FUNCTIONS
+OPERATIONS = EXACT | FUNCTIONS | {"log10": mp.log10, "log2": lambda number: mp.log(number, 2)}
 MARKS = {"percent": Fraction(1, 100), "degree": mp.pi / 180}
 CONSTANTS = {"pi": +mp.pi, "e": +mp.e, "E": +mp.e, "i": mp.mpc(0, 1), "I": mp.mpc(0, 1), "infty": mp.inf}
 GREEK = "alpha beta gamma delta epsilon theta lambda mu phi varphi omega rho sigma tau".split()
@@ -98,6 +100,7 @@ SPELLINGS = {  # our spelling: other spellings; one that ends in a letter matche
     **{" degree ": r"^\circ ^{\circ} ° degrees deg", " percent ": r"\% %"},
     **{r"\text": r"\textbf \textit \textrm \textnormal \mbox \mathrm \mathbf \operatorname"},
     **{" ": r"\left \right \boxed \displaystyle \large \Large \rm \bf \quad \qquad \, \; \: \! ~ \( \) \[ \]"},
+    **{"  ": r"\big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \boldsymbol \underline"},
 }
 SPELLINGS = {old: new for new, spellings in SPELLINGS.items() for old in spellings.split()} | {"\\ ": " "}
 LETTERS = string.ascii_letters
@@ -107,8 +110,8 @@ SPELLING = re.compile(
         for old in sorted(SPELLINGS, key=len, reverse=True)
     )
 )
-TYPES = "u?int|float|complex|str|bool|Integer|Float|Decimal|mpf|mpc|array|(?:ImmutableDense)?Matrix|Tuple|Point2D"
-TYPES += "|(?:frozen)?set"
+TYPES = r"u?int|float|complex(?=\d)|str|bool|Integer|Float|Decimal|mpf|mpc|array|(?:ImmutableDense)?Matrix"
+TYPES += "|Tuple|Point(?:2D)?|tensor|(?:frozen)?set"
 MATRIX = r"\[?\s*\\begin\s*\{([pbB]?matrix|array)\}(?:\s*\{[lcr|]*\})?(.*?)\\end\s*\{\1\}\s*\]?"
 MIXED_NUMBER = r"(?<![\w.^})/*!])(?<![a-z] )(\d+)(?: ?\\frac ?\{?(\d+)\}? ?\{?(\d+)\}?| (\d+)/(\d+))(?!\d)"
 UPRIGHT = "|".join([*FUNCTIONS, *MARKS, r"\\?pi", "i", "e"])  # these are no units in \text{}
@@ -119,14 +122,14 @@ CLEANING = [  # (pattern, replacement, example, what becomes of it), in this ord
     (r"\\\\\s*\[-?[\d.]+\s*[a-z]{2}\]", r"\\\\", r"1 \\[6pt] 2", r"1 \\ 2"),
     (r"(?<=\d)(?:,\\!\s*|\{,\}|\\,|\\ )(?=\d{3}(?!\d))", "", r"10,\!080", "10080"),
     (r"\b(?:np|numpy|sympy|math|mpmath|fractions|decimal)\.(?=[a-zA-Z])", "", "np.array([1])", "array([1])"),
-    (rf"\b(?:{TYPES})\d*_?(?=\()|,\s*dtype=[^()]*(?=\))", "", "[int64(1), Decimal('0.5')]", "[(1), ('0.5')]"),
+    (rf"\b(?:{TYPES})\d*_?(?=\((?!\)))|,\s*dtype=[^()]*(?=\))", "", "[int64(1), Decimal('0.5')]", "[(1), ('0.5')]"),
     (r"(?<![\w)\]])(['\"])([^'\"]*)\1", r"\2", "['A', '1/2']", "[A, 1/2]"),
     (r"^Eq\((.*), (.*)\)$", r"\1 = \2", "Eq(y, 2*x)", "y = 2*x"),
-    (r"_\s*\{(\w+)\}", r"_\1", "52_{8}", "52_8"),
+    (r"_\s*\{(\w+)\}", r"_\1 ", r"\log_{2}3", r"\log_2 3"),
     (r"[⁰¹²³⁴-⁹⁻ⁿ]+", lambda found: f"^({plain(found[0])})", "x²³", "x^(23)"),
     (r"[½⅓⅔¼¾⅛]", lambda found: f" {plain(found[0])}", "2½", "2 1/2"),
     (SPELLING, lambda found: SPELLINGS[found[0]], r"2 \times \dfrac12", r"2 * \frac12"),
-    (r"^\s*[a-zA-Z]?\s*≈|(?<=.)≈.*", "", "x ≈ 3.46", " 3.46"),
+    (r"^\s*[a-zA-Z]?\s*≈|(?<=.)≈(?:(?!\b(?:or|and)\b)[^,;]|,\d{3}(?!\d))*", "", "x ≈ 3.46", " 3.46"),
     (rf"\\text\s*\{{\s*({UPRIGHT})\s*\}}", r" \1 ", r"3+4\text{i}", "3+4 i "),
     (r"\\text\s*\{([^{}a-zA-Z]*(?:and|or)?[^{}a-zA-Z]*)\}", r" \1 ", r"\text{5 or 6}", " 5 or 6 "),
     (r"\|([^|]+)\|(?! *[(\[{])", r"abs(\1)", "2|x|", "2abs(x)"),
@@ -165,7 +168,7 @@ def clean(text):
         text = re.sub(pattern, replacement, text).strip()
     text = CLOSING_POINT.sub("", text)
     if not re.search(r"[(\[]|(?<!\\text)\{", text):  # between brackets, a comma separates two numbers
-        text = re.sub(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])", lambda match: match[0].replace(",", ""), text)
+        text = re.sub(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])", lambda match: match[0].replace(",", ""), text)
     return text
 
 
@@ -174,17 +177,21 @@ def clean(text):
 UNIT = re.compile(  # at the end of an answer: \text{ cm}^2, square inches, km/h, percent
     rf"""(?x) (?<=[\w)\]}}]) ( (?: \s*\\text\s*\{{[^{{}}]*\}}
       | \s+(?!(?:{"|".join([*MARKS, *FUNCTIONS])})[a-zA-Z]?\b)  # no function, with its argument or without
-        (?:[a-zA-Z]{{4,}}|cm|mm|km|kg|in|ft|mph|sq|USD|(?i:[ap]\.?m))
+        (?:[a-zA-Z]{{4,}}|per|cm|mm|km|kg|in|ft|mph|sq|USD|(?i:[ap]\.?m))
         \b\.?(?:/[a-z]+)? )+ (?:\s*\^\s*[({{]?\d[)}}]?)? | \s*(?:percent|degree) )$"""
 )
 NOT_UNITS = re.compile(  # digits, and words that change the value before them: "5 factorial" is not 5 with a unit
     r"(?<!\^)\d|\b(squared|cubed|factorial|mod|modulo|plus|minus|times|over|base|not|more|less|least|most|to|from|if|"
     r"when|unless|except|above|below|negative|hal(f|ves)|(third|quarter|fourth|fifth|sixth|seventh|eighth|ninth|"
-    r"tenth|twelfth|hundredth|thousandth|millionth|billionth)s?|repeating|recurring|doubled|halved|tripled|minimum|"
-    r"maximum|root|for|th|k|mil|dozen|score|gross|lakhs?|crores?|hundred|thousand|million|billion|trillion)\b"
+    r"tenth|eleventh|twelfth|[a-z]+teenth|[a-z]+tieth|hundredth|thousandth|millionth|billionth)s?|repeat(s|ing|ed)|"
+    r"recurring|periodic|doubled|halved|[a-z]+pled|minimum|maximum|root|radical|choose|point|permille|(in)?correct|"
+    r"wrong|one|two|three|four|five|six|seven|eight|nine|ten|for|th|k|mil|pairs?|dozens?|scores?|gross|lakhs?|crores?|"
+    r"hundreds?|thousands?|[mbtr]illions?|quadrillions?)\b"
 )
 UNITS = {"centimeter": "cm", "millimeter": "mm", "kilometer": "km", "meter": "m", "kilogram": "kg", "gram": "g"}
-UNITS |= {"inche": "in", "inch": "in", "feet": "ft", "foot": "ft", "usd": "dollar", "mph": "mile per hour", "h": "hour"}
+UNITS |= {"inche": "in", "inch": "in", "feet": "ft", "foot": "ft", "usd": "dollar", "mph": "mile/hour", "h": "hour"}
+UNITS |= {"lbs": "lb", "pound": "lb", "cms": "cm", "kms": "km", "hrs": "hour", "hr": "hour", "min": "minute"}
+UNITS |= {"second": "s", "sec": "s"}
 
 
 def split_unit(text):
@@ -194,8 +201,9 @@ def split_unit(text):
     words = re.sub(r"\^\s*[({]?(\d)", r"^\1", found[1].lower()) if found else ""
     if NOT_UNITS.search(words):
         raise ValueError(f"{words!r} after a value")
-    words = re.sub(r"\\text|s\b|[^a-z^\d ]", "", words.replace("metre", "meter"))  # cm^{2} is cm^2, hours are an hour
-    if re.fullmatch(r"\s*[^mghlcf\s]\s*", words):  # 5\mathbf{v}, 5\text{k}
+    words = re.sub(r"\s+per\s+", "/", words.replace("metre", "meter"))
+    words = re.sub(r"\\text|(?<=[a-z]{3})s\b|[^a-z^\d/ ]", "", words)  # cm^{2} is cm^2, hours are an hour
+    if re.fullmatch(r"\s*[^mghlcfsCFL\s]\s*", re.sub(r"\\text|[{}]", "", found[1] if found else "")):  # 5\text{k}
         raise ValueError(f"{words!r} after a value")
     words = re.sub(r"[a-z]+", lambda match: UNITS.get(match[0], match[0]), words).replace(" ", "")
     words = re.sub(r"^sq(?:uare)?(.*)", r"\1^2", words)
@@ -233,7 +241,7 @@ LABEL = re.compile(  # what may precede "=" besides a name, and be left out
     r"[A-Z]+\([^()=]*(?:=[^()]*)?\)|[A-Z][A-Za-z]+|\\text ?\{[^{}]*\}|[a-z]{4,}(?=:))(?= ?[=∈:])"
 )
 TOKEN = re.compile(
-    rf"""(?x) (?P<name> label_\w+ | (?:\d[\dA-Z]*|[A-Z]\d[\dA-Z]*)_\d+ | [a-zA-Z]_(?:\d+|[a-zA-Z]) )  # 4210_5, x_1
+    rf"""(?x) (?P<name> label_\w+ | (?:\d[\dA-Z]*|[A-Z]\d[\dA-Z]*)_\d+ | [a-zA-Z]_(?:\d+|[a-zA-Z]+) )  # 4210_5, x_1
       | (?P<call> \\?(?:{"|".join(map(re.escape, sorted(CALLS, key=len, reverse=True)))})(?=\s*\() )
       | (?P<number> (?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{{1,3}}(?!\d*[.^]))? ) | \\?[a-zA-Z]+"""
 )
@@ -289,6 +297,8 @@ def read(value):
     if isinstance(value, dict):
         return "", group("{}", [Group("=", (str(name), read(item)[1])) for name, item in value.items()])
     text, unit = split_unit(clean(str(value)))
+    if re.search("±[^,]*±", text):
+        raise ValueError("two signs ± in one answer")
     if "±" in text:  # two answers for each
         text = re.sub(r"^\{(.*)\}$", r"\1", text)
         trees = parse(text.replace("±", "+"))
@@ -411,13 +421,18 @@ def variables(tree):
 
 
 def values_at_points(prediction, gold):
-    """Yields the values of two trees at six random points, the first three positive; once if there is no variable."""
+    """Yields the values of two trees at six random points, the first three positive; once if there is no variable.
+
+    |x - 3| is 3 - x below 3, so points have three sizes; a large one, where a power is out of range, does not count.
+    """
     names = sorted((variables(prediction) | variables(gold)) - set(MARKS))
     generator = random.Random(0)
-    for i in range(6 if names else 1):
-        point = {name: Fraction(generator.randrange(-2_000_000 * (i > 2), 2_000_000), 1_000_003) for name in names}
+    for i, size in enumerate(SIZES * 2 if names else SIZES[:1]):
+        least = -1_000_000 * (i >= len(SIZES))
+        point = {name: Fraction(size * generator.randrange(least, 1_000_000), 1_000_003) for name in names}
         point |= CONSTANTS | MARKS
-        yield evaluate(prediction, point), evaluate(gold, point)
+        with contextlib.suppress(*([] if size == SIZES[0] else [ValueError, ArithmeticError])):
+            yield evaluate(prediction, point), evaluate(gold, point)
 
 
 def close(a, b, allowed=0):
@@ -468,6 +483,8 @@ def last_place(tree):
     match without_mark(tree):
         case ast.Constant(value=float(value)) | ast.UnaryOp(operand=ast.Constant(value=float(value))) if value % 1:
             return mp.mpf(10) ** Decimal(str(value)).as_tuple().exponent
+        case ast.BinOp(left=real, op=ast.Add() | ast.Sub(), right=ast.BinOp(left=part, right=ast.Name(id="i" | "I"))):
+            return max(last_place(real), last_place(part))
     return mp.mpf(0)
 
 

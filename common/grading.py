@@ -85,6 +85,7 @@ LATEX = [  # (pattern, replacement), in this order
     (r"\\(?:[\\,;: ]|q?quad\b)|(?<=\w)~(?=\w)", " "),  # \text{New}\ \text{York}, Barack~Obama
     (r"\^\s*(?:\\circ|\{\s*\\circ\s*\})", "°"),  # 60^\circ
     (r"\\([`'^\"~])\s*(?:\{\\?(\w)\}|(\w))", lambda match: (match[2] or match[3]) + ACCENTS[match[1]]),  # M\'elanie
+    (r"(?<=\d)\s*(?=\\[dt]?frac)", " "),  # 5\frac{1}{2}
     (r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2"),
     (rf"\\(?:{FONT})(?![a-zA-Z])\s*|(?<!\\)[{{}}$]|\\[()\[\]]", ""),  # \text{Paris}, {\rm yes}
     (r"\\(?=[a-zA-Z]|[^\w\s])", ""),  # A\$AP, Steely \& Clevie, \alpha
@@ -104,14 +105,14 @@ def fact_text(value):
         value = int(value)
     if not isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)
-    if re.search(r"\\|\w~\w", value):
+    if re.search(r"\\|\w~\w|[\^_]\{", value):
         for pattern, replacement in LATEX:
             value = re.sub(pattern, replacement, value)
     return unicodedata.normalize("NFC", value)
 
 
 # A number's sign, its decimal point and other signs between two digits are not punctuation; the comma of 1,000 is.
-IN_NUMBERS = r"(?<![^\s(])-(?=\$?\.?\d)|(?<!\w)\.(?=\d)|(?<=\d)(?:[^\w\s,]|,(?!\d{3}(?!\d)))(?=\d)"
+IN_NUMBERS = r"(?<!\w)-(?=[$€£¥]?\.?\d)|(?<=\d)\^(?=-?\d)|(?<!\w)\.(?=\d)|(?<=\d)(?:[^\w\s,]|,(?!\d{3}(?!\d)))(?=\d)"
 PUNCTUATION = re.compile(f"({IN_NUMBERS})|[{re.escape(string.punctuation)}]")
 QUOTES = str.maketrans("‘’´ʼ′“”–—−‐‑", 5 * "\u0027" + '""-----')
 
@@ -145,19 +146,22 @@ NO_ANSWER = re.compile(r"(?i)(?:\\text)?[\s{}.…_]*(?:\\[lc]?dots|(?:(?:your|th
 # How a reply states its answer without a box. What follows the sign is the answer, up to the end of the sentence.
 STATED = re.compile(
     r"""(?imx)
-    (?: ^\W{0,20} (?:(?:the|my|our)\s+)? (?:(?:final|correct|right)\s+)? answer \W{0,20}? [:=\n]  # **Answer:** 9
+    (?: ^\W{0,20} (?:(?:the|my|our)\s+)? (?:(?:final|correct|right)\s+)? (?:ans\.?: | answer \W{0,20}? [:=\n])
       | \b (?:the|my|our|final|correct|right)\ answer \W{0,20}? [:=\n]  # Step 3: the final answer: 9
-      | (?<!\bthis\ )(?<!\bthat\ )\banswer (?:\ to\ [^.\n]{1,80}?)? \s+ (?:is|would\ be|should\ be|must\ be)
-        \b(?!\s+(?:not|consistent|correct|reasonable|plausible|valid|verified|confirmed)\b)  # so the answer is 9
-      | ^[ \t]*\#{4}(?!\#)  # #### 9
+      | (?:\b(?:the|my|our|final|correct|right)\ )*+ (?<!\bthis\ )(?<!\bthat\ )\banswers?
+        (?:\ (?:to|for)\ [^.\n]{1,80}?)? \s+ (?:is|are|equals|(?:will|would|should|must)\ be)\b
+        (?!\s+(?:not|consistent|correct|reasonable|plausible|valid|verified|confirmed)\b)  # so the answer is 9
+      | ^[ \t]*\#{4}(?!\#)(?=.*\s*\Z)  # #### 9, at the end
     )
-    (?:[\s:=*] | (?:\$\$|\\\[)\s*\n)* (.*\w.*)"""
+    (?:(?<=\n)[ \t]*(?:[-*•>]|\d{1,2}[.)])[ \t]+ | [\s:=*] | (?:\$\$|\\\[)\s*\n)*+ (.*\w.*)"""  # also in a list
 )
+# What a statement after another one must have, to be no remark: "The answer is given above."
+SUBSTANCE = re.compile(r"\d|\\|[A-Z]|[\"“']\w|\b(?:yes|no)\b")
 # The point of an abbreviation does not end a sentence, unless the next word can only begin one.
 SENTENCE_END = re.compile(
     r"(?<!\b[A-Z])(?<!\b(?:St|Mt|Ft|Dr|Mr|Ms|Jr|Sr|Lt|No|vs|Co))(?<!\b(?:Mrs|Inc|Ltd|Gen|Col|Rev|Sgt|Gov|Sen|Rep))\.\s+[A-Z]"
     r"|[.!?]\s+(?:It|This|That|These|He|She|They|We|I|The|There|Therefore|So|Because|Since|Note)\b"
-    r"|,?\s+(?:because|since)\s|,\s+(?:which|who|as)\s"
+    r"|,?\s+(?:because|since)\s|,\s+(?:which|who|as)\s|(?<=\S)\*\*(?=[\s.,;:(])|(?<=^[Yy]es),|(?<=^[Nn]o),"
 )
 
 
@@ -167,11 +171,15 @@ def cot_answer(text):
     boxes = [(in_braces or bare).strip() for in_braces, bare in BOX.findall(text)]
     if boxes := [box for box in boxes if not NO_ANSWER.fullmatch(box)]:
         return boxes[-1]
-    if tagged := re.findall(r"<answer>\s*(.+?)\s*</answer>", text, re.DOTALL):
+    tagged = re.findall(r"<(?:final_)?answer>((?:(?!<(?:final_)?answer>).)+?)</(?:final_)?answer>", text, re.S | re.I)
+    if tagged := [tag.strip() for tag in tagged if tag.strip()]:
         return tagged[-1]
     answer = None
-    while stated := STATED.findall(text):  # "Final Answer: The final answer is 5."
-        answer = text = stated[-1]
+    while found := list(STATED.finditer(text)):  # "Final Answer: The final answer is 5."
+        weighty = [statement[1] for statement in found if SUBSTANCE.search(statement[1])]
+        if not weighty and answer and found[0].start() > 0:
+            break
+        answer = text = (weighty or [found[-1][1]])[-1]
     return answer and SENTENCE_END.split(answer)[0].strip(" *`").removesuffix(".").rstrip(" *`")
 
 

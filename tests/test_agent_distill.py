@@ -72,6 +72,10 @@ SHAPES = {
     "thinking of gpt-oss": "<|channel|>analysis<|message|>```py\n7\n```<|end|><|start|>assistant<|channel|>final"
     "<|message|>add.\n```py\nx = 1 + 1\nprint(x)\n```",
     "made-up observation in bold": "add.\n```py\nx = 1 + 1\nprint(x)\n```\n**Observation:** 2\n```py\n7\n```",
+    **{
+        f"made-up {words}": f"add.\n```py\nx = 1 + 1\nprint(x)\n```\n{words}\n```py\n7\n```"
+        for words in ("**Observation**: 2", "observations:\n2", "Observation 1: 2", "<observation>2</observation>")
+    },
     "made-up logs": "add.\n```py\nx = 1 + 1\nprint(x)\n```\nExecution logs:\n2\n```py\n7\n```",
     "thinking opened in the prompt": "try:\n```py\n7\n```\n</think>\nadd.\n```py\nx = 1 + 1\nprint(x)\n```",
 }

@@ -122,6 +122,22 @@ def test_a_request_that_the_server_always_fails_at_ends_alone():
             client.chat(bad)
 
 
+def test_an_internal_error_of_one_request_alone_ends_with_it(monkeypatch):
+    """Some servers answer 500 where their template fails. While this request is repeated, others are answered."""
+
+    def behave(path, body, number):
+        return ("status", 500, {}, "oops") if body["messages"][-1]["content"] == "bad" else completion("fine")
+
+    with serve(behave) as (url, _):
+        client, bad = Client(url, "m", retries=2), [{"role": "user", "content": "bad"}]
+        monkeypatch.setattr("common.client.time.sleep", lambda seconds: client.chat(HELLO))
+        with pytest.raises(BadRequest, match="500: oops; gave up after 3 attempts"):
+            client.chat(bad)
+        monkeypatch.setattr("common.client.time.sleep", lambda seconds: None)
+        with pytest.raises(ServerError, match="500: oops; gave up after 3 attempts"):
+            client.chat(bad)
+
+
 def test_models_may_be_a_bare_list():
     with serve(lambda *request: completion("fine"), model=[{"id": "first"}, {"id": "second"}]) as (url, _):
         assert Client(url).model == "first"
@@ -343,6 +359,7 @@ VERDICTS = {
         '{"verdict": "correct"}', "Correct.", "Correct", "**correct**", "\"correct\"", "Verdict: **Correct**",
         '{"verdict":"correct","reason":"the same {name},\n\tin lines"}', '{"reason": "a {b}", "verdict": "Correct"}',
         'Both name her.\n```json\n{"verdict": "correct"}\n```\nI hope this helps.', "{'verdict': 'correct'}",
+        "Final verdict: correct",
         "**Correct**\n\nBoth texts name the same town.", "The gold answer is Oslo.\nVerdict: correct",
         '<think>{"verdict": "incorrect"}? No.</think>\n{"verdict": "correct"}', "<thinking>?</thinking> Correct.",
     ],
@@ -351,6 +368,7 @@ VERDICTS = {
         "", "not correct", '{"verdict": "maybe"}', '["correct"]', '{"verdict": ["correct"]}', '{"verdict": null}',
         "The answer is incorrect", '<think>{"verdict": "correct"}', '{"verdict": "correct or incorrect"}',
         'It says {"verdict": "correct"}, but: {"verdict": "incorrect"}', "correct or incorrect", "correct\nincorrect",
+        "Is it\ncorrect?\nNo.",
         "Correct answer: Oslo. The prediction is incorrect.",
     ],
 }  # fmt: skip

@@ -205,6 +205,7 @@ ANSWERS = [
     ({"answer": "a", "aliases": "Fab Four"}, ("a", ["Fab Four"])),
     ({"answer": ["a", "b"], "aliases": ["c"]}, ("a", ["b", "c"])),
     ({"answer": 7}, (7, [])),
+    ({"answer": [1, -2], "kind": "math"}, ([1, -2], [])),
     ({"answer": "\ud83d"}, ("?", [])),
 ]
 

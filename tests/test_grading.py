@@ -51,7 +51,8 @@ EQUAL = r"""
 x = 2\sqrt{3} \approx 3.46  ==  2\sqrt3  |  2/3  ==  \$\dfrac23 \approx \$0.67
 # degrees, percent, units, ratios, bases
 90 deg  ==  90^\circ  |  pi/2  ==  90^\circ  |  \tan 15^\circ  ==  2-\sqrt3  |  5  ==  5 \text{ cm}
-5 seconds  ==  5\text{ seconds}
+5 seconds  ==  5\text{ seconds}  |  5 miles per hour  ==  5\text{ mph}  |  4 minutes  ==  4\text{ min}
+5\text{ s}  ==  5
 $5$ cm  ==  5\text{ cm}  |  \text{5 cm}  ==  5\text{ centimeters}  |  864 square inches  ==  864 \mbox{ inches}^2
 5 km/h  ==  5 \text{ km/h}  |  8:34 pm  ==  8\!:\!34 \text{ p.m.}  |  3 : 5  ==  3:5  |  4210_5  ==  4210_{5}
 # upright letters, and characters beyond ASCII
@@ -62,6 +63,7 @@ $5$  ==  5  |  \text{5}  ==  5  |  5 \text{ and } 13  ==  5,13  |  \text{5 and 1
 $x=5$ or $x=6$  ==  5,6  |  C  ==  \text{(C)}  |  east  ==  \text{east}  |  ['A', 'B']  ==  \text{A,B}
 \textbf{(B)}\ 16  ==  16  |  no solution  ==  \text{No solution}
 # lists, sets, tuples
+\sqrt{2} \approx 1.41, \sqrt{3} \approx 1.73  ==  \sqrt2, \sqrt3  |  set()  ==  \emptyset  |  Point(1, 2)  ==  (1,2)
 -2, 1  ==  1,-2  |  {1, -2}  ==  1,-2  |  x = 1 or x = -2  ==  1,-2  |  x_1 = 1, x_2 = -2  ==  1,-2
 (x,y) = (1,2)  ==  (1,2)  |  x = 1, y = 2  ==  (1,2)  |  y = 2, x = 1  ==  x = 1, y = 2
 ⟨7,-8⟩  ==  \langle 7,-8 \rangle  |  1-sqrt(19), 1+sqrt(19)  ==  1 \pm \sqrt{19}  |  x = \pm 3  ==  3,-3
@@ -95,7 +97,8 @@ EQUAL += [(410332.9, 410332.8999999999), (13138980, 13138980.0), (51196733.33, 5
 EQUAL += [(3.508771929824561e-07, 3.509e-07), (3.4641016151377544, "2\\sqrt{3}"), (str(2**4181), "2^{4181}")]
 EQUAL += [(90, "90^\\circ"), (10, "10\\%"), (0.1, "10\\%"), ([1, -2], "1,-2"), ([5], "5"), ([-2, 7], "[-2,7]")]
 EQUAL += [([3, 1.5707963267948966], r"(3, \frac{\pi}{2})"), ([[1, 2], [3, 4]], r"\begin{pmatrix}1&2\\3&4\end{pmatrix}")]
-EQUAL += [({"x": 1, "y": 2}, "(1,2)"), (" 7 . ", "7")]
+EQUAL += [({"x": 1, "y": 2}, "(1,2)"), (" 7 . ", "7"), ("log10(1000)", "3"), (r"\log_{10}100", "2")]
+EQUAL += [("(6.123233995736766e-17+1j)", "i"), ("(0.5000000000000001+0.8660254037844386j)", r"\frac{1+\sqrt3 i}{2}")]
 
 # Equal answers that are not recognised; common/grading.py lists the kinds.
 NOT_RECOGNISED = r"""
@@ -112,6 +115,8 @@ DIFFERENT = r"""
 3.46  !=  2\sqrt3  |  3.14159  !=  \pi  |  0.333334  !=  1/3  |  0.041667  !=  1/24  |  1.0000000000001  !=  1
 0.0000001  !=  0  |  7e-34  !=  6.63e-34  |  1e-10  !=  1.4e-10  |  2^400  !=  2^401  |  x + 1  !=  x + 1 + 10^{-30}
 100000000000000000001  !=  100000000000000000000  |  1 1/2  !=  11/2  |  23  !=  2 3  |  5 0.5  !=  2.5  |  1,2  !=  12
+0,125  !=  125  |  5 ≈ 4 or 7  !=  5  |  1+i, -1-i  !=  \pm 1 \pm i  |  complex(3, 4)  !=  (3,4)
+\log_{2}3x  !=  \log_{23}x  |  x_{1}2  !=  x_{12}  |  a_{nb}  !=  a_{n}b
 1 000  !=  1  |  (100,101)  !=  100101  |  81, 256  !=  81256  |  52  !=  52_8  |  \text{5}_2  !=  5
 # percent, degrees, units, words that change a number
 10%  !=  10  |  45  !=  \frac{\pi}{4}  |  \sin 30  !=  \sin 30^\circ  |  180^\circ  !=  180\pi  |  5 cm  !=  5 \text{ m}
@@ -119,6 +124,9 @@ DIFFERENT = r"""
 5 km/h  !=  5\text{ km}  |  5 factorial  !=  5  |  5 more than 3  !=  5  |  not 5  !=  5
 5 apples and 3 oranges  !=  5  |  2\mathrm{i}  !=  2  |  5\mathbf{v}  !=  5  |  5\text{k}  !=  5  |  2\text{ pi}  !=  2
 3 fourths  !=  3  |  0.3 repeating  !=  0.3  |  5 lakh  !=  5  |  3 doubled  !=  3  |  0.333...  !=  0.333
+3 millions  !=  3  |  7 sixteenths  !=  7  |  10 pairs  !=  10  |  3 point five  !=  3  |  1 in five  !=  1
+7 choose three  !=  7  |  2 incorrect  !=  2  |  5\text{M}  !=  5  |  5\text{ m/s}  !=  5\text{ m}
+5\text{ rad/s}  !=  5\text{ rad}  |  5\text{ ms}  !=  5\text{ m}  |  5\text{ kg/m}^3  !=  5\text{ kg m}^3
 10²²  !=  10000  |  5 \pmod 3  !=  5  |  2 cosx  !=  2
 # brackets, order, numbers of items, names
 [1,2]  !=  (1,2)  |  (5,2)  !=  2,5  |  (2,5)  !=  \{2,5\}  |  [2,5]  !=  \{2,5\}  |  (1,2),(3,4)  !=  (1,3),(2,4)
@@ -130,6 +138,9 @@ Matrix([[1, 2], [3, 4]])  !=  \begin{pmatrix}1&3\\2&4\end{pmatrix}  |  y = 1, x 
 x>2  !=  y>2  |  x \le 2  !=  (-\infty,2)  |  x \ne 2  !=  2  |  x \in [2,5]  !=  2,5  |  x = [2,5]  !=  \{2,5\}
 x < 2 and x > 3  !=  (-\infty,2)\cup(3,\infty)  |  x > 2 and x < 5  !=  (-\infty,5)\cup(2,\infty)
 (0,1) \cup (1,2)  !=  (0,2)  |  (-\infty,2)\cup(3,\infty)  !=  (-\infty,3)\cup(2,\infty)  |  x + y < 5  !=  x + y \le 5
+# what is equal in a part of the numbers only
+|x-3|  !=  3-x  |  \sqrt{(t-5)^2}  !=  5-t  |  |x^2-9|  !=  9-x^2  |  y=|x-5|  !=  y=5-x  |  |\cos(x/2)|  !=  \cos(x/2)
+\sqrt{x-5}\sqrt{x-6}  !=  -\sqrt{(x-5)(x-6)}  |  |x-300|  !=  300-x
 # names, equations, words, ratios
 x=5  !=  y=5  |  x'  !=  x  |  a_1 + a_2  !=  2a_1  |  x = x  !=  x = 1  |  2x = 10  !=  10  |  (x-1)^2 = 0  !=  x = 1
 x(x-1)=0  !=  x = 0  |  0 = 0  !=  x = 0  |  a = b = c  !=  a = b = d  |  f(2) = 5  !=  2  |  f'(x) = 2x  !=  f(x) = 2x
@@ -174,6 +185,7 @@ The Beatles!  ==  beatles  |  an  Apple a day  ==  Apple day  |  rock ’n’ ro
 \text{A\$AP Rocky}  ==  A$AP Rocky  |  \text{Steely \& Clevie}  ==  Steely & Clevie  |  60^\circ\text{ S}  ==  60° S
 150\,000\ \text{cars}  ==  150,000 cars  |  \text{New}~\text{York}\\ \text{City}  ==  New York City
 \text{M\'elanie Sm\"{o}r}  ==  Mélanie Smör  |  \frac{3}{4}  ==  3/4  |  \large\text{Paris}  ==  Paris
+5\frac{1}{2}  ==  5 1/2  |  **Paris**  ==  Paris  |  10^{6}  ==  10^6
 {\rm Paris}  ==  Paris  |  Barack~Obama  ==  Barack Obama
 """
 SAME_FACT = [*pairs(SAME_FACT, "=="), (True, "yes"), (False, "no"), (1969, "1969"), (1969.0, "1969"), (3.5, "3.5")]
@@ -181,6 +193,7 @@ SAME_FACT += [(["Rome", "Paris"], "Rome, Paris"), ("Rome", ["Paris", "Rome"]), (
 OTHER_FACT = r"""
 John Lennon  !=  John Winston Lennon  |  yes it is  !=  yes  |  théâtre  !=  theatre  |  !?  !=  Paris  |  ...  !=  A
 The  !=  A  |  ???  !=  !!!  |  3.5  !=  35  |  -5  !=  5  |  .5  !=  5  |  1/2  !=  12  |  9/11  !=  911
+10^{6}  !=  106  |  10^{-5}  !=  105  |  5\frac{1}{2}  !=  51/2  |  **-5**  !=  5  |  [-5]  !=  5  |  -€5  !=  5
 1,2  !=  12  |  10:30  !=  1030  |  1914-18  !=  191418  |  $3.50  !=  $350  |  \text{Paris}  !=  London
 \sqrt{2}  !=  2
 """
@@ -272,6 +285,14 @@ The answer is Mamma Mia! Here We Go Again.  ->  Mamma Mia! Here We Go Again  |  
 So the answer would be 12.  ->  12  |  The answer to the question is 12.  ->  12  |  The answer: 42  ->  42
 Step 3. The final answer: 42  ->  42  |  ### Answer¶12  ->  12  |  #### Final answer¶12  ->  12
 The answer is:¶¶$$¶\frac12¶$$  ->  \frac12  |  The answer is 5. The answer is not 6.  ->  5  |  Final answer:  ->  None
+The answer is:¶¶- 5  ->  5  |  **Final Answer:**¶- **5**  ->  5  |  The answer is:¶¶1. Paris  ->  Paris
+the answer is -5  ->  -5  |  Ans: 5  ->  5  |  The answer is 2**3.  ->  2**3
+The answer is 7.¶¶#### 2. Check¶7=7  ->  7  |  Answer: 7¶¶#### Explanation¶foo  ->  7
+#### 4. Solve¶So x is 12.  ->  None
+Answer: Paris. The answer is based on the first passage.  ->  Paris  |  Answer: 7¶The answer is rounded.  ->  7
+The answer is **Paris** (the capital of France).  ->  Paris  |  The answer is yes, they are both American.  ->  yes
+The answer will be 5  ->  5  |  The answers are 3 and 5  ->  3 and 5  |  The answer for part (a) is 5  ->  5
+<final_answer>5</final_answer>  ->  5  |  Final Answer: The final answer is red.  ->  red
 Answer: 5¶¶This answer is consistent with the text.  ->  5  |  **12**. The answer is correct.  ->  None
 I know the answer to this question.  ->  None  |  so <answer> 5 </answer>  ->  5
 Final Answer: The final answer is $5$. I hope it is correct.  ->  $5$  |  ### Final Answer¶¶The answer is 5.  ->  5
