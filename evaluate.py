@@ -498,7 +498,8 @@ def run(config):
     """
     if not (config.name or "").isprintable():
         raise InputError(f"--name {config.name!r}: one line of text was expected")
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+    # torchrun sets both
+    rank, size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")) if "RANK" in os.environ else (0, 1)
     tasks, out = common.load_tasks(config.tasks, config.kind, config.limit), Path(config.out)
     for task in tasks:
         task.setdefault("domain", report.TASKS[task["task"]].domain if task["task"] in report.TASKS else "out")

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import evaluate
 import train
-from common import REQUIRED, option, report, write_json
+from common import REQUIRED, load_tasks, option, report, write_json
+from retriever import read_manifest
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -31,6 +32,9 @@ def train_student(setting, name, data, weigh=None):
 
     weigh: MODULE.FUNCTION, as train.py's --weigh.
     """
+    load_tasks(setting.tests)  # a wrong file or index is refused before the training
+    if not setting.search.startswith("http"):
+        read_manifest(Path(setting.search))
     options = {field.name: getattr(setting, field.name) for field in dataclasses.fields(train.Config)}
     config = train.Config(**options | {"data": [str(data)], "out": str(Path(setting.out, name)), "weigh": weigh})
     train.fit(config)

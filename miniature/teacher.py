@@ -8,6 +8,7 @@ stated in Config. It states what a page says only after the page was in an obser
 
 import csv
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -24,20 +25,23 @@ from miniature.world import GOALS, OPPOSITE, need, title
 MODEL = "scripted-teacher"
 
 
+rate = functools.partial(option, at_least=0, at_most=1)
+
+
 @dataclasses.dataclass(kw_only=True)
 class Config:
     """Each rate is the probability of a mistake, as large models make them; the first two let the prefix help."""
 
     world: str = option(REQUIRED, "folder written by miniature.world", positional=True)
-    port: int = option(0, "port on 127.0.0.1; 0 takes a free one")
+    port: int = option(0, "port on 127.0.0.1; 0 takes a free one", at_least=0, at_most=65535)
     then: str | None = option(None, "serve while this shell command runs, with $TEACHER_URL set; exit with its status")
-    wrong_plan: float = option(0.12, "the agent opens with a wrong plan, and follows it")
-    wrong_plan_cot: float = option(0.03, "the same in a chain of thought; as a prefix, it is the agent's plan, too")
-    syntax_error: float = option(0.01, "the code of a step does not parse; repaired in the next step")
-    run_error: float = option(0.02, "the code of a step raises an error; repaired in the next step")
-    slip: float = option(0.01, "a query names another page (repaired in the next step), or code has a wrong digit")
-    slip_cot: float = option(0.05, "a wrong value in a recalled fact, or a wrong digit in a number worked out")
-    from_memory: float = option(0.0, "a fact is answered without a search: rightly about real pages, else by a guess")
+    wrong_plan: float = rate(0.12, "the agent opens with a wrong plan, and follows it")
+    wrong_plan_cot: float = rate(0.03, "the same in a chain of thought; as a prefix, it is the agent's plan, too")
+    syntax_error: float = rate(0.01, "the code of a step does not parse; repaired in the next step")
+    run_error: float = rate(0.02, "the code of a step raises an error; repaired in the next step")
+    slip: float = rate(0.01, "a query names another page (repaired in the next step), or code has a wrong digit")
+    slip_cot: float = rate(0.05, "a wrong value in a recalled fact, or a wrong digit in a number worked out")
+    from_memory: float = rate(0.0, "a fact is answered without a search: rightly about real pages, else by a guess")
     seed: int = option(0, "part of every random draw")
     prompts: str = option(str(Prompts.default), "folder of the prompts that the agent is shown")
 
@@ -51,7 +55,9 @@ class Teacher:
 
     def __init__(self, config):
         self.config = config
-        self.failed = Prompts(config.prompts).error.split("{stdout}")[-1].split("{error}")[0]  # marks a failed step
+        prompts = Prompts(config.prompts)
+        self.failed = prompts.error.split("{stdout}")[-1].split("{error}")[0]  # marks a failed step
+        self.before, self.after = (text.strip() for text in prompts.question.split("{question}"))
         self.plans = {row["question"]: row for _, row in read_jsonl(Path(config.world) / "plans.jsonl")}
         with open(Path(__file__).with_name("facts.csv"), encoding="utf-8") as file:
             self.real = {name for _, name, *_ in csv.reader(file)}  # the entities that a large model knows
@@ -67,7 +73,7 @@ class Teacher:
         key = json.dumps([self.config.seed, salt, messages, opening])
         rng = random.Random(hashlib.sha256(key.encode()).digest())
         turns = [message for message in messages if message["role"] != "system"]
-        plan = self.plans.get(turns[0]["content"].strip().removeprefix("New task:").strip())
+        plan = self.plans.get(turns[0]["content"].strip().removeprefix(self.before).removesuffix(self.after).strip())
         if plan is None:
             return "I am a script and have no plan for this."
         if "<end_code>" not in messages[0]["content"]:
