@@ -291,6 +291,10 @@ def end_tokens(model, tokenizer):
     """
     ends = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    with contextlib.suppress(InputError):  # the token with which the template ends a reply, as training teaches it
+        chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        [reply] = models.find_replies(tokenizer, chat)
+        ends.add(tokenizer.convert_tokens_to_ids(reply.text[reply.start + 1 : reply.end].strip()))
     if not ends:
         raise InputError("neither the tokenizer nor the generation_config names a token that ends a turn")
     padding = min(ends) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -388,8 +392,9 @@ def check(config, kinds=()):
     facts = agent_distill.check_options(config, prompts, kinds) | {"temperature": temperature}
     system = choose_system_prompt(config, prompts, facts.get("tool_names", []))
     facts["system_prompt_sha256"] = hashlib.sha256(system.encode()).hexdigest()
-    if config.model and (adapter := Path(config.model) / "adapter_model.safetensors").is_file():
-        facts["adapter_sha256"] = common.file_hash(adapter)
+    for name in ("adapter_model.safetensors", "summary.json"):  # what training writes, so that a new one is noticed
+        if config.model and (Path(config.model) / name).is_file():
+            facts[f"{name}_sha256"] = common.file_hash(Path(config.model) / name)
     collected_with = models.training_record(config.model).get("prompts_sha256")
     if collected_with not in (None, facts["prompts_sha256"]) and config.method == "agent":
         print(f"note: {config.model} learned from trajectories with other prompts than --prompts has", file=sys.stderr)

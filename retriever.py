@@ -59,6 +59,7 @@ class BuildConfig:
 #     vectors         float32 [passages, dimensions], dense, unless the option "vectors" names a FAISS index
 #   building-KEY/     while a build runs: for each finished chunk of passages a run (.npz and .postings)
 FORMAT = 5  # an index of another format is refused
+OWN_FILE = re.compile(r"offsets|rank|terms|starts|postings|vectors|run-\d+\.(npz|postings)|\..*\.partial")
 
 
 def build(passages, out, kind="bm25", **settings):
@@ -85,6 +86,8 @@ def _build(config, source, out):
         common.refuse(config, ["encoder", "vectors"], f"--kind {config.kind} does not use it")
     plan = {name: value for name, value in vars(config).items() if name not in ("out", "quiet")}
     plan |= {name: plan[name] and relative_path(plan[name], out) for name in ("passages", "vectors")}
+    if Path(config.encoder).is_dir():
+        plan["encoder"] = relative_path(config.encoder, out)
     plan |= {"format": FORMAT, "bytes": source.stat().st_size, "sha256": common.file_hash(source)}
     with contextlib.suppress(InputError):
         if read_manifest(out).items() >= plan.items():
@@ -102,8 +105,8 @@ def _build(config, source, out):
     files = {path.name: path.stat().st_size for path in sorted(data.iterdir())}
     plan |= {"modified_ns": source.stat().st_mtime_ns, "data": data.name, "files": files}
     common.write_json(out / "index.json", plan)
-    for folder in out.iterdir():
-        if re.fullmatch("(building|data)-[0-9a-f]{8}", folder.name) and folder != data:
+    for folder in [*out.glob(f"building-{8 * '[0-9a-f]'}/"), *out.glob(f"data-{8 * '[0-9a-f]'}/")]:
+        if folder != data and all(OWN_FILE.fullmatch(path.name) for path in folder.iterdir()):
             shutil.rmtree(folder)
 
 
@@ -416,7 +419,8 @@ class DenseIndex(Index):
             vectors = open_flat_index(os.path.normpath(folder.resolve() / manifest["vectors"]), len(self))
         else:
             vectors = self.array("vectors", np.float32, "c").reshape(len(self), -1)  # "c": see open_flat_index
-        self.encoder = Encoder(manifest["encoder"], device)
+        local = os.path.normpath(folder.resolve() / manifest["encoder"])
+        self.encoder = Encoder(local if os.path.isdir(local) else manifest["encoder"], device)
         size = self.encoder.model.config.hidden_size
         if vectors.shape[1] != size:
             raise InputError(f"{folder}: vectors of {vectors.shape[1]} dimensions, but the encoder has {size}")

@@ -13,6 +13,7 @@ A killed run continues from its last checkpoint when the same command is given a
 for bit, to that of an uninterrupted run; on a GPU the backward pass of attention adds in no fixed order.
 """
 
+import contextlib
 import dataclasses
 import gc
 import hashlib
@@ -21,7 +22,6 @@ import json
 import math
 import os
 import resource
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -420,6 +420,8 @@ def check_config(config):
     if adapter and (config.rank, config.alpha) != (adapter["r"], adapter["lora_alpha"]):
         kept = f"--rank {adapter['r']} --alpha {adapter['lora_alpha']:g}"
         raise InputError(f"{config.model} is an adapter, which keeps its rank and alpha: give {kept}")
+    if adapter.get("rank_pattern"):
+        raise InputError(f"{config.model} has layers of different ranks (rank_pattern), which cannot be continued")
     if config.tuning == "full":
         common.refuse(config, ("rank", "alpha", "dropout"), "it has no effect with --tuning full")
     models.check_out(config.out, config.model)
@@ -448,7 +450,8 @@ def _fit(config, device, rank, size):
             facts["system_prompt_sha256"] = common.file_hash(config.system_prompt)
         if config.weigh:
             facts["weigh_sha256"] = common.source_hash(weigh)
-        common.keep_config(out / "run.json", config, binding=(out / "metrics.jsonl").exists(), **facts)
+        metrics = out / "metrics.jsonl"
+        common.keep_config(out / "run.json", config, binding=metrics.exists() and metrics.stat().st_size > 0, **facts)
     if (out / "summary.json").exists():
         print(f"{out} is finished", file=sys.stderr)
         return common.parse_object((out / "summary.json").read_bytes(), f"{out}/summary.json")
@@ -469,7 +472,9 @@ def _fit(config, device, rank, size):
         tokenizer.save_pretrained(out)
         common.write_json(out / "training.json", record | {"base": trainer.base})
         common.write_json(out / "summary.json", summary)  # from here on the folder counts as finished
-        shutil.rmtree(out / "checkpoint", ignore_errors=True)
+        (out / "checkpoint" / "state.pt").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it is not there, or holds other files
+            (out / "checkpoint").rmdir()
     return summary
 
 

@@ -208,6 +208,8 @@ def compare(prediction, answer, question=""):
         if re.search(r"\bbase\b|binary|octal|hexadecimal", question) and re.fullmatch(r"-?\d+", text):
             answer = re.sub(r"_\d{1,2}$", "", gold_text)
         readings = [prediction]
+        if isinstance(prediction, list) and len(prediction) == 1 and isinstance(prediction[0], list):
+            readings.append(prediction[0])  # a list with one tuple, as SymPy's solutions are
         if isinstance(prediction, str):  # 81,256 is a number or two
             readings = [TEXT_OR_CHOICE.sub(r"\1", text), prediction.replace(",", ", ")]
         gold_unit, gold = read(answer)

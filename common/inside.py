@@ -48,8 +48,18 @@ TEXT_LIMIT = 10_000  # characters kept of the output, a result, an error, or an 
 OUTPUT_BYTES = 1 << 20  # bytes that a step can print
 OPEN_FILES = 64  # descriptors that the code can have open
 # Types of a tool's exception that the code sees; others become a RuntimeError.
-ERRORS = ("ValueError", "TypeError", "KeyError", "IndexError", "OSError", "ConnectionError", "TimeoutError")
+ERRORS = (
+    "ValueError",
+    "TypeError",
+    "RuntimeError",
+    "KeyError",
+    "IndexError",
+    "OSError",
+    "ConnectionError",
+    "TimeoutError",
+)
 PATIENCE = 0.3  # seconds that a step waits for threads that its code started and did not join
+SIGNALS = signal.valid_signals()
 CHANNEL = 3  # the descriptor of a process's channel to the host
 
 # ------------- Messages between host and inside: JSON, framed by multiprocessing.connection
@@ -325,7 +335,6 @@ class Process:
         vars(self.main).update(self.given)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # without containment, the code may wait for its children
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        self.set_limits(foreign=True)
         outcome = self.execute(code)
         sys.settrace(None)
         sys.setprofile(None)
@@ -336,7 +345,7 @@ class Process:
             sys.stdout.flush()
             sys.stderr.flush()
         sys.stdout = sys.stderr = output  # an object of the code's may close the descriptor when it is replaced
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         self.calling.acquire()  # a call that a thread has begun ends first, and no other begins
         self.set_limits(foreign=False)
         if os.getpid() != process:  # without containment the code can fork, and this is its child
@@ -366,12 +375,15 @@ class Process:
             last = last and compile(ast.Expression(last.value), filename, "eval", dont_inherit=True)
         except Exception as error:
             return None, _describe(error), "syntax"
+        self.reserve = bytearray(4 << 20)  # freed where an error is handled: the code may have used up its memory
+        self.set_limits(foreign=True)
         try:
             exec(body, vars(self.main))
             value = eval(last, vars(self.main)) if last else None
             return None if value is None else cut(repr(value)), None, None
         except BaseException as error:
-            self.set_limits(foreign=False)  # the code may have used up its memory
+            self.reserve = None
+            self.set_limits(foreign=False)
             if isinstance(error, SystemExit) and isinstance(error.code, int | None) and not error.code:
                 return None, None, None  # sys.exit(0), and a final answer
             memory = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
@@ -395,6 +407,8 @@ class Process:
         """End the action with this answer."""
         if more:
             raise TypeError(f"final_answer() takes 1 argument but {1 + len(more)} were given")
+        if isinstance(answer, types.MethodType) and answer.__self__ is self:  # after `final_answer = 42`
+            raise TypeError("final_answer() was given itself: its name cannot be used for a variable")
         try:
             message = pack({"final": _plain(answer, itertools.count())})
         except Exception:  # too deep, too large, or an object that cannot be read
@@ -411,7 +425,7 @@ class Process:
             # In another thread, which a signal handler of the code cannot interrupt; nor can it the thread's start.
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
             try:
-                signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+                signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
                 self.set_limits(foreign=False)  # for the thread's stack; exchange sets them back
                 future = ThreadPoolExecutor(1).submit(self.exchange, message)
             finally:
@@ -445,7 +459,7 @@ def _describe(error):
         for name, filename, number in frames:
             name = "" if name == "<module>" else f"in {name}, "
             step = "" if filename == frames[0][1] else f"{filename[1:-1]}, "  # of an earlier step
-            places.append(f"{name}{step}line {number}: {linecache.getline(filename, number).strip()}")
+            places.append(f"{name}{step}line {number}: {linecache.getline(filename, number).strip()[:200]}")
         text += f" ({'; '.join(places)})" if places else ""
         if isinstance(error, BaseExceptionGroup):
             text += "; ".join(["", *map(_describe, error.exceptions[:3])])
@@ -464,11 +478,16 @@ def _plain(value, count):
         return int(value) if value.denominator == 1 else str(value)
     if isinstance(value, numbers.Real):
         number = float(str(value))  # 0.1 for float32's 0.1
+        if abs(number) >= 2**53 and not isinstance(value, float) and number < math.inf and not value - int(value):
+            return int(value)  # of mpmath and SymPy, which may have more digits
         return number if math.isfinite(number) else str(number)
+    if type(value).__name__ in ("BooleanTrue", "BooleanFalse"):  # SymPy's
+        return bool(value)
+    value = getattr(value, "A", value)  # the array of a numpy.matrix
     if hasattr(value, "tolist"):  # of NumPy and SymPy
         value = list(value) if getattr(value, "ndim", 0) else value.tolist()
         return _plain(value, count)
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) or (hasattr(value, "items") and hasattr(value, "keys")):  # SymPy's Dict
         return {str(key): _plain(item, count) for key, item in value.items()}
     if isinstance(value, Set):  # equal sets are the same answer
         value = sorted(value, key=str)
@@ -476,7 +495,8 @@ def _plain(value, count):
             value.sort()
     if isinstance(value, Collection | Iterator) and type(value).__name__ not in ("bytes", "bytearray", "EmptySet"):
         return [_plain(item, count) for item in value]
-    return str(value)
+    value = value.as_expr() if hasattr(value, "as_expr") else value  # of a SymPy polynomial
+    return str(value).removesuffix(", 0:00:00")  # days
 
 
 # ------------- The warm interpreter

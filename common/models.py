@@ -239,6 +239,8 @@ def add_lora(model, rank, alpha, dropout):
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
             model.set_submodule(name, LoraLinear(module, rank, alpha / rank, dropout))
+    if not lora_layers(model):
+        raise InputError(f"{type(model).__name__} has no linear layers for LoRA: use --tuning full")
 
 
 @torch.no_grad()
@@ -258,7 +260,9 @@ def adapter_config(folder):
     path = Path(folder) / "adapter_config.json"
     config = common.parse_object(path.read_bytes(), str(path)) if path.is_file() else {}
     numbers = all(isinstance(config.get(name), int | float) for name in ("r", "lora_alpha"))
-    if config and (config.get("peft_type") != "LORA" or config.get("alpha_pattern") or not numbers):
+    plain = config.get("init_lora_weights") in (None, True, False, "gaussian")  # others also change the base
+    plain &= not config.get("alpha_pattern") and not config.get("alora_invocation_tokens")
+    if config and (config.get("peft_type") != "LORA" or not plain or not numbers):
         raise InputError(f"{path}: only plain LoRA adapters (peft_type LORA, r, one lora_alpha) are supported")
     return config
 
@@ -346,10 +350,13 @@ def merge_adapter(config):
     if not adapter_config(config.adapter):
         raise InputError(f"{config.adapter}: no adapter_config.json; an adapter's folder is expected")
     check_out(config.out, config.adapter, own="merged.json")
+    record, settings = Path(config.out) / "merged.json", {"adapter": config.adapter, "dtype": config.dtype}
+    if record.exists() and common.parse_object(record.read_bytes(), record) != settings:
+        raise InputError(f"--out {config.out}: the model in it would be lost: name another folder")
+    common.write_json(record, settings)
     model, _ = load_base(config.adapter, "auto")
     dtype = getattr(torch, config.dtype)
     merge_lora(model, dtype)
     model.to(dtype).save_pretrained(config.out)
     load_tokenizer(config.adapter).save_pretrained(config.out)
     common.write_json(Path(config.out) / "training.json", training_record(config.adapter))
-    common.write_json(Path(config.out) / "merged.json", {"adapter": config.adapter, "dtype": config.dtype})

@@ -117,7 +117,7 @@ def index_term(word):
 def query_terms(query):
     """Returns the terms of a query. Stop words are left out unless there are no other words."""
     words = split_words(query)
-    return [index_term(word) for word in words if word not in STOP_WORDS] or words
+    return [index_term(word)[: TERM.itemsize] for word in words if word not in STOP_WORDS] or words
 
 
 POSTING = np.dtype([("doc", np.uint32), ("value", np.float32)])  # value: how often the passage has the term

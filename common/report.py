@@ -78,7 +78,7 @@ def outcome(row):
         "parse errors": kinds["no_code"] + kinds["syntax"],
         "run-time errors": sum(kinds[kind] for kind in ("runtime", "timeout", "memory", "killed")),
         "no answer": int(row["stop"] != "final_answer"),
-        "tokens": (row.get("usage") or {}).get("completion_tokens", 0),
+        "tokens": (row.get("usage") or {}).get("completion_tokens") or 0,
     }
     domain = row.get("domain") or (TASKS[row["task"]].domain if row["task"] in TASKS else "out")
     about = {name: row.get(name) for name in ("task", "kind", "correct", "stop", "error", "why")}

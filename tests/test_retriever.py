@@ -204,10 +204,11 @@ def test_bad_settings_and_paths(tmp_path):
         retriever.build(tmp_path / "none.jsonl", tmp_path / "index")
     with pytest.raises(InputError, match=f"{path}: File exists|{path}/build.lock: Not a directory"):
         retriever.build(path, path)
-    for name in ("data-raw", "building_plans"):
+    for name in ("data-raw", "data-20250612"):
         (tmp_path / name).mkdir()
+        (tmp_path / name / "own.txt").touch()
     retriever.build(path, tmp_path, quiet=True)
-    assert (tmp_path / "data-raw").is_dir() and (tmp_path / "building_plans").is_dir()  # not the index's own
+    assert (tmp_path / "data-raw" / "own.txt").is_file() and (tmp_path / "data-20250612" / "own.txt").is_file()
 
 
 def test_an_index_moves_with_its_passages_and_changes_are_noticed(tmp_path):

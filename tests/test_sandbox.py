@@ -406,6 +406,9 @@ def test_threads_left_behind_end_with_their_step(sandbox):
 def test_memory_is_bounded(sandbox):
     assert sandbox.run("x = 7\nbytearray(10**9)").error_kind == "memory"
     assert sandbox.run("x").result == "7"
+    for small in ("n", "[1]", "str(n)"):
+        assert sandbox.run(f"d = []\nn = 0\nwhile True: d.append({small}); n += 1").error_kind == "memory"
+        assert sandbox.run("del d").error is None
     assert sandbox.run("a = []\nwhile True: a.append('x' * 10**6)").error_kind == "memory"
     assert sandbox.run("a[-1][:1]").result == "'x'"  # an exception keeps what ran before it
     assert sandbox.run("del a").error is None
@@ -604,6 +607,7 @@ except MemoryError: pass
 try: text()
 except MemoryError: pass
 held.clear()""", "calc(1), len(text())"], "([1], 900000)"),
+    "itself": (["final_answer = 42", "final_answer(final_answer)"], "!was given itself"),
     "two_answers": (["final_answer(1, 2)"], "!takes 1 argument but 2 were given"),
     # files that Python's own library reads
     "time_zone": (["from zoneinfo import ZoneInfo\nimport datetime\nstr(datetime.datetime(2020, 1, 1, tzinfo=ZoneInfo('America/New_York')).utcoffset())"], "'-1 day, 19:00:00'"),
@@ -680,13 +684,16 @@ ANSWERS = [
     ("sp.Interval(-2, 7)", "Interval(-2, 7)", "[-2, 7]"),
     ("sp.FiniteSet(2, 1)", [1, 2], r"\{1, 2\}"), ("sp.Matrix([[1], [x]])", [[1], ["x"]], r"\begin{pmatrix} 1 \\ x \end{pmatrix}"),
     ("[{x: 3}]", [{"x": 3}], "3"), ("[{x: 1}, {x: 2}]", [{"x": 1}, {"x": 2}], "1, 2"), ("sp.Eq(x, 3)", "Eq(x, 3)", "x = 3"),
-    ("[float('nan')]", ["nan"], None), ("map(str, [1])", ["1"], None), ("'x' * 10**7", "x" * 5000 + "\n[... 9,990,000 characters not shown ...]\n" + "x" * 5000, None),
+    ("[float('nan')]", ["nan"], None), ("map(str, [1])", ["1"], None), ("sp.Integer(3) > 2", True, None), ("sp.Dict({x: 3})", {"x": 3}, None),
+    ("np.matrix([[1, 2]])", [[1, 2]], "(1, 2)"), ("sp.Poly(x**2 - 1, x)", "x**2 - 1", "x^2-1"), ("datetime.timedelta(28)", "28 days", "28"),
+    ("sp.N(sp.factorial(25), 30)", 15511210043330985984000000, "15511210043330985984000000"), ("sp.N(0.5, 30)", 0.5, "0.5"),
+    ("'x' * 10**7", "x" * 5000 + "\n[... 9,990,000 characters not shown ...]\n" + "x" * 5000, None),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("expression", "answer", "gold"), ANSWERS)
 def test_final_answer(shared, expression, answer, gold):
-    imports = "import numpy as np, sympy as sp\nfrom fractions import Fraction\nfrom decimal import Decimal\nx = sp.Symbol('x')"
+    imports = "import datetime, numpy as np, sympy as sp\nfrom fractions import Fraction\nfrom decimal import Decimal\nx = sp.Symbol('x')"
     observation = shared.run(f"{imports}\nprint('x')\nfinal_answer({expression})\nprint('y')")
     assert observation.is_final and observation.error is None and observation.stdout == "x\n"
     assert observation.final_answer == answer and type(observation.final_answer) is type(answer)
