@@ -212,6 +212,15 @@ def test_a_long_neighbour_near_the_context_limit_shortens_nobody_else(model):
     assert student.answer(turns(["Hi", long + "Why? " * 20]))[1] is None
 
 
+def test_the_token_that_training_teaches_as_the_end_ends_a_turn(model):
+    """Base models of Qwen2.5 have another end-of-text token than the one with which their template ends a reply."""
+    network, tokenizer = model
+    tokenizer.eos_token = "<|endoftext|>"
+    network.generation_config.eos_token_id = tokenizer.eos_token_id
+    taught = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert taught != tokenizer.eos_token_id and taught in Student(network, tokenizer).ends
+
+
 def test_nothing_after_a_stop_string_and_truncation_is_told(model):
     student = Student(*model, max_tokens=40)
     free = student.answer(turns())

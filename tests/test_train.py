@@ -544,6 +544,7 @@ def test_an_adapter_finds_its_base_from_any_folder(config, tmp_path, tiny_tokeni
         ({"alpha_pattern": {"q_proj": 3}}, {}, "only plain LoRA"),
         ({"lora_alpha": None}, {}, "only plain LoRA"),
         ({"r": None}, {}, "only plain LoRA"),
+        ({"init_lora_weights": "pissa"}, {}, "only plain LoRA"),
         ({}, {"hidden_size": 64}, "does not fit"),
         ({}, {"num_hidden_layers": 1}, "does not fit"),
     ],
@@ -636,6 +637,14 @@ def test_no_folder_of_another_command_or_model_is_trained_in(config, tiny_tokeni
     with Journal(tmp_path / "busy" / "train.lock"), pytest.raises(InputError, match="another process"):
         train.fit(config(out=str(tmp_path / "busy")))
     assert not (tmp_path / "busy" / "run.json").exists()
+
+
+def test_a_file_beside_the_checkpoints_is_kept(config):
+    folder = Path(config().out) / "checkpoint"
+    folder.mkdir(parents=True)
+    (folder / "own.txt").touch()
+    train.fit(config(epochs=1, save_every=1))
+    assert [path.name for path in folder.iterdir()] == ["own.txt"]
 
 
 def test_an_infinite_gradient_is_not_stored(config):
