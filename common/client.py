@@ -78,8 +78,9 @@ class Connection:
         url, options = self.url + path, {"timeout": (10.0, self.timeout), "allow_redirects": False}
         if body is not None:  # half of a surrogate pair, which no server can read, becomes a question mark
             options["data"] = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
-        before, own_fault = self.answers, False
+        before = self.answers
         for attempt in range(self.retries + 1):
+            own_fault = False  # of this request: the server answers others
             wait = min(BACKOFF * 2**attempt, 30.0) if attempt else 0
             try:
                 response = self.session.request("GET" if body is None else "POST", url, **options)
@@ -97,7 +98,7 @@ class Connection:
                     raise BadRequest(f"{status}: {words}")
                 if status < 500 and status not in (408, 409, 425, 429):
                     raise InputError(f"{url} answered {status}{self.no_key * (status in (401, 403))}: {words}")
-                own_fault = status == 500 and self.answers > before  # others were answered meanwhile
+                own_fault = status == 500 and self.answers > before
                 reason, wait = f"{status}: {words}", max(wait, _retry_after(response))
             except LOST as error:
                 cause = getattr(error.args[0] if error.args else error, "reason", error)
