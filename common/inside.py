@@ -501,6 +501,16 @@ def _plain(value, count):
 
 # ------------- The warm interpreter
 
+_submit = ThreadPoolExecutor.submit
+
+
+def submit(pool, /, *args, **kwargs):
+    """ThreadPoolExecutor.submit, also for a pool of an earlier step, whose threads a fork does not have."""
+    if not any(thread.is_alive() for thread in pool._threads):
+        pool._threads.clear()
+        pool._idle_semaphore = threading.Semaphore(0)
+    return _submit(pool, *args, **kwargs)
+
 
 def main(descriptor, packages):
     """Import what all sandboxes share, then serve the host. packages: folders to import from."""
@@ -517,6 +527,7 @@ def main(descriptor, packages):
 
     warnings.simplefilter("ignore", SyntaxWarning)  # such as a wrong escape in a string of the model's code
     warnings.filterwarnings("ignore", ".*multi-threaded.*", DeprecationWarning)  # Python 3.12, at a fork
+    ThreadPoolExecutor.submit = submit
     BaseContext.Lock = lambda self: threading.Lock()  # for ThreadPool: a lock between processes needs a file
     for generator in (random, numpy.random, sympy.core.random):
         generator.seed(0)

@@ -586,6 +586,7 @@ PROGRAMS = {
     "thread_in_a_call": (["import threading\nthreading.Thread(target=lambda: slow(1)).start()\nx = 5", "x"], "5"),
     "print_after_a_call": (["import threading\nthreading.Thread(target=lambda: print(slow(1))).start()"], ">1\n"),
     "thread_pool": (["from multiprocessing.pool import ThreadPool\nThreadPool(2).map(abs, [-1, -2])"], "[1, 2]"),
+    "pool_of_an_earlier_step": ([POOL + "list(pool.map(abs, [-1, -2]))", "list(pool.map(abs, [-3]))"], "[3]"),
     "pool_in_a_call": ([POOL + "f = pool.submit(slow, 1)\nx = 5", "x"], "5"),
     "large_call_at_the_end": (["import threading\nthreading.Thread(target=size, args=('x' * 900_000,)).start()\nx = 5", "x"], "5"),
     "long_integer": (["sum(map(int, str(2**20000))), len(calc(str(10**5000))[0])"], "(26995, 5001)"),
