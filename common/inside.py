@@ -22,6 +22,7 @@ import json
 import linecache
 import math
 import mimetypes
+import mmap
 import numbers
 import os
 import platform
@@ -375,14 +376,15 @@ class Process:
             last = last and compile(ast.Expression(last.value), filename, "eval", dont_inherit=True)
         except Exception as error:
             return None, _describe(error), "syntax"
-        self.reserve = bytearray(4 << 20)  # freed where an error is handled: the code may have used up its memory
+        # Address space, without memory; freed where an error is handled, because the code may have used up all.
+        self.reserve = mmap.mmap(-1, 4 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.set_limits(foreign=True)
         try:
             exec(body, vars(self.main))
             value = eval(last, vars(self.main)) if last else None
             return None if value is None else cut(repr(value)), None, None
         except BaseException as error:
-            self.reserve = None
+            self.reserve.close()
             self.set_limits(foreign=False)
             if isinstance(error, SystemExit) and isinstance(error.code, int | None) and not error.code:
                 return None, None, None  # sys.exit(0), and a final answer
