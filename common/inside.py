@@ -485,7 +485,7 @@ def _plain(value, count):
         return number if math.isfinite(number) else str(number)
     if type(value).__name__ in ("BooleanTrue", "BooleanFalse"):  # SymPy's
         return bool(value)
-    value = getattr(value, "A", value)  # the array of a numpy.matrix
+    value = value.A if type(value).__name__ == "matrix" else value  # NumPy's, whose rows are matrices again
     if hasattr(value, "tolist"):  # of NumPy and SymPy
         value = list(value) if getattr(value, "ndim", 0) else value.tolist()
         return _plain(value, count)

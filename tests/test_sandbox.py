@@ -685,7 +685,7 @@ ANSWERS = [
     ("sp.Interval(-2, 7)", "Interval(-2, 7)", "[-2, 7]"),
     ("sp.FiniteSet(2, 1)", [1, 2], r"\{1, 2\}"), ("sp.Matrix([[1], [x]])", [[1], ["x"]], r"\begin{pmatrix} 1 \\ x \end{pmatrix}"),
     ("[{x: 3}]", [{"x": 3}], "3"), ("[{x: 1}, {x: 2}]", [{"x": 1}, {"x": 2}], "1, 2"), ("sp.Eq(x, 3)", "Eq(x, 3)", "x = 3"),
-    ("[float('nan')]", ["nan"], None), ("map(str, [1])", ["1"], None), ("sp.Integer(3) > 2", True, None), ("sp.Dict({x: 3})", {"x": 3}, None),
+    ("[float('nan')]", ["nan"], None), ("map(str, [1])", ["1"], None), ("collections.namedtuple('Pair', 'A B')(1, 2)", [1, 2], None), ("sp.Integer(3) > 2", True, None), ("sp.Dict({x: 3})", {"x": 3}, None),
     ("np.matrix([[1, 2]])", [[1, 2]], "(1, 2)"), ("sp.Poly(x**2 - 1, x)", "x**2 - 1", "x^2-1"), ("datetime.timedelta(28)", "28 days", "28"),
     ("sp.N(sp.factorial(25), 30)", 15511210043330985984000000, "15511210043330985984000000"), ("sp.N(0.5, 30)", 0.5, "0.5"),
     ("'x' * 10**7", "x" * 5000 + "\n[... 9,990,000 characters not shown ...]\n" + "x" * 5000, None),
@@ -694,7 +694,7 @@ ANSWERS = [
 
 @pytest.mark.parametrize(("expression", "answer", "gold"), ANSWERS)
 def test_final_answer(shared, expression, answer, gold):
-    imports = "import datetime, numpy as np, sympy as sp\nfrom fractions import Fraction\nfrom decimal import Decimal\nx = sp.Symbol('x')"
+    imports = "import collections, datetime, numpy as np, sympy as sp\nfrom fractions import Fraction\nfrom decimal import Decimal\nx = sp.Symbol('x')"
     observation = shared.run(f"{imports}\nprint('x')\nfinal_answer({expression})\nprint('y')")
     assert observation.is_final and observation.error is None and observation.stdout == "x\n"
     assert observation.final_answer == answer and type(observation.final_answer) is type(answer)
