@@ -58,9 +58,8 @@ def check_options(config, prompts, kinds=()):
     for name, like in (("tools", lambda: {}), ("episode", agent_episode), ("choose", choose)):
         if dotted := getattr(config, name):
             facts[f"{name}_sha256"] = common.source_hash(common.resolve(dotted, like, f"--{name}"))
-    if config.search and not config.search.startswith(("http://", "https://")):
-        retriever.read_manifest(Path(config.search))  # refuses a folder without an index
-        facts["index_sha256"] = common.file_hash(Path(config.search) / "index.json")
+    if config.search and (digest := retriever.check_index(config.search)):
+        facts["index_sha256"] = digest
     if config.method == "agent":
         facts["tool_names"] = [*tools, *(["web_search"] if config.search else [])]
         prompts.system("agent_system", facts["tool_names"])  # refuses a tool without a description
@@ -69,10 +68,9 @@ def check_options(config, prompts, kinds=()):
 
 def further_tools(config):
     """Returns the tools of --tools, {name: function}."""
+    function = common.resolve(config.tools, name="--tools") if config.tools else dict
     try:
-        tools = common.resolve(config.tools, name="--tools")() if config.tools else {}
-    except InputError:
-        raise
+        tools = function()
     except Exception as error:  # the function's own code may raise anything
         raise InputError(f"--tools {config.tools}: {type(error).__name__}: {error}") from None
     if not isinstance(tools, dict) or "final_answer" in tools or not all(map(callable, tools.values())):
@@ -616,8 +614,9 @@ def filter_trajectories(config):
 
     Each conversation gets the short system prompt that the student will be given (paper, Sec. 4).
     """
-    for _, row in itertools.islice(common.read_jsonl(config.out) if Path(config.out).exists() else (), 1):
-        if {"answer", "stop"} & row.keys():
+    if Path(config.out).exists():
+        _, first = next(common.read_jsonl(config.out), (0, {}))
+        if {"answer", "stop"} & first.keys():
             raise InputError(f"--out {config.out}: it holds trajectories or tasks, which would be lost: name another")
     prompts = Prompts(config.prompts)
     rows = [row for path in config.trajectories for row in read_trajectories(path)]

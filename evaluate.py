@@ -294,7 +294,7 @@ def end_tokens(model, tokenizer):
     with contextlib.suppress(InputError):  # the token with which the template ends a reply, as training teaches it
         chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         [reply] = models.find_replies(tokenizer, chat)
-        ends.add(tokenizer.convert_tokens_to_ids(reply.text[reply.start + 1 : reply.end].strip()))
+        ends.add(tokenizer.convert_tokens_to_ids(reply.text[reply.start + len(reply.content) : reply.end].strip()))
     if not ends:
         raise InputError("neither the tokenizer nor the generation_config names a token that ends a turn")
     padding = min(ends) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -503,8 +503,8 @@ def run(config):
     """
     if not (config.name or "").isprintable():
         raise InputError(f"--name {config.name!r}: one line of text was expected")
-    # torchrun sets both
-    rank, size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")) if "RANK" in os.environ else (0, 1)
+    rank = int(os.environ.get("RANK", 0))  # torchrun sets it
+    size = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
     tasks, out = common.load_tasks(config.tasks, config.kind, config.limit), Path(config.out)
     for task in tasks:
         task.setdefault("domain", report.TASKS[task["task"]].domain if task["task"] in report.TASKS else "out")
@@ -562,7 +562,7 @@ def _answer_all(config, parts, todo, total, journal):
 def check_judge(config):
     """Raises InputError for options of a judge that is not asked, and for a prompt that it cannot be asked with."""
     if config.judge_url:
-        Prompts(config.prompts).sha256("judge")
+        Prompts(config.prompts).check("judge")
     else:
         common.refuse(config, ["judge_model", "judge_key_env"], "there is no --judge-url")
 

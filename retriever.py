@@ -242,13 +242,25 @@ def merge_postings(files, data, config, count):
 # Search
 
 
+def is_url(where):
+    return str(where).startswith(("http://", "https://"))
+
+
+def check_index(where):
+    """Raise InputError if the folder has no complete index. Returns a hash of its content, None for a server's URL."""
+    if is_url(where):
+        return None
+    read_manifest(Path(where))
+    return common.file_hash(Path(where) / "index.json")
+
+
 def load(where, device=None):
     """Open an index: a folder, or the http(s) URL of a server.
 
     device: where a dense index keeps its encoder and vectors; by default a GPU, if there is one.
     Raises InputError if there is no index, if it is of another format or incomplete, or if its passages have changed.
     """
-    if str(where).startswith(("http://", "https://")):
+    if is_url(where):
         return RemoteIndex(str(where))
     manifest = read_manifest(Path(where))
     return KINDS[manifest["kind"]](Path(where), manifest, device)

@@ -88,6 +88,7 @@ class Example:
 
 
 def example_of(ids, weights):
+    """Returns the Example of two lists of equal length."""
     weights[0] = 0.0  # nothing comes before the first token from which it could be predicted
     return Example(torch.tensor(ids), torch.tensor(weights, dtype=torch.float32))
 

@@ -388,7 +388,6 @@ SHOWN = {  # method: the prompts that its episodes show, besides the system prom
     "agent": ["question", "observation", "error", "no_code", "search_result"],
     "cot": [],
     "cot-rag": ["cot_rag_question", "search_result"],
-    "judge": ["judge"],
 }
 PLACEHOLDERS = {"question": ["question"], "observation": ["stdout"], "error": ["error"], "search_result": ["text"]}
 PLACEHOLDERS |= {"cot_rag_question": ["passages", "question"], "judge": ["question", "answer", "prediction"]}
@@ -426,19 +425,20 @@ class Prompts:
             calls.append(re.sub(r":(\[[^\]]*\]|[^,)])*", "", text[: text.index(")") + 1]))  # without annotations
         return self.fill(name, tools="\n".join(described), calls=", ".join(calls), max_steps=max_steps)
 
-    def sha256(self, method):
-        """Returns a hash of the texts that a method shows. Results made with other texts must not be mixed.
-
-        Raises InputError if one of them is missing, or lacks a placeholder.
-        """
-        texts = []
-        for name in SHOWN[method]:
+    def check(self, *names):
+        """Raise InputError if one of these texts is missing, or lacks a placeholder."""
+        for name in names:
             path = self.folder / f"{name}.txt"
             if not path.is_file():
                 raise InputError(f"--prompts {self.folder}: {path.name} is missing")
-            texts.append(getattr(self, name))
-            if missing := [word for word in PLACEHOLDERS.get(name, ()) if f"{{{word}}}" not in texts[-1]]:
-                raise InputError(f"{path}: the placeholder {{{missing[0]}}} is missing")
+            for word in PLACEHOLDERS.get(name, ()):
+                if f"{{{word}}}" not in getattr(self, name):
+                    raise InputError(f"{path}: the placeholder {{{word}}} is missing")
+
+    def sha256(self, method):
+        """Returns a hash of the texts that a method shows, which are checked. Results of other texts are not mixed."""
+        self.check(*SHOWN[method])
+        texts = [getattr(self, name) for name in SHOWN[method]]
         return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 

@@ -99,8 +99,8 @@ SPELLINGS = {  # our spelling: other spellings; one that ends in a letter matche
     **{rf"\{name} ": letter for name, letter in zip(GREEK, "αβγδεθλμφϕωρστ", strict=True)},
     **{" degree ": r"^\circ ^{\circ} ° degrees deg", " percent ": r"\% %"},
     **{r"\text": r"\textbf \textit \textrm \textnormal \mbox \mathrm \mathbf \operatorname"},
-    **{" ": r"\left \right \boxed \displaystyle \large \Large \rm \bf \quad \qquad \, \; \: \! ~ \( \) \[ \]"},
-    **{"  ": r"\big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \boldsymbol \underline"},
+    " ": r"\left \right \boxed \displaystyle \large \Large \rm \bf \quad \qquad \, \; \: \! ~ \( \) \[ \] "
+    r"\big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \boldsymbol \underline",
 }
 SPELLINGS = {old: new for new, spellings in SPELLINGS.items() for old in spellings.split()} | {"\\ ": " "}
 LETTERS = string.ascii_letters

@@ -66,9 +66,9 @@ def uses_bf16(precision, device):
 def from_pretrained(kind, name, **options):
     """kind.from_pretrained (kind: AutoTokenizer, ...), with one line instead of a traceback for a wrong name."""
     transformers.utils.logging.disable_progress_bar()
-    # A name on the hub may look like a path, but not like one in a folder that exists here.
-    is_path = Path(name).is_absolute() or name.startswith(".") or Path(name).parent.name
-    if is_path and Path(name).parent.is_dir() and not Path(name).is_dir():
+    folder = Path(name)  # a name on the hub may look like a path, but not like one in a folder that exists here
+    is_path = folder.is_absolute() or name.startswith(".") or (folder.parent.name and folder.parent.is_dir())
+    if is_path and not folder.is_dir():
         raise InputError(f"model {name}: no such folder")
     try:
         return kind.from_pretrained(name, **options)
@@ -282,14 +282,14 @@ def base_of(path):
     return base
 
 
-def check_out(out, path, own="run.json"):
+def check_out(out, path):
     """Raise InputError if the folder `out` is that of a model or adapter that is read, or of the adapter's base.
 
-    Nor may it hold another model; own: a file that shows that this command has written it.
+    Nor may it hold a model without run.json, which common.keep_config writes: another program's.
     """
     reads = Path(out).resolve() in (Path(path).resolve(), Path(base_of(path)).resolve())
     holds = any((Path(out) / name).exists() for name in ("config.json", "adapter_config.json"))
-    if reads or (holds and not (Path(out) / own).exists()):
+    if reads or (holds and not (Path(out) / "run.json").exists()):
         raise InputError(f"--out {out}: the model in it would be lost: name another folder")
 
 
@@ -337,7 +337,7 @@ def save_lora(model, folder, base):
 @dataclasses.dataclass(kw_only=True)
 class MergeConfig:
     adapter: str = option(REQUIRED, "an adapter's folder", positional=True)
-    out: str = option(REQUIRED, "folder for the merged model")
+    out: str = option(REQUIRED, "folder for the merged model", changes_results=False)
     dtype: Literal["bfloat16", "float32"] = option("bfloat16", "of the saved weights")
 
 
@@ -349,11 +349,8 @@ def merge_adapter(config):
     """
     if not adapter_config(config.adapter):
         raise InputError(f"{config.adapter}: no adapter_config.json; an adapter's folder is expected")
-    check_out(config.out, config.adapter, own="merged.json")
-    record, settings = Path(config.out) / "merged.json", {"adapter": config.adapter, "dtype": config.dtype}
-    if record.exists() and common.parse_object(record.read_bytes(), record) != settings:
-        raise InputError(f"--out {config.out}: the model in it would be lost: name another folder")
-    common.write_json(record, settings)
+    check_out(config.out, config.adapter)
+    common.keep_config(Path(config.out) / "run.json", config)
     model, _ = load_base(config.adapter, "auto")
     dtype = getattr(torch, config.dtype)
     merge_lora(model, dtype)

@@ -12,7 +12,7 @@ from pathlib import Path
 import evaluate
 import train
 from common import REQUIRED, load_tasks, option, report, write_json
-from retriever import read_manifest
+from retriever import check_index
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -33,8 +33,7 @@ def train_student(setting, name, data, weigh=None):
     weigh: MODULE.FUNCTION, as train.py's --weigh.
     """
     load_tasks(setting.tests)  # a wrong file or index is refused before the training
-    if not setting.search.startswith("http"):
-        read_manifest(Path(setting.search))
+    check_index(setting.search)
     options = {field.name: getattr(setting, field.name) for field in dataclasses.fields(train.Config)}
     config = train.Config(**options | {"data": [str(data)], "out": str(Path(setting.out, name)), "weigh": weigh})
     train.fit(config)

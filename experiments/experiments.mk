@@ -8,9 +8,13 @@ EXPERIMENTS := $(filter-out __init__ table,$(basename $(notdir $(wildcard experi
 # Further options of an experiment, such as --limit 50.
 EXPERIMENT_OPTIONS ?=
 
+ifneq ($(filter experiment,$(MAKECMDGOALS)),)
+  $(if $(filter $(NAME),$(EXPERIMENTS)),,$(error make experiment NAME=...: one of $(EXPERIMENTS)))
+  $(if $(filter-out prompts,$(PROMPTS)),$(error make experiment does not use PROMPTS))
+endif
+
 .PHONY: experiment one-experiment
 experiment: $(READY)  ## NAME=...: a quick experiment beyond the paper; see experiments/README.md
-	@$(if $(filter $(NAME),$(EXPERIMENTS)),$(if $(filter-out prompts,$(PROMPTS)),$(error make experiment does not use PROMPTS)),false) || { echo "make experiment NAME=...: one of $(EXPERIMENTS)" >&2; exit 2; }
 	@mkdir -p $(RUNS); for seed in $(SEEDS); do $(LOCK) $(MAKE) --no-print-directory one-experiment SEED=$$seed || exit; done
 	@$(RUN) -m experiments.table $(RUNS)-experiments
 

@@ -105,17 +105,23 @@ def test_bf16_answers_equal_plain_generate(tiny_tokenizer):
     assert sample.ids == expected and len(set(expected)) > 10
 
 
-@pytest.mark.parametrize("kind", ["Qwen2", "Gemma-3 across its window", "Phi-4-mini across its switch"])
-def test_what_an_episode_has_read_is_not_read_again(kind, tiny_tokenizer, monkeypatch):
-    """Two conversations that grow, the second of which ends: the answers are those of a student that reads all."""
-    model, lengths = model_of(kind, max_position_embeddings=1024), []
-    student, forward = Student(model, tiny_tokenizer, n=3, max_tokens=12), model.forward
+def counted(model, lengths):
+    """Returns the model's forward that also notes how many tokens it reads."""
+    forward = model.forward
 
     @functools.wraps(forward)  # generate reads the signature
     def count(*arguments, **options):
         lengths.append(options["input_ids"].shape[1])
         return forward(*arguments, **options)
 
+    return count
+
+
+@pytest.mark.parametrize("kind", ["Qwen2", "Gemma-3 across its window", "Phi-4-mini across its switch"])
+def test_what_an_episode_has_read_is_not_read_again(kind, tiny_tokenizer, monkeypatch):
+    """Two conversations that grow, the second of which ends: the answers are those of a student that reads all."""
+    model, lengths = model_of(kind, max_position_embeddings=1024), []
+    student, count = Student(model, tiny_tokenizer, n=3, max_tokens=12), counted(model, lengths)
     chats = [turn.messages for turn in turns(["Name a river. " * 9, "What is 2 + 2? " * 12])]
     for step in range(4):
         asked = [Turn(chat) for chat in chats[: 2 - step // 2]]
@@ -134,14 +140,8 @@ def test_instructions_that_all_prompts_begin_with_are_read_once(kind, tiny_token
     model, lengths = model_of(kind, max_position_embeddings=1024), []
     asked = [Turn([{"role": "system", "content": "Be brief. " * 40}, turn.messages[1]]) for turn in turns()]
     expected = [Student(model, tiny_tokenizer, max_tokens=12).answer([turn])[0] for turn in asked]
-    student, forward = Student(model, tiny_tokenizer, max_tokens=12), model.forward
-
-    @functools.wraps(forward)
-    def count(*arguments, **options):
-        lengths.append(options["input_ids"].shape[1])
-        return forward(*arguments, **options)
-
-    monkeypatch.setattr(model, "forward", count)
+    student = Student(model, tiny_tokenizer, max_tokens=12)
+    monkeypatch.setattr(model, "forward", counted(model, lengths))
     assert student.answer(asked[:3]) + student.answer(asked[3:]) == expected
     assert sum(length > 150 for length in lengths) == 1
 

@@ -755,6 +755,7 @@ def test_show_prints_trained_tokens_apart_and_counts(config, tiny_tokenizer, cap
     [
         ({"data": ["missing.jsonl"]}, "No such file or directory: 'missing.jsonl'"),
         ({"model": "no/such/model/here"}, "model no/such/model/here"),
+        ({"model": "/no/such/folder"}, "model /no/such/folder: no such folder"),
         ({"system_prompt": "missing.txt"}, "No such file or directory: 'missing.txt'"),
         ({"micro_tokens": 0}, "--micro-tokens 0: must be above 0"),
         ({"tuning": "full", "dropout": 0.1}, "--dropout 0.1: it has no effect"),
